@@ -1,0 +1,34 @@
+"""peft_kernels: one frozen model, any number of adapters, at almost the price of the frozen model alone.
+
+import peft_kernels
+report = peft_kernels.patch(model)      # the PEFT model that is there trains and generates on fused kernels
+"""
+
+from peft_kernels import backends, registry
+from peft_kernels.ops import lora_dropout_mask, lora_linear, lora_linear_group, new_seed
+
+registry.link()
+
+__version__ = "0.1.0"
+__all__ = [
+    "PatchReport",
+    "PeftKernelsCallback",
+    "backends",
+    "lora_dropout_mask",
+    "lora_linear",
+    "lora_linear_group",
+    "new_seed",
+    "patch",
+    "registry",
+    "unpatch",
+]
+
+_FROM_INTEGRATIONS = {"patch", "unpatch", "PatchReport", "PeftKernelsCallback"}
+
+
+def __getattr__(name):  # transformers and peft are imported when patching is asked for, not before
+    if name in _FROM_INTEGRATIONS:
+        from peft_kernels.integrations import transformers
+
+        return getattr(transformers, name)
+    raise AttributeError(f"module 'peft_kernels' has no attribute '{name}'")

@@ -1,0 +1,116 @@
+"""The backends: what implements the ops, whether it is there and if not why, and which one serves a device.
+
+Each backend registers its kernels under its own namespace, `peft_kernels_<backend>::<op>`, so that tests and
+benchmarks can name any of them in one process. `peft_kernels::<op>`, the one that users call, is bound to one
+backend per device, once, at import. `PEFT_KERNELS_BACKEND=<name>` overrides the choice; it is read here only.
+"""
+
+import ctypes
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+# `import peft_kernels.backends` must find torch's libraries loaded before it opens ours.
+import torch
+
+LIBRARY = Path(__file__).parent / "_ops.abi3.so"
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    devices: tuple[str, ...]  # device types it serves, best choice first
+    missing: str  # why it cannot be used here; empty where it can
+
+    @property
+    def available(self) -> bool:
+        return not self.missing
+
+
+@cache
+def operator_library() -> ctypes.CDLL | None:
+    """The C++ operators, or None where they were not built."""
+    return ctypes.CDLL(str(LIBRARY)) if LIBRARY.exists() else None
+
+
+@cache
+def all_backends() -> dict[str, Backend]:
+    """Every backend by name, in order of preference for a device."""
+    no_library = "" if LIBRARY.exists() else f"{LIBRARY.name} is not built; `make build` builds it"
+    rows = (
+        Backend("cuda", ("cuda",), "this release has no CUDA kernels of its own yet"),
+        Backend("triton", ("cuda",), "this release has no Triton kernels yet"),
+        Backend("cpu", ("cpu",), no_library),
+        Backend("reference", ("cpu", "cuda", "xpu", "mps"), ""),
+    )
+    return {row.name: row for row in rows}
+
+
+@cache
+def bound(device_type: str) -> str:
+    """The backend that `peft_kernels::<op>` runs for tensors of a device type."""
+    wanted = os.environ.get("PEFT_KERNELS_BACKEND", "")
+    known = all_backends()
+    if wanted and wanted not in known:
+        raise ValueError(f"PEFT_KERNELS_BACKEND must be one of {', '.join(known)}, got '{wanted}'")
+    if wanted and not known[wanted].available:
+        raise RuntimeError(f"PEFT_KERNELS_BACKEND={wanted} cannot be used here: {known[wanted].missing}")
+    if wanted and device_type in known[wanted].devices:
+        return wanted
+    return next((b.name for b in known.values() if b.available and device_type in b.devices), "reference")
+
+
+def linked(op_name: str, device_type: str) -> list[str]:
+    """Names of the backends that can run an op on a device type: `torch.ops.peft_kernels_<name>.<op>`."""
+    return [b.name for b in all_backends().values() if b.available and device_type in b.devices]
+
+
+def bind_native(namespace: str, device_type: str) -> None:
+    """Registers the C++ kernels of a device under a namespace whose schemas Python has defined."""
+    operator_library().peft_kernels_bind(namespace.encode(), device_type.upper().encode())
+
+
+def instruction_set() -> str:
+    """The instruction set that the CPU kernels use: default, avx2, avx512 or avx512_bf16."""
+    function = operator_library().peft_kernels_isa
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+def set_instruction_set(name: str) -> None:
+    """Makes the CPU kernels use another instruction set; for tests.
+
+    Raises ValueError if this processor or this build lacks it.
+    """
+    if operator_library().peft_kernels_set_isa(name.encode()) != 0:
+        raise ValueError(f"instruction set '{name}' is not available here")
+
+
+def cuda_summary() -> str:
+    """What the CUDA runtime inside the operator library sees: its devices, or why there are none."""
+    if operator_library() is None:
+        return "the operator library is not built"
+    function = operator_library().peft_kernels_cuda_devices
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+def describe() -> list[dict]:
+    """One row per backend and device type: name, device, available, reason, bound."""
+    rows = []
+    for backend in all_backends().values():
+        for device in backend.devices:
+            here = device == "cpu" or getattr(torch, device).is_available()
+            reason = backend.missing or ("" if here else f"this torch sees no {device} device")
+            usable = not reason
+            rows.append(
+                {
+                    "name": backend.name,
+                    "device": device,
+                    "available": usable,
+                    "reason": reason,
+                    "bound": usable and bound(device) == backend.name,
+                }
+            )
+    return rows

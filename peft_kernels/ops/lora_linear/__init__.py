@@ -1,0 +1,115 @@
+"""lora_linear: y = x W^T + b + s (drop(x) A^T) B^T, the frozen layer and its LoRA adapters in one call."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peft_kernels.ops.lora_linear.op import check
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    lora_bias: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + b + s ((drop(x) A^T) B^T + b_B)          (LoRA: Hu et al. 2021, arXiv:2106.09685, eq. 3)
+
+    Args:
+        x: `[..., K]` (K = in_features), float32, float16, bfloat16 or float64, any strides.
+        weight: `[N, K]` (N = out_features), x's dtype, any strides: a Conv1D weight `[K, N]` is passed as `weight.t()`.
+        bias: `[N]` in weight's dtype, or None.
+        lora_A: `[r, K]`, 1 <= r <= 512; its own dtype. float32 factors on a 16-bit x are used as they are, without a
+            float32 copy of x.
+        lora_B: `[N, r]`, lora_A's dtype.
+        scaling: s, alpha / r in HF PEFT.
+        dropout_p: probability of dropping an element of x on its way to A, in [0, 1).
+        seed: 0-d int64 on x's device, from `new_seed`; needed where dropout_p > 0.
+        lora_bias: b_B `[N]` in lora_A's dtype, or None.
+
+    Returns:
+        y `[..., N]` in x's dtype, accumulated in float32 (float64 for float64).
+
+    Differentiable in x, weight, bias, lora_A, lora_B and lora_bias; only gradients that are needed are computed.
+    Kept for the backward: x itself, h = s drop(x) A^T in float32 `[M, r]`, and the seed. No mask, no dropped copy of x.
+
+    Raises:
+        ValueError: a shape, a rank, a probability or a scaling is out of range, or the seed is missing.
+        TypeError: a dtype, a layout or a device does not fit.
+
+    Example:
+        >>> x, weight = torch.randn(4, 64), torch.randn(32, 64)
+        >>> lora_A, lora_B = torch.randn(8, 64, requires_grad=True), torch.zeros(32, 8, requires_grad=True)
+        >>> y = peft_kernels.lora_linear(x, weight, None, lora_A, lora_B, scaling=2.0)
+        >>> y.sum().backward()
+    """
+    arguments = (x, [weight], [bias], [lora_A], [lora_B], [lora_bias], [0], [scaling], [dropout_p], seed)
+    try:
+        return torch.ops.peft_kernels.lora_linear.default(*arguments)[0][0]
+    except (RuntimeError, TypeError):
+        check(*arguments)  # says in words what the operator refused
+        raise
+
+
+def lora_linear_group(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    *,
+    member: Sequence[int],
+    scaling: Sequence[float],
+    dropout_p: Sequence[float] | None = None,
+    seed: Tensor | None = None,
+    lora_bias: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:
+    """Several projections of one x, each with any number of adapters: q, k and v, or gate and up, in one call.
+
+    y_g = x W_g^T + b_g + sum over the adapters l with member[l] = g of s_l ((drop_l(x) A_l^T) B_l^T + b_Bl)
+
+    x is read once for all adapters; in the backward dx is one sum over all members. Two adapters with the same
+    member are two active adapters of one layer. Each adapter has its own dropout mask (stream l of the one seed).
+
+    Args:
+        x: `[..., K]`; weight: G tensors `[N_g, K]`; bias: G of `[N_g]` or None.
+        lora_A, lora_B: L tensors `[r_l, K]` and `[N_member[l], r_l]`, all of one dtype; ranks may differ.
+        member: L projection indices; a projection without an adapter is a plain linear layer.
+        scaling, dropout_p: L floats (dropout_p None: no dropout); lora_bias: L of `[N_member[l]]` or None, or None.
+        seed: as in `lora_linear`.
+
+    Returns:
+        G tensors `[..., N_g]`.
+
+    Raises:
+        ValueError, TypeError: as `lora_linear`, naming the entry, or because two lists differ in length.
+
+    Example:
+        >>> q, v = peft_kernels.lora_linear_group(
+        ...     x, [w_q, w_v], [None, None], [a_q, a_v], [b_q, b_v], member=[0, 1], scaling=[2.0, 2.0])
+    """
+    count = len(lora_A)
+    arguments = (
+        x,
+        list(weight),
+        list(bias),
+        list(lora_A),
+        list(lora_B),
+        [None] * count if lora_bias is None else list(lora_bias),
+        list(member),
+        list(scaling),
+        [0.0] * count if dropout_p is None else list(dropout_p),
+        seed,
+    )
+    try:
+        return torch.ops.peft_kernels.lora_linear.default(*arguments)[0]
+    except (RuntimeError, TypeError):
+        check(*arguments)
+        raise

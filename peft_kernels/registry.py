@@ -1,0 +1,144 @@
+"""One declaration per op: it feeds dispatch, tests, opcheck, benchmarks and the README's support table.
+
+An Op is a handful of Functions (forward, backward, companions), each a schema with a fake and a reference
+implementation, plus what they share: autograd, autocast, samples, bad inputs and the cost model. `link()` turns
+the declarations into torch operators, in one namespace per backend and in `peft_kernels` for the bound ones.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+
+from peft_kernels import backends
+
+below_autograd = torch._C._AutoDispatchBelowAutograd  # pinned by python_tests/test_house.py
+
+
+@dataclass(frozen=True)
+class Function:
+    """One torch operator: `name` + `schema` as torch.library spells them, its fake and its reference."""
+
+    name: str
+    schema: str
+    fake: Callable
+    reference: Callable
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs at an edge. `make(device, dtype, factor_dtype)` gives the forward's arguments by name."""
+
+    id: str
+    why: str
+    make: Callable[..., dict]
+    dtypes: tuple[tuple[torch.dtype, torch.dtype], ...]  # (activations, factors) that the sample is run in
+
+
+@dataclass(frozen=True)
+class BadInput:
+    """Arguments that must be refused: `make(device)` gives them; `error` and `text` say how."""
+
+    id: str
+    make: Callable[..., dict]
+    error: type[Exception]
+    text: str  # a part of the message
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least work that an op can do: floating-point operations, and bytes to and from memory."""
+
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Op:
+    """`functions[0]` is the forward; `autograd(namespace)` and `autocast(namespace, device_type)` make its kernels
+    for those dispatch keys; `cost(**arguments)` gives a Cost for "forward" and one for "backward";
+    `evaluate(forward, backward, arguments, dy)` gives every output and every gradient by name, for the oracle."""
+
+    name: str
+    formula: str
+    functions: tuple[Function, ...]
+    autograd: Callable[[ModuleType], Callable]
+    autocast: Callable[[ModuleType, str], Callable]
+    samples: Callable[[], list[Sample]]
+    bad_inputs: Callable[[], list[BadInput]]
+    evaluate: Callable[..., dict[str, torch.Tensor]]
+    cost: Callable[..., dict[str, Cost]]
+    check: Callable[..., None]
+    backends: tuple[str, ...] = field(default=("reference", "cpu"))
+
+
+_SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+_OPS: dict[str, Op] = {}
+_LIBRARIES: list[torch.library.Library] = []  # an operator lives as long as its Library object
+
+
+def register(op: Op) -> Op:
+    """Adds an op to the registry; `link()` makes its operators."""
+    if op.name in _OPS:
+        raise ValueError(f"registry: op '{op.name}' is registered already")
+    _OPS[op.name] = op
+    return op
+
+
+def ops() -> dict[str, Op]:
+    """Every registered op by name."""
+    return dict(_OPS)
+
+
+def support_table() -> str:
+    """The README's table: what each op computes, on which backends, in which dtypes its samples are tested."""
+    lines = ["| op | computes | backends | dtypes (activations / factors) | samples |", "|---|---|---|---|---|"]
+    for op in _OPS.values():
+        samples = op.samples()
+        pairs = dict.fromkeys(pair for sample in samples for pair in sample.dtypes)
+        names = ("/".join(_SHORT[dtype] for dtype in pair) for pair in pairs)
+        lines.append(
+            f"| `{op.name}` | `{op.formula}` | {', '.join(op.backends)} | {', '.join(names)} | {len(samples)} |"
+        )
+    return "\n".join(lines)
+
+
+def link() -> None:
+    """Defines every op in every available backend's namespace and binds `peft_kernels`. Called once, at import."""
+    if _LIBRARIES:
+        return
+    for backend in backends.all_backends().values():
+        if backend.available:
+            _define(f"peft_kernels_{backend.name}")
+            for device in backend.devices:
+                _implement(f"peft_kernels_{backend.name}", backend.name, device)
+    _define("peft_kernels")
+    for device in backends.all_backends()["reference"].devices:
+        _implement("peft_kernels", backends.bound(device), device)
+
+
+def _define(namespace: str) -> None:
+    """Schemas, fakes, autograd and autocast of every op in one namespace."""
+    library = torch.library.Library(namespace, "DEF")
+    _LIBRARIES.append(library)
+    torch_ops = getattr(torch.ops, namespace)
+    for op in _OPS.values():
+        for function in op.functions:
+            library.define(function.name + function.schema, tags=(torch.Tag.needs_fixed_stride_order,))
+            torch.library.register_fake(f"{namespace}::{function.name}", function.fake, lib=library)
+        library.impl(op.name, op.autograd(torch_ops), "Autograd")
+        for device in ("CPU", "CUDA"):
+            library.impl(op.name, op.autocast(torch_ops, device.lower()), f"Autocast{device}")
+
+
+def _implement(namespace: str, backend: str, device: str) -> None:
+    """The kernels of one backend, for one device, under one namespace."""
+    if backend != "reference":
+        backends.bind_native(namespace, device)
+        return
+    library = torch.library.Library(namespace, "IMPL")
+    _LIBRARIES.append(library)
+    for op in _OPS.values():
+        for function in op.functions:
+            library.impl(function.name, function.reference, device.upper())

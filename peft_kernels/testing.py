@@ -1,0 +1,121 @@
+"""The oracle, and what else tests and benchmarks share. Nothing in the library imports this.
+
+The oracle holds no tolerance. With out64 = the reference on the inputs in fp64, e_ref = |reference(dtype) - out64|_max
+and e = |backend - out64|_max, a result passes if
+
+    e <= 2 e_ref + (eps(accumulator) sqrt(longest) + eps(out)) max S
+
+where `longest` is the longest reduction and S the same formula on the absolute values of the inputs: what rounding
+each term once can cost. A backend may lose at most twice what plain PyTorch loses.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from peft_kernels import registry
+
+
+@dataclass(frozen=True)
+class Result:
+    """One output of a backend beside what it should be."""
+
+    name: str
+    error: float
+    bound: float
+
+    @property
+    def passes(self) -> bool:
+        return self.error <= self.bound  # False for NaN
+
+
+def operators(backend: str, op: registry.Op) -> tuple[Callable, Callable]:
+    """Forward and backward operators of a backend: `torch.ops.peft_kernels_<backend>.<op>[_backward]`."""
+    namespace = getattr(torch.ops, f"peft_kernels_{backend}")
+    return tuple(getattr(namespace, function.name).default for function in op.functions[:2])
+
+
+def compare(op: registry.Op, sample: dict, forward: Callable, backward: Callable) -> list[Result]:
+    """Every output and every gradient of `forward` and `backward` against the oracle, on one sample."""
+    reference = [function.reference for function in op.functions[:2]]
+    y, _ = reference[0](*sample.values())
+    dy = output_gradients(y)
+    exact, exact_dy = tree_map(_to_double, (sample, dy))
+    outs = op.evaluate(forward, backward, sample, dy)
+    outs_ref = op.evaluate(*reference, sample, dy)
+    outs64 = op.evaluate(*reference, exact, exact_dy)
+    size = op.evaluate(*reference, *tree_map(_absolute, (exact, exact_dy)))
+    longest = max(max(t.shape, default=1) for t in tree_leaves(sample) if isinstance(t, Tensor))
+    accumulator = torch.float64 if y[0].dtype is torch.float64 else torch.float32
+    rounding = torch.finfo(accumulator).eps * longest**0.5
+    results = []
+    for name, out64 in outs64.items():
+        out, ref = outs[name], outs_ref[name]
+        if out.shape != out64.shape or out.dtype != ref.dtype:
+            raise AssertionError(f"{name}: {out.dtype} {list(out.shape)}, expected {ref.dtype} {list(out64.shape)}")
+        if out.numel():
+            largest = size[name].abs().max().item()
+            bound = 2 * _distance(ref, out64) + (rounding + torch.finfo(out.dtype).eps) * largest
+            results.append(Result(name, _distance(out, out64), bound))
+    return results
+
+
+def assert_matches_oracle(op: registry.Op, sample: dict, forward: Callable, backward: Callable) -> None:
+    """Raises AssertionError naming every output that is further from fp64 than the oracle allows."""
+    failed = [r for r in compare(op, sample, forward, backward) if not r.passes]
+    if failed:
+        raise AssertionError("; ".join(f"{r.name}: error {r.error:.3g} above {r.bound:.3g}" for r in failed))
+
+
+def output_gradients(y: list[Tensor]) -> list[Tensor]:
+    """Fixed pseudo-random gradients, one for each output."""
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in y]
+
+
+def _to_double(value):
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _absolute(value):
+    if isinstance(value, Tensor):
+        return value.abs() if value.is_floating_point() else value
+    return abs(value) if isinstance(value, float) else value
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return (a.double() - b.double()).abs().max().item()
+
+
+@contextlib.contextmanager
+def poisoned_memory():
+    """Inside, memory that PyTorch hands out uninitialised is full of NaN: an output that was not written shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def saved_bytes(run: Callable[[], Tensor], parameters=()) -> int:
+    """Bytes of the distinct storages that autograd keeps while `run` goes forward, without the parameters'."""
+    skip = {p.untyped_storage().data_ptr() for p in parameters}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in skip and tensor.numel():
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run()  # held, so that no storage is freed and counted twice
+    del out
+    return sum(kept.values())
