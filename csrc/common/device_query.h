@@ -1,0 +1,11 @@
+// What the CUDA runtime inside the operator library sees, for `peft-kernels info`.
+#pragma once
+
+namespace pk {
+
+// One line per device, "0: <name>, compute capability 9.0, 132 SMs, 139.8 GiB, runs sm_90 code", then one line with
+// the versions of the driver and of the runtime; or one line that says why there is no device. Initialises CUDA.
+// The text belongs to the library and is queried once per process.
+const char* cuda_device_summary();
+
+}  // namespace pk
