@@ -1,0 +1,23 @@
+// What Python calls by name in the operator library. Nothing is registered when the library is loaded: Python defines
+// the schemas first and then binds the kernels of a device under a namespace of its choice.
+#include <cstring>
+
+#include "bindings/lora_linear.h"
+#include "common/instruction_set.h"
+
+#define PK_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Kernels for tensors of `device` ("CPU") under `ns`; does nothing for a device that has none.
+PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
+  if (std::strcmp(device, "CPU") != 0) return;
+  using torch::stable::detail::StableLibrary;
+  // Registrations last as long as this object: until the process ends.
+  auto* library = new StableLibrary(StableLibrary::Kind::IMPL, ns, device, __FILE__, __LINE__);
+  pk::bind_lora_linear_cpu(*library);
+}
+
+// The instruction set that the CPU kernels use: "default", "avx2", "avx512" or "avx512_bf16".
+PK_EXPORT const char* peft_kernels_isa() { return pk::instruction_set_name(); }
+
+// For tests: makes the kernels use another set. 0 if it is available, else nothing changes.
+PK_EXPORT int peft_kernels_set_isa(const char* name) { return pk::use_instruction_set(name) ? 0 : 1; }

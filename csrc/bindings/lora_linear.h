@@ -1,0 +1,10 @@
+// Registration of lora_linear's kernels.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+namespace pk {
+
+void bind_lora_linear_cpu(torch::stable::detail::StableLibrary& library);
+
+}  // namespace pk

@@ -1,0 +1,167 @@
+// Backward units of lora_linear. T: type of x, W, dy, dx. F: type of A, B and their gradients. ds_l = s_l dy_g B_l.
+#pragma once
+
+#include "lora_linear/tiles.h"
+
+namespace pk::PK_ISA {
+
+constexpr int64_t kMaxRank = 512;
+
+// One pass over dy in columns n0 ... n0 + kBlock of member g, kRowBlock rows at a time while they are in L1:
+//   the block's part of ds;  dB = dy^T h  (h carries s);  bias gradients, sums over the rows.
+// db_t: room for dB^T of the member's adapters, [R_g][kPitch].
+template <class T, class F>
+void dy_pass_unit(const Problem& p, int64_t g, int64_t block, float* db_t) {
+  const Member& member = p.member[g];
+  const int64_t n0 = block * kBlock, cols = min(kBlock, member.N - n0);
+  const T* dy = static_cast<const T*>(member.dy) + n0;
+  float column_sums[kPitch];
+  fill(column_sums, cols, vf{});
+  fill(db_t, member.R * kPitch, vf{});
+  for (int64_t row0 = 0; row0 < p.M; row0 += kRowBlock, dy += kRowBlock * member.dy_stride) {
+    const int64_t rows = min(kRowBlock, p.M - row0);
+    float* rank_rows = db_t;
+    for (int64_t l = 0; l < p.L; ++l) {
+      const Adapter& adapter = p.adapter[l];
+      if (adapter.member != g) continue;
+      if (p.ds) {
+        alignas(64) float part[kRowBlock][kMaxRank + kLanes];
+        constexpr int64_t kPart = kMaxRank + kLanes;
+        for (int64_t i = 0; i < rows; ++i) fill(part[i], adapter.R, vf{});
+        const F* b = static_cast<const F*>(adapter.B) + n0 * adapter.R;
+        outer_rows(part[0], kPart, rows, adapter.R, dy, member.dy_stride, b, adapter.R, cols);
+        float* ds = p.ds + (block * p.M + row0) * p.R + adapter.rank0;
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t r = 0; r < adapter.R; r += kLanes) {
+            store_n(ds + i * p.R + r, load(part[i] + r) * scaling(adapter), adapter.R - r);
+          }
+        }
+      }
+      if (adapter.dB) {
+        const float* h = static_cast<const float*>(p.h) + row0 * p.R + adapter.rank0;
+        outer<false>(rank_rows, kPitch, adapter.R, cols, h, p.R, 1, dy, member.dy_stride, rows);
+      }
+      rank_rows += adapter.R * kPitch;
+    }
+    for (int64_t j = 0; j < cols; j += kLanes) {
+      vf sum = load(column_sums + j);
+      for (int64_t i = 0; i < rows; ++i) sum += load_n(dy + i * member.dy_stride + j, cols - j);
+      store(column_sums + j, sum);
+    }
+  }
+  for (int64_t l = 0; l < p.L; ++l) {
+    const Adapter& adapter = p.adapter[l];
+    if (adapter.member != g) continue;
+    if (adapter.dB) {
+      transpose(db_t, kPitch, adapter.R, cols, static_cast<F*>(adapter.dB) + n0 * adapter.R, adapter.R);
+    }
+    for (int64_t j = 0; adapter.dbias && j < cols; j += kLanes) {
+      store_n(static_cast<F*>(adapter.dbias) + n0 + j, load(column_sums + j) * scaling(adapter), cols - j);
+    }
+    db_t += adapter.R * kPitch;
+  }
+  for (int64_t j = 0; member.dbias && j < cols; j += kLanes) {
+    store_n(static_cast<T*>(member.dbias) + n0 + j, load(column_sums + j), cols - j);
+  }
+}
+
+template <class T, class F>
+void dy_pass(const Problem& p, int64_t begin, int64_t end) {
+  each_member_unit(p, begin, end,
+                   [&](int64_t g, int64_t block, float* db_t) { dy_pass_unit<T, F>(p, g, block, db_t); });
+}
+
+// ds of rows = the sum of the blocks' parts, in order.
+static void sum_ds(const Problem& p, int64_t begin, int64_t end) {
+  const int64_t first = begin * kRowBlock, last = min(end * kRowBlock, p.M);
+  for (int64_t l = 0; l < p.L; ++l) {
+    const Adapter& adapter = p.adapter[l];
+    for (int64_t row = first; row < last; ++row) {
+      float* ds = p.ds + row * p.R + adapter.rank0;
+      for (int64_t r = 0; r < adapter.R; r += kLanes) {
+        vf sum = load_n(ds + r, adapter.R - r);
+        for (int64_t block = 1; block < blocks(p.member[adapter.member].N); ++block) {
+          sum += load_n(ds + block * p.M * p.R + r, adapter.R - r);
+        }
+        store_n(ds + r, sum, adapter.R - r);
+      }
+    }
+  }
+}
+
+// tile += mask * scale * (ds A), rows of one row block, columns k0 ... k0 + cols.
+template <class F>
+void add_adapter(Tile& tile, int64_t rows, int64_t cols, const float* ds, int64_t ld_ds, const F* a, int64_t lda,
+                 const Adapter& adapter, const uint32_t* mask) {
+  if (!adapter.dropout.active()) {
+    outer<false>(tile.at[0], kPitch, rows, cols, ds, 1, ld_ds, a, lda, adapter.R);
+    return;
+  }
+  Tile part;
+  for (int64_t i = 0; i < rows; ++i) fill(part.at[i], cols, vf{});
+  outer<false>(part.at[0], kPitch, rows, cols, ds, 1, ld_ds, a, lda, adapter.R);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; j += kLanes) {
+      const vf kept_part = keep(load(part.at[i] + j), mask[i * kMaskWords + j / 32] >> (j % 32));
+      store(tile.at[i] + j, load(tile.at[i] + j) + kept_part * adapter.dropout.scale);
+    }
+  }
+}
+
+// dx[:, k0 ... k0 + kBlock] = sum_l mask_l (ds_l A_l) / (1 - p_l), plus sum_g dy_g W_g where the unit adds the base;
+// dA_l = ds_l^T (mask_l x) / (1 - p_l). The mask is drawn once for both. da: room for dA, [R][kPitch].
+template <class T, class F>
+void x_pass_unit(const Problem& p, int64_t k0, float* da) {
+  const int64_t cols = min(kBlock, p.K - k0);
+  fill(da, p.R * kPitch, vf{});
+  for (int64_t row0 = 0; row0 < p.M; row0 += kRowBlock) {
+    const int64_t rows = min(kRowBlock, p.M - row0);
+    Tile tile;
+    for (int64_t i = 0; i < rows; ++i) fill(tile.at[i], cols, vf{});
+    for (int64_t l = 0; l < p.L; ++l) {
+      const Adapter& adapter = p.adapter[l];
+      uint32_t mask[kRowBlock][kMaskWords];
+      for (int64_t i = 0; adapter.dropout.active() && i < rows; ++i) {
+        keep_words(mask[i], adapter.dropout, row0 + i, k0 / 32, (cols + 31) / 32);
+      }
+      const float* ds = p.ds + row0 * p.R + adapter.rank0;
+      if (p.dx) {
+        add_adapter(tile, rows, cols, ds, p.R, static_cast<const F*>(adapter.A) + k0, p.K, adapter, mask[0]);
+      }
+      if (adapter.dA) {
+        float* sums = da + adapter.rank0 * kPitch;
+        const T* x = static_cast<const T*>(p.x) + row0 * p.x_stride + k0;
+        if (adapter.dropout.active()) {
+          outer<true>(sums, kPitch, adapter.R, cols, ds, p.R, 1, x, p.x_stride, rows, mask[0]);
+        } else {
+          outer<false>(sums, kPitch, adapter.R, cols, ds, p.R, 1, x, p.x_stride, rows);
+        }
+      }
+    }
+    if (!p.dx) continue;
+    for (int64_t g = 0; p.base && g < p.G; ++g) {
+      const Member& member = p.member[g];
+      const T* dy = static_cast<const T*>(member.dy) + row0 * member.dy_stride;
+      const T* w = static_cast<const T*>(member.weight) + k0 * member.weight_k;
+      add_product(tile, rows, cols, dy, member.dy_stride, member.N, w, member.weight_k, member.weight_n);
+    }
+    store_tile(tile, rows, cols, static_cast<T*>(p.dx) + row0 * p.K + k0, p.K);
+  }
+  for (int64_t l = 0; l < p.L; ++l) {
+    const Adapter& adapter = p.adapter[l];
+    for (int64_t r = 0; adapter.dA && r < adapter.R; ++r) {
+      const float* sums = da + (adapter.rank0 + r) * kPitch;
+      F* out = static_cast<F*>(adapter.dA) + r * p.K + k0;
+      for (int64_t j = 0; j < cols; j += kLanes) {
+        store_n(out + j, load(sums + j) * adapter.dropout.scale, cols - j);
+      }
+    }
+  }
+}
+
+template <class T, class F>
+void x_pass(const Problem& p, int64_t begin, int64_t end) {
+  for (int64_t unit = begin; unit < end; ++unit) x_pass_unit<T, F>(p, unit * kBlock, p.scratch + unit * p.R * kPitch);
+}
+
+}  // namespace pk::PK_ISA
