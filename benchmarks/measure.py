@@ -1,0 +1,138 @@
+"""Interleaved timing in one process.
+
+A step of an arm is y = arm(x), y.backward(dy), with x and the factors wanting gradients; the clock gives the time of
+its forward part and of the whole. Every round takes one step of every arm. The order is turned by one arm from round
+to round and every second round runs backwards, so that no arm always follows the same neighbour. What happens to the
+machine meanwhile happens to all arms: ratios are taken within a round.
+"""
+
+import gc
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.arms import Arm
+
+Step = tuple[float, float]  # ms of the forward part, ms of forward and backward
+QUANTILES = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+
+
+def order(index: int, count: int) -> list[int]:
+    """In which order round `index` takes `count` arms."""
+    shift = index // 2 % count
+    turned = [*range(shift, count), *range(shift)]
+    return turned[::-1] if index % 2 else turned
+
+
+def interleave(
+    arms: list[Arm], step: Callable[[Arm], Step], rounds: int, seconds: float, warmup: int = 2
+) -> dict[Arm, list[Step]]:
+    """At least `rounds` rounds, and more until `seconds` have passed. The first `warmup` rounds are thrown away."""
+    steps = {arm: [] for arm in arms}
+    for index in range(warmup):
+        for i in order(index, len(arms)):
+            step(arms[i])
+    gc.collect()
+    gc.disable()  # a collection inside one arm's step would be billed to that arm
+    try:
+        end, index = time.perf_counter() + seconds, 0
+        while index < rounds or time.perf_counter() < end:
+            for i in order(index, len(arms)):
+                steps[arms[i]].append(step(arms[i]))
+            index += 1
+    finally:
+        gc.enable()
+    return steps
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    """p20, p50, p80."""
+    return tuple(torch.tensor(values, dtype=torch.float64).quantile(QUANTILES).tolist())
+
+
+def ratios(values: list[float], frozen: list[float]) -> tuple[float, float, float]:
+    """p20, p50, p80 of the ratio to the frozen linear of the same round."""
+    return quantiles([value / base for value, base in zip(values, frozen, strict=True)])
+
+
+def clear_gradients(arm: Arm, x: Tensor) -> None:
+    # set to none, as optimizers do: otherwise every step would also time an accumulation
+    x.grad = None
+    for parameter in arm.parameters:
+        parameter.grad = None
+
+
+def cpu_clock(x: Tensor, dy: Tensor) -> Callable[[Arm], Step]:
+    """Wall time of each step on the CPU."""
+
+    def step(arm: Arm) -> Step:
+        clear_gradients(arm, x)
+        start = time.perf_counter_ns()
+        y = arm.call(x)
+        middle = time.perf_counter_ns()
+        y.backward(dy)
+        end = time.perf_counter_ns()
+        return (middle - start) * 1e-6, (end - start) * 1e-6
+
+    return step
+
+
+def cuda_clock(x: Tensor, dy: Tensor) -> Callable[[Arm], Step]:
+    """Time between CUDA events. Before each step the L2 is filled with zeros of nobody's use."""
+    flush = torch.empty(2 * torch.cuda.get_device_properties(x.device).L2_cache_size, dtype=torch.int8, device=x.device)
+
+    def step(arm: Arm) -> Step:
+        clear_gradients(arm, x)
+        start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        flush.zero_()
+        start.record()
+        y = arm.call(x)
+        middle.record()
+        y.backward(dy)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(middle), start.elapsed_time(end)
+
+    return step
+
+
+def cuda_graph_clock(x: Tensor, dy: Tensor) -> Callable[[Arm], Step]:
+    """The same from CUDA graphs, one of the forward and one of the whole step: no Python, no launch gaps."""
+    flush = torch.empty(2 * torch.cuda.get_device_properties(x.device).L2_cache_size, dtype=torch.int8, device=x.device)
+    graphs: dict[Arm, tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph]] = {}
+
+    def capture(arm: Arm, backward: bool) -> torch.cuda.CUDAGraph:
+        def run():
+            y = arm.call(x)
+            if backward:
+                torch.autograd.grad(y, [t for t in (x, *arm.parameters) if t.requires_grad], dy)
+
+        stream = torch.cuda.Stream()  # kernels that are compiled or tuned on their first calls must not be captured
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph
+
+    def replay(graph: torch.cuda.CUDAGraph) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def step(arm: Arm) -> Step:
+        if arm not in graphs:
+            graphs[arm] = capture(arm, backward=False), capture(arm, backward=True)
+        forward, whole = graphs[arm]
+        return replay(forward), replay(whole)
+
+    return step

@@ -1,0 +1,128 @@
+"""A benchmark's result as a CSV row, and where it came from: device, versions, commit, date."""
+
+import csv
+import dataclasses
+import platform
+import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import peft_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm of one cell in one direction. Empty text: does not apply (a frozen arm has no adapter)."""
+
+    op: str
+    arm: str
+    backend: str
+    dtype: str
+    adapter_dtype: str
+    M: int
+    K: int
+    N: int
+    r: str
+    p: str
+    direction: str  # "forward" (the forward part of a training step) or "forward+backward"
+    rounds: int
+    ms_p20: float
+    ms_p50: float
+    ms_p80: float
+    ratio_p20: float  # to the frozen linear of the same round
+    ratio_p50: float
+    ratio_p80: float
+    aa_spread: float  # how far from 1 the middle 60% of the rounds put the ratio of the two frozen arms
+    gbs: float  # of the least traffic that the op needs (registry's cost)
+    tflops: float
+    peak_share: float  # least time at the measured copy and GEMM rates of this process / time taken
+    saved_bytes: int  # kept by autograd between forward and backward, parameters not counted
+    device: str
+    threads: int
+    torch: str
+    transformers: str
+    peft: str
+    peft_kernels: str
+    commit: str
+    date: str
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Row))
+_NUMBERS = {field.name: field.type for field in dataclasses.fields(Row) if field.type in (int, float)}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    """The processor's model; /proc names it on Linux, `platform` elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def commit() -> str:
+    """Revision of the tree that is measured, "-dirty" where tracked files differ from it; "unknown" outside git."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(("git", "-C", ROOT, *words), capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def provenance(device: torch.device) -> dict[str, str | int]:
+    """The columns that are the same for every row of a run."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "peft": _version("peft"),
+        "peft_kernels": peft_kernels.__version__,
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+class Writer:
+    """Appends rows to a new CSV as cells finish, so an interrupted run keeps what it measured."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", newline="")
+        self._csv = csv.writer(self._file, lineterminator="\n")
+        self._csv.writerow(FIELDS)
+
+    def write(self, rows: list[Row]) -> None:
+        self._csv.writerows([_text(getattr(row, name)) for name in FIELDS] for row in rows)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _text(value) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV. Raises ValueError where its columns are not this version's."""
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != FIELDS:
+            raise ValueError(f"{path.name}: columns must be {', '.join(FIELDS)}, got {reader.fieldnames}")
+        return [Row(**{name: _NUMBERS.get(name, str)(text) for name, text in line.items()}) for line in reader]
