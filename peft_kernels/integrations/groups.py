@@ -1,0 +1,106 @@
+"""Modules that own several projections of one x, with the projections computed in one call: q, k, v and gate, up.
+
+For each class in `targets.GROUPS` there is a subclass here, made when it is first asked for and found by its name
+(`FusedLlamaAttention`), so that a patched model can be pickled. Its forward is the family's own around the one call.
+Where a member cannot be fused at this moment, the family's own forward runs, and each projection decides for itself.
+"""
+
+import functools
+import importlib
+
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from peft_kernels.integrations.counts import count_fallback, count_fused
+from peft_kernels.integrations.peft import INACTIVE, PLAIN, Call, FusedLinear, add_base, add_layer, intercepted
+from peft_kernels.integrations.targets import GROUPS, Group
+
+PREFIX = "Fused"
+
+
+def add_member(call: Call, member: nn.Module, x: Tensor, types=PLAIN) -> str:
+    """Adds a projection, with LoRA or without, to a call; returns why it cannot be added, or nothing."""
+    if intercepted(member, x):
+        return "hook"  # it has to be called as a module; PEFT's adapter_names come this way
+    adapted = type(member) is FusedLinear or type(member) is Linear  # Linear: an adapter that came after patch
+    return add_layer(call, member, x, types) if adapted else add_base(call, member, x, types)
+
+
+def project(owner: nn.Module, x: Tensor) -> list[Tensor] | None:
+    """y of each projection, or None where the call cannot be one now."""
+    if type(x) not in PLAIN:
+        count_fallback(owner, f"x is a {type(x).__name__}")
+        return None
+    call = Call()
+    modules = owner._modules
+    for name in owner.group.projections:
+        if reason := add_member(call, modules[name], x):
+            count_fallback(owner, f"{name}: {reason}")
+            return None
+    if not call.lora_A:
+        count_fallback(owner, INACTIVE)
+        return None
+    count_fused(owner)
+    return call.run(x)
+
+
+def _mlp_forward(self, x: Tensor) -> Tensor:
+    projected = project(self, x)
+    if projected is None:
+        return self.family_class.forward(self, x)
+    gate, up = projected
+    return self.down_proj(self.act_fn(gate) * up)
+
+
+def _attention_forward(
+    self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
+):
+    projected = project(self, hidden_states)
+    if projected is None:
+        return self.family_class.forward(
+            self, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
+        )
+    batch = hidden_states.shape[:-1]
+    q, k, v = (y.view(*batch, -1, self.head_dim).transpose(1, 2) for y in projected)  # [B, H, S, D]
+    if self.group.family.norms:
+        q_norm, k_norm = self.group.family.norms
+        q, k = getattr(self, q_norm)(q), getattr(self, k_norm)(k)
+    q, k = self.modeling.apply_rotary_pos_emb(q, k, *position_embeddings)
+    if past_key_values is not None:
+        k, v = past_key_values.update(k, v, self.layer_idx)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+        self.config._attn_implementation, self.modeling.eager_attention_forward
+    )
+    for argument, place in self.group.family.reads:
+        where, _, attribute = place.rpartition(".")
+        kwargs[argument] = getattr(self.config if where else self, attribute, None)
+    dropout = self.attention_dropout if self.training else 0.0
+    mixed, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+    return self.o_proj(mixed.reshape(*batch, -1).contiguous()), weights
+
+
+_FORWARDS = {"qkv": _attention_forward, "gate_up": _mlp_forward}
+
+
+@functools.cache
+def fused_class(group: Group) -> type:
+    """The subclass whose instances compute a group in one call."""
+    modeling = importlib.import_module(group.family.module)
+    family_class = getattr(modeling, group.owner)
+    members = {
+        "__doc__": f"{group.owner} with {', '.join(group.projections)} in one call.",
+        "__module__": __name__,
+        "group": group,
+        "family_class": family_class,
+        "modeling": modeling,
+        "forward": _FORWARDS[group.kind],
+    }
+    return type(PREFIX + group.owner, (family_class,), members)
+
+
+def __getattr__(name: str):  # how pickle finds a class by its name
+    for group in GROUPS.values():
+        if name == PREFIX + group.owner:
+            return fused_class(group)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

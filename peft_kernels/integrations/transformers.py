@@ -1,0 +1,234 @@
+"""patch and unpatch: the LoRA layers of a transformers model change class, and nothing else about it changes.
+
+`patch` decides for each layer, now, whether the op computes it; each call then looks at PEFT's switches again. A layer
+with no kernel keeps its class and gets a reason in the report. Modules that own several projections of one input
+(`targets.py`) change class as well, so that the projections become one call.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from types import MethodType
+from weakref import ref
+
+import torch
+from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import is_parametrized
+from transformers import TrainerCallback
+
+from peft_kernels import backends
+from peft_kernels.integrations.groups import add_member, fused_class
+from peft_kernels.integrations.peft import MERGED, PLAIN, UNMERGES, Call, FusedLinear, add_layer, own_method
+from peft_kernels.integrations.report import PatchReport, Row
+from peft_kernels.integrations.targets import forward_is_known, group_of
+
+SHARDABLE = PLAIN | {DTensor}  # a layer-wise FSDP unit holds plain parameters again when its forward runs
+OWN_FORWARD = "the instance has a forward of its own"
+
+
+def patch(model: nn.Module, strict: bool = False) -> PatchReport:
+    """Lets the LoRA layers of a model run fused; returns what was done to each of them.
+
+    Args:
+        model: a PeftModel, or a transformers model with PEFT adapters loaded, or any module that holds such layers.
+        strict: raise instead of leaving any adapter layer alone; nothing is changed then.
+
+    Only instances are touched: a layer's class becomes a subclass without state. State dict, isinstance, pickling,
+    copying, saving, merging and switching adapters are as before. No forward is run. Patching again picks up what
+    came since. As a context manager: patched inside, as before afterwards.
+
+    Raises:
+        ValueError: there is no adapter layer in the model.
+        RuntimeError: strict, and a layer has no kernel.
+
+    Example:
+        >>> report = peft_kernels.patch(model)
+        >>> print(report)
+        >>> with peft_kernels.patch(model):
+        ...     model(input_ids=input_ids)
+    """
+    rows, swaps = _plan_layers(model)
+    if not rows:
+        raise ValueError(
+            "patch: the model has no PEFT layer; make them first with peft.get_peft_model(model, LoraConfig(...)), "
+            "PeftModel.from_pretrained(model, path) or model.load_adapter(path)"
+        )
+    rows, group_swaps, notes = _plan_groups(model, rows)
+    left = [row for row in rows if not row.kernel]
+    if strict and left:
+        reasons = "\n  ".join(f"{row.name} ({row.kind}): {row.reason}" for row in left)
+        raise RuntimeError(f"patch(strict=True): nothing was changed, for these have no kernel:\n  {reasons}")
+    return PatchReport(model, rows, notes, _swap([*swaps, *group_swaps]))
+
+
+def unpatch(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Gives every module of a model the class back that it had before `patch`, bit for bit.
+
+    Returns a context manager for those who want the plain model only for a while. Modules that FSDP has taken over
+    since (`fully_shard` on the layer itself) keep their class, with a warning.
+
+        >>> peft_kernels.unpatch(model)
+        >>> with peft_kernels.unpatch(model):
+        ...     model(input_ids=input_ids)  # plain PEFT; patched again afterwards
+    """
+    swaps = []
+    for name, module in model.named_modules():
+        kind = type(module)
+        if kind is FusedLinear:
+            swaps.append((module, Linear))
+        elif "family_class" in kind.__dict__:
+            swaps.append((module, kind.family_class))
+        elif isinstance(module, FusedLinear) or hasattr(kind, "family_class"):
+            warnings.warn(f"unpatch: {name} keeps its class, {kind.__name__}, which was made after patch", stacklevel=2)
+    restore = contextlib.ExitStack()
+    restore.callback(_swap(swaps))
+    return restore
+
+
+def _swap(swaps: list[tuple[nn.Module, type]]) -> Callable[[], None]:
+    """Changes classes; returns what changes them back. A forward that accelerate has saved follows its class."""
+    done = []
+    for module, kind in swaps:
+        done.append((ref(module), type(module), kind))
+        bound = [name for name in ("_old_forward", "forward") if own_method(module, name)]
+        module.__class__ = kind
+        for name in bound:
+            module.__dict__[name] = MethodType(kind.forward, module)
+
+    def restore():
+        alive = [(module(), before, after) for module, before, after in done]
+        _swap([(module, before) for module, before, after in alive if type(module) is after])
+
+    return restore
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+def _plan_layers(model: nn.Module) -> tuple[list[Row], list[tuple[nn.Module, type]]]:
+    rows, swaps = [], []
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        if type(module) is not Linear and not isinstance(module, FusedLinear):
+            rows.append(Row(name, type(module).__name__, reason=_no_kernel_for(module)))
+            continue
+        if reason := _obstacle(module):
+            rows.append(Row(name, "lora.Linear", reason=reason))
+            continue
+        rows.append(Row(name, "lora.Linear", kernel=backends.bound(module.weight.device.type)))
+        if type(module) is Linear:
+            swaps.append((module, FusedLinear))
+    return rows, swaps
+
+
+def _obstacle(layer: Linear) -> str:
+    """Why this layer cannot be fused as it is now, or nothing. A disabled or inactive adapter is no obstacle."""
+    if _forward_was_replaced(layer):
+        return OWN_FORWARD
+    if layer.merged_adapters:
+        return UNMERGES if layer._disable_adapters else f"{MERGED}; unmerge, then patch again"
+    weight = getattr(layer._modules["base_layer"], "weight", None)
+    like = weight if isinstance(weight, torch.Tensor) else torch.empty(0)
+    return add_layer(Call(), layer, like, SHARDABLE)
+
+
+def _forward_was_replaced(module: nn.Module) -> bool:
+    return "forward" in module.__dict__ and not (own_method(module, "forward") or own_method(module, "_old_forward"))
+
+
+def _no_kernel_for(layer: BaseTunerLayer) -> str:
+    name = type(layer).__name__
+    if name.startswith("FSDP"):
+        return "its class was made by FSDP; patch before sharding"
+    if is_parametrized(layer):
+        return "its class was made by torch.nn.utils.parametrize"
+    if not isinstance(layer, LoraLayer):
+        return f"{name} is another method than LoRA"
+    if isinstance(layer, ParamWrapper):
+        return "it adapts a parameter of its module (MoE experts), not a linear layer"
+    if isinstance(layer, Linear):
+        return f"{name} has a forward of its own"
+    base = type(layer.get_base_layer())
+    if layer.quantization_backend is not None or "quant" in base.__module__ or "bitsandbytes" in base.__module__:
+        return f"the base layer is a quantised {base.__name__}"
+    return f"LoRA on {base.__name__} has no kernel"
+
+
+# -- groups -----------------------------------------------------------------------------------------------------------
+
+
+def _plan_groups(model: nn.Module, rows: list[Row]):
+    """Rows and swaps of the modules that own several LoRA projections, and a note where a model has none."""
+    layers = {row.name: row for row in rows}
+    swaps, known = [], False
+    for name, owner in model.named_modules():
+        plain = getattr(type(owner), "family_class", type(owner))
+        group = group_of(plain)
+        if group is None:
+            continue
+        known = True
+        children = {f"{name}.{p}" if name else p: owner._modules.get(p) for p in group.projections}
+        lora = {path: layers[path] for path in children if path in layers}
+        if len(lora) < 2 or None in children.values():
+            continue
+        reason = _group_obstacle(group, owner, plain, children, lora)
+        kernel = "" if reason else next(iter(lora.values())).kernel
+        rows.append(Row(name, group.kind, kernel, reason))
+        if reason:
+            continue
+        for path, row in lora.items():
+            layers[path] = Row(row.name, row.kind, row.kernel, group=name)
+        if type(owner) is plain:
+            swaps.append((owner, fused_class(group)))
+    family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    notes = [] if known else [f"{family}: no module with several projections of one input is known; one call per layer"]
+    return sorted((layers.get(row.name, row) for row in rows), key=_order(model)), swaps, notes
+
+
+def _order(model: nn.Module):
+    place = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return lambda row: place[row.name]
+
+
+def _group_obstacle(group, owner, plain, children, lora) -> str:
+    if not forward_is_known(group, plain):
+        return f"{plain.__name__}.forward takes other arguments in this version of transformers"
+    if _forward_was_replaced(owner):
+        return OWN_FORWARD
+    call, x = Call(), next(iter(children.values())).weight
+    for path, child in children.items():
+        member = path.rpartition(".")[2]
+        if path in lora and not lora[path].kernel:
+            return f"{member}: {lora[path].reason}"
+        if reason := add_member(call, child, x, SHARDABLE):
+            return f"{member}: {reason}"
+    return ""
+
+
+class PeftKernelsCallback(TrainerCallback):
+    """Patches the model when a Trainer starts to train, and gives it back at the end.
+
+    Args:
+        strict: as in `peft_kernels.patch`.
+        unpatch_at_end: False leaves the model patched after training.
+
+    `report` is the PatchReport of the last training.
+
+        >>> trainer = Trainer(model, args, callbacks=[peft_kernels.PeftKernelsCallback()])
+    """
+
+    def __init__(self, strict: bool = False, unpatch_at_end: bool = True):
+        self.strict = strict
+        self.unpatch_at_end = unpatch_at_end
+        self.report: PatchReport | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.report = patch(model, self.strict)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if self.unpatch_at_end:
+            unpatch(model)
