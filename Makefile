@@ -41,8 +41,8 @@ test-floor:
 
 test-kernels: $(CMAKE)
 	$(CMAKE) -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release
-	$(CMAKE) --build build/cmake --parallel
-	$(dir $(CMAKE))ctest --test-dir build/cmake --output-on-failure
+	$(CMAKE) --build build/cmake --parallel $(shell nproc)
+	$(dir $(CMAKE))ctest --test-dir build/cmake --output-on-failure --no-tests=error
 
 bench: build
 	$(BIN)/python benchmarks/run.py --op lora_linear --grid cpu $(ARGS)

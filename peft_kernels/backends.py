@@ -63,7 +63,8 @@ def bound(device_type: str) -> str:
 
 def linked(op_name: str, device_type: str) -> list[str]:
     """Names of the backends that can run an op on a device type: `torch.ops.peft_kernels_<name>.<op>`."""
-    return [b.name for b in all_backends().values() if b.available and device_type in b.devices]
+    usable = [b.name for b in all_backends().values() if b.available and device_type in b.devices]
+    return [name for name in usable if hasattr(getattr(torch.ops, f"peft_kernels_{name}"), op_name)]
 
 
 def bind_native(namespace: str, device_type: str) -> None:

@@ -110,20 +110,22 @@ def link() -> None:
         return
     for backend in backends.all_backends().values():
         if backend.available:
-            _define(f"peft_kernels_{backend.name}")
+            ops = [op for op in _OPS.values() if backend.name in op.backends]
+            _define(f"peft_kernels_{backend.name}", ops)
             for device in backend.devices:
-                _implement(f"peft_kernels_{backend.name}", backend.name, device)
-    _define("peft_kernels")
+                _implement(f"peft_kernels_{backend.name}", ops, backend.name, device)
+    everything = list(_OPS.values())
+    _define("peft_kernels", everything)
     for device in backends.all_backends()["reference"].devices:
-        _implement("peft_kernels", backends.bound(device), device)
+        _implement("peft_kernels", everything, backends.bound(device), device)
 
 
-def _define(namespace: str) -> None:
-    """Schemas, fakes, autograd and autocast of every op in one namespace."""
+def _define(namespace: str, ops: list[Op]) -> None:
+    """Schemas, fakes, autograd and autocast of some ops in one namespace."""
     library = torch.library.Library(namespace, "DEF")
     _LIBRARIES.append(library)
     torch_ops = getattr(torch.ops, namespace)
-    for op in _OPS.values():
+    for op in ops:
         for function in op.functions:
             library.define(function.name + function.schema, tags=(torch.Tag.needs_fixed_stride_order,))
             torch.library.register_fake(f"{namespace}::{function.name}", function.fake, lib=library)
@@ -132,13 +134,13 @@ def _define(namespace: str) -> None:
             library.impl(op.name, op.autocast(torch_ops, device.lower()), f"Autocast{device}")
 
 
-def _implement(namespace: str, backend: str, device: str) -> None:
-    """The kernels of one backend, for one device, under one namespace."""
+def _implement(namespace: str, ops: list[Op], backend: str, device: str) -> None:
+    """The kernels of one backend, for one device; the reference's for an op that the backend does not have."""
     if backend != "reference":
         backends.bind_native(namespace, device)
-        return
     library = torch.library.Library(namespace, "IMPL")
     _LIBRARIES.append(library)
-    for op in _OPS.values():
-        for function in op.functions:
-            library.impl(function.name, function.reference, device.upper())
+    for op in ops:
+        if backend == "reference" or backend not in op.backends:
+            for function in op.functions:
+                library.impl(function.name, function.reference, device.upper())

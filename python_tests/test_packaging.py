@@ -105,6 +105,7 @@ def test_plan_shows_the_launch():
 
     row, rows = (lora_linear_plan(M=M, N=300, K=1000, R=8, dtype_size=2) for M in (1, 100))
     assert row["path"] == "fused" and [name for name, _ in row["forward"]] == ["shrink", "expand"]
+    assert [name for name, _ in row["backward"]] == ["dy_pass", "sum_ds", "stream_dx", "x_pass"]
     assert rows["path"] == "gemm" and [name for name, _ in rows["forward"]] == ["shrink", "expand", "gemm"]
     assert dict(rows["forward"])["expand"] == -(-300 // rows["block"])
     assert dict(rows["backward"])["x_pass"] == -(-1000 // rows["block"])
