@@ -1,0 +1,158 @@
+"""The command line: info tells, bench forwards, and the demo in miniature finds what it should, wrong things too."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import peft_kernels
+from peft_kernels import backends, cli
+
+RUN = CliRunner()
+
+
+def test_info_names_every_backend_and_the_reason():
+    result = RUN.invoke(cli.app, ["info"])
+    assert result.exit_code == 0, result.output
+    for row in backends.describe():
+        assert row["name"] in result.output
+    assert "used" in result.output
+    assert peft_kernels.__version__ in result.output
+
+
+def test_info_json_is_the_same_as_data():
+    result = RUN.invoke(cli.app, ["info", "--json"])
+    found = json.loads(result.output)
+    assert found["backends"] == backends.describe()
+    assert found["version"] == peft_kernels.__version__
+    assert {"torch", "devices", "instruction_set", "cuda", "build"} <= found.keys()
+    bound = {row["device"]: row["name"] for row in found["backends"] if row["bound"]}
+    assert bound["cpu"] == backends.bound("cpu")
+
+
+def test_bench_forwards_arguments_and_exit_code(tmp_path, monkeypatch, capfd):
+    script = tmp_path / "run.py"
+    script.write_text("import sys\nprint(sys.argv[1:])\nsys.exit(3)\n")
+    monkeypatch.setattr(cli, "BENCHMARK", script)
+    result = RUN.invoke(cli.app, ["bench", "--op", "lora_linear", "--help", "x"])
+    assert result.exit_code == 3
+    assert "['--op', 'lora_linear', '--help', 'x']" in capfd.readouterr().out
+
+
+def test_bench_outside_a_source_tree_says_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "BENCHMARK", tmp_path / "run.py")
+    result = RUN.invoke(cli.app, ["bench"])
+    assert result.exit_code == 2
+    assert "clone the repository" in result.output
+
+
+def test_a_domain_that_is_missing_is_replaced_aloud(monkeypatch):
+    from peft_kernels.demo import corpus
+
+    (name, origin, _), *others = corpus.CANDIDATES
+    monkeypatch.setattr(corpus, "CANDIDATES", [(name, origin, lambda: b""), *others])
+    texts, said = corpus.choose(3)
+    assert [text.name for text in texts] == [row[0] for row in others][:3]
+    assert len(said) == 1
+    assert name in said[0]
+    monkeypatch.setattr(corpus, "CANDIDATES", corpus.CANDIDATES[:2])
+    with pytest.raises(RuntimeError, match="needs 3 domains"):
+        corpus.choose(3)
+
+
+@pytest.fixture
+def miniature(monkeypatch):
+    """The demo with a model and a training of a few seconds."""
+    pytest.importorskip("peft")
+    pytest.importorskip("matplotlib")
+    from peft_kernels.demo import task
+
+    size = task.Size(
+        base_steps=40,
+        adapt_steps=8,
+        extra_steps=8,
+        hidden=64,
+        intermediate=96,
+        layers=2,
+        heads=2,
+        batch=8,
+        window=48,
+        held_out_windows=16,
+        generated=4,
+    )
+    monkeypatch.setitem(task.SIZES, "quick", size)
+    return size
+
+
+def demo(out, *arguments):
+    return RUN.invoke(cli.app, ["demo", "--quick", "--device", "cpu", "--out", str(out), *arguments])
+
+
+def test_demo(tmp_path, miniature):
+    result = demo(tmp_path)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["size"] == dataclasses.asdict(miniature)
+    assert {"device", "versions", "version", "revision", "date", "backend", "seconds", "replaced"} <= found.keys()
+    domains = [row["domain"] for row in found["comparisons"]]
+    assert len(set(domains[:4])) == 4
+    assert found["comparisons"][4]["method"]["dropout"]
+    for row in found["comparisons"]:
+        assert row["problems"] == []
+        assert row["fused_modules"] > 0
+        assert row["bits_after"]["patched"] < row["bits_before"]
+        saved = row["saved_bytes"]
+        assert saved["patched"] < saved["peft"] if row["method"]["dropout"] else saved["patched"] <= saved["peft"]
+        assert len(row["losses"]["patched"]) == row["steps"] == len(row["step_times_ms"]["patched"])
+        assert row["step_ms"].keys() == row["ratio"].keys() == {"peft", "patched", "again"}
+        assert (tmp_path / row["adapters"]["patched"] / "adapter_model.safetensors").exists()
+        assert row["domain"] in result.output
+    assert all(line.split(",")[0] in result.output for line in found["conclusion"])
+    for name in ("loss_curves.png", "step_times.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def _doubled(model):
+    for name, module in model.named_modules():
+        if name.endswith("o_proj"):
+            module.scaling["default"] *= 2
+
+
+def _without_gradient_of_a(model):
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.register_hook(torch.zeros_like)
+
+
+def _with_twice_the_gradient_of_b(model):
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.register_hook(lambda gradient: 2 * gradient)
+
+
+def _with_a_forward_of_its_own(model):
+    layer = next(module for name, module in model.named_modules() if name.endswith("o_proj"))
+    layer.forward = lambda x, forward=layer.forward: forward(x)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (_doubled, "logits"),
+        (_without_gradient_of_a, "loss curves"),
+        (_with_twice_the_gradient_of_b, "lora_B"),
+        (_with_a_forward_of_its_own, "left alone"),
+    ],
+)
+def test_demo_fails_where_the_patched_model_is_not_the_same(tmp_path, miniature, monkeypatch, spoil, said):
+    from peft_kernels import demo as main_job
+
+    plan, patch = main_job.plan, peft_kernels.patch
+    monkeypatch.setattr(main_job, "plan", lambda *args, **kwargs: plan(*args, **kwargs)[:1])
+    monkeypatch.setattr(peft_kernels, "patch", lambda model: (spoil(model), patch(model))[1])
+    result = demo(tmp_path)
+    assert result.exit_code == 1
+    assert "not equal" in result.output
+    assert said in result.output
