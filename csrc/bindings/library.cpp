@@ -17,7 +17,11 @@ PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
 }
 
 // The instruction set that the CPU kernels use: "default", "avx2", "avx512" or "avx512_bf16".
-PK_EXPORT const char* peft_kernels_isa() { return pk::instruction_set_name(); }
+PK_EXPORT const char* peft_kernels_isa() {
+  return pk::instruction_set_name();
+}
 
 // For tests: makes the kernels use another set. 0 if it is available, else nothing changes.
-PK_EXPORT int peft_kernels_set_isa(const char* name) { return pk::use_instruction_set(name) ? 0 : 1; }
+PK_EXPORT int peft_kernels_set_isa(const char* name) {
+  return pk::use_instruction_set(name) ? 0 : 1;
+}

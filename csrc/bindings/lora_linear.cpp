@@ -1,9 +1,10 @@
 // lora_linear for CPU tensors: check, allocate, fill the Problem, run its phases; the base product of many rows is
 // torch's own GEMM, called in place.
-#include <cstring>
+#include "bindings/lora_linear.h"
+
+#include <algorithm>
 #include <tuple>
 
-#include "bindings/lora_linear.h"
 #include "bindings/lora_linear_check.h"
 #include "lora_linear/lora_linear.h"
 
@@ -105,6 +106,15 @@ class Call {
     return static_cast<float*>(alive_.back().mutable_data_ptr());
   }
 
+  // Room for the slices of the members whose base product streams W across the sum, in a few-row call.
+  void make_slices(bool forward) {
+    for (Member& m : members) {
+      if (!problem.base || (forward ? m.weight_k : m.weight_n) == 1) continue;
+      const int64_t length = forward ? problem.K : m.N, columns = forward ? m.N : problem.K;
+      m.streamed = scratch(lora_linear::slices(length) * problem.M * lora_linear::pitch(columns));
+    }
+  }
+
   void run(Phase phase, int64_t units, int64_t work) const {
     parallel(units, work, [&](int64_t begin, int64_t end) { phase(problem, begin, end); });
   }
@@ -141,11 +151,12 @@ int64_t sum_of_N(const Problem& p) {
   return sum;
 }
 
-std::tuple<std::vector<Tensor>, Tensor> forward(
-    const Tensor& x, const std::vector<Tensor>& weight, const std::vector<OptionalTensor>& bias,
-    const std::vector<Tensor>& lora_A, const std::vector<Tensor>& lora_B, const std::vector<OptionalTensor>& lora_bias,
-    const std::vector<int64_t>& member, const std::vector<double>& scaling, const std::vector<double>& dropout_p,
-    const OptionalTensor& seed) {
+std::tuple<std::vector<Tensor>, Tensor> forward(const Tensor& x, const std::vector<Tensor>& weight,
+                                                const std::vector<OptionalTensor>& bias,
+                                                const std::vector<Tensor>& lora_A, const std::vector<Tensor>& lora_B,
+                                                const std::vector<OptionalTensor>& lora_bias,
+                                                const std::vector<int64_t>& member, const std::vector<double>& scaling,
+                                                const std::vector<double>& dropout_p, const OptionalTensor& seed) {
   LoraLinearCheck({x, weight, bias, lora_A, lora_B, lora_bias, member, scaling, dropout_p, seed}).run();
   Call call(weight, lora_A, lora_B, member, scaling, dropout_p, seed);
   Problem& p = call.problem;
@@ -170,8 +181,12 @@ std::tuple<std::vector<Tensor>, Tensor> forward(
     return {y, h};
   }
   p.scratch = call.scratch(lora_linear::member_scratch(p));
+  call.make_slices(true);
+  const int64_t outputs = p.M * sum_of_N(p), base = p.base ? outputs * p.K : 0;
+  const int64_t slices = lora_linear::stream_y_units(p);
   call.run(call.kernels->shrink, lora_linear::row_units(p) * p.L, p.M * p.K * p.R);
-  call.run(call.kernels->expand, lora_linear::member_units(p), p.M * sum_of_N(p) * (p.R + (p.base ? p.K : 0)));
+  call.run(call.kernels->stream_y, slices, base);
+  call.run(call.kernels->expand, lora_linear::member_units(p), outputs * p.R + (slices ? slices * outputs : base));
   for (size_t g = 0; !p.base && g < weight.size(); ++g) {
     const Member& m = call.members[g];
     gemm(matrix(y[g], p.M, m.N, m.N, 1), matrix(rows.tensor, p.M, p.K, p.x_stride, 1),
@@ -180,34 +195,24 @@ std::tuple<std::vector<Tensor>, Tensor> forward(
   return {y, h};
 }
 
-// The gradients, in the order of `needs`: x, weights, biases, lora_As, lora_Bs, lora_biases.
-class Gradients {
- public:
+// Uninitialised gradients in the order of `needs`: x, weights, biases, lora_As, lora_Bs, lora_biases.
+std::vector<Tensor> new_gradients(const std::vector<Tensor>& dy, const std::vector<Tensor>& weight,
+                                  const std::vector<Tensor>& lora_A, const std::vector<Tensor>& lora_B,
+                                  const std::vector<bool>& needs) {
   std::vector<Tensor> all;
-
-  Gradients(const std::vector<Tensor>& dy, const std::vector<Tensor>& weight, const std::vector<Tensor>& lora_A,
-            const std::vector<Tensor>& lora_B, const std::vector<bool>& needs)
-      : needs_(needs) {
-    all.reserve(needs.size());
-    const int32_t dtype = dtype_code(weight[0]), factor_dtype = dtype_code(lora_A[0]);
-    all.push_back(needs[0] ? empty_rows(dy[0], weight[0].size(1), dtype) : empty({0}, dtype));
-    for (const Tensor& w : weight) add({w.size(0), w.size(1)}, dtype);
-    for (const Tensor& w : weight) add({w.size(0)}, dtype);
-    for (const Tensor& a : lora_A) add({a.size(0), a.size(1)}, factor_dtype);
-    for (const Tensor& b : lora_B) add({b.size(0), b.size(1)}, factor_dtype);
-    for (const Tensor& b : lora_B) add({b.size(0)}, factor_dtype);
-  }
-
-  bool needed(size_t i) const { return needs_[i]; }
-
- private:
-  void add(std::initializer_list<int64_t> sizes, int32_t dtype) {
-    const bool needed = needs_[all.size()];
-    all.push_back(needed ? empty(sizes, dtype) : empty({0}, dtype));
-  }
-
-  const std::vector<bool>& needs_;
-};
+  all.reserve(needs.size());
+  const int32_t dtype = dtype_code(weight[0]), factor_dtype = dtype_code(lora_A[0]);
+  const auto add = [&](std::initializer_list<int64_t> sizes, int32_t code) {
+    all.push_back(needs[all.size()] ? empty(sizes, code) : empty({0}, code));
+  };
+  all.push_back(needs[0] ? empty_rows(dy[0], weight[0].size(1), dtype) : empty({0}, dtype));
+  for (const Tensor& w : weight) add({w.size(0), w.size(1)}, dtype);
+  for (const Tensor& w : weight) add({w.size(0)}, dtype);
+  for (const Tensor& a : lora_A) add({a.size(0), a.size(1)}, factor_dtype);
+  for (const Tensor& b : lora_B) add({b.size(0), b.size(1)}, factor_dtype);
+  for (const Tensor& b : lora_B) add({b.size(0)}, factor_dtype);
+  return all;
+}
 
 void check_backward(const std::vector<Tensor>& dy, const OptionalTensor& x, const OptionalTensor& h,
                     const std::vector<Tensor>& weight, const std::vector<Tensor>& lora_A,
@@ -246,6 +251,50 @@ void check_backward(const std::vector<Tensor>& dy, const OptionalTensor& x, cons
   STD_TORCH_CHECK(h || !reads_h, "lora_linear_backward: h must be given for gradients of lora_B");
 }
 
+// Gives the phases their outputs; an output that is not needed stays null.
+void set_outputs(Call& call, const std::vector<Tensor>& gradients, const std::vector<bool>& needs) {
+  const size_t G = call.members.size(), L = call.adapters.size();
+  if (needs[0]) call.problem.dx = gradients[0].mutable_data_ptr();
+  for (size_t g = 0; g < G; ++g) {
+    if (needs[1 + G + g]) call.members[g].dbias = gradients[1 + G + g].mutable_data_ptr();
+  }
+  for (size_t l = 0; l < L; ++l) {
+    Adapter& adapter = call.adapters[l];
+    const size_t dA = 1 + 2 * G + l, dB = dA + L, dbias = dB + L;
+    if (needs[dA]) adapter.dA = call.factor_gradient(gradients[dA]);
+    if (needs[dB]) adapter.dB = call.factor_gradient(gradients[dB]);
+    if (needs[dbias]) adapter.dbias = call.factor_gradient(gradients[dbias]);
+  }
+}
+
+// All gradients but the weights', which are a GEMM, and the base part of dx of many rows, which is another.
+void run_backward(Call& call) {
+  Problem& p = call.problem;
+  bool reads_dy = false, any_dA = false;
+  for (const Member& m : call.members) reads_dy = reads_dy || m.dbias;
+  for (const Adapter& adapter : call.adapters) {
+    reads_dy = reads_dy || adapter.dB || adapter.dbias;
+    any_dA = any_dA || adapter.dA;
+  }
+  const bool reads_x = p.dx || any_dA;
+  int64_t parts = 0;  // of ds
+  for (const Member& m : call.members) parts = std::max(parts, lora_linear::blocks(m.N));
+  const int64_t sums = std::max(lora_linear::member_scratch(p), lora_linear::x_pass_scratch(p));
+  p.scratch = call.scratch(sums + (reads_x ? parts * p.M * p.R : 0));
+  if (reads_x) p.ds = p.scratch + sums;
+
+  const Kernels& kernels = *call.kernels;
+  const int64_t N = sum_of_N(p), low_rank = p.M * p.R;
+  if (reads_x || reads_dy) call.run(kernels.dy_pass, lora_linear::member_units(p), 2 * N * low_rank);
+  if (!reads_x) return;
+  if (parts > 1) call.run(kernels.sum_ds, lora_linear::row_units(p), parts * low_rank);
+  if (p.dx) call.make_slices(false);
+  const int64_t base = p.base && p.dx ? p.M * N * p.K : 0;
+  const int64_t slices = lora_linear::stream_dx_units(p);
+  call.run(kernels.stream_dx, slices, base);
+  call.run(kernels.x_pass, lora_linear::blocks(p.K), 2 * p.K * low_rank + (slices ? slices * p.M * p.K : base));
+}
+
 std::vector<Tensor> backward(const std::vector<Tensor>& dy, const OptionalTensor& x, const OptionalTensor& h,
                              const std::vector<Tensor>& weight, const std::vector<Tensor>& lora_A,
                              const std::vector<Tensor>& lora_B, const std::vector<int64_t>& member,
@@ -253,75 +302,52 @@ std::vector<Tensor> backward(const std::vector<Tensor>& dy, const OptionalTensor
                              const OptionalTensor& seed, const std::vector<bool>& needs) {
   check_backward(dy, x, h, weight, lora_A, lora_B, member, scaling, dropout_p, seed, needs);
   Call call(weight, lora_A, lora_B, member, scaling, dropout_p, seed);
-  Gradients gradients(dy, weight, lora_A, lora_B, needs);
-  const size_t G = weight.size(), L = lora_A.size();
+  const std::vector<Tensor> gradients = new_gradients(dy, weight, lora_A, lora_B, needs);
+  const size_t G = weight.size();
   Problem& p = call.problem;
-  call.set_rows(as_rows(dy[0]).count);
-  if (p.M == 0) {
-    for (const Tensor& gradient : gradients.all) torch::stable::zero_(const_cast<Tensor&>(gradient));
-    return gradients.all;
-  }
-  if (x) call.set_x(as_rows(*x));
-  if (h) p.h = const_cast<void*>(h->const_data_ptr());  // read only
   std::vector<Rows> dy_rows;
   dy_rows.reserve(G);
-  bool any_dA = false, any_dB = false, any_bias = false;
   for (size_t g = 0; g < G; ++g) {
-    Member& m = call.members[g];
     dy_rows.push_back(as_rows(dy[g]));
-    m.dy = dy_rows[g].data();
-    m.dy_stride = dy_rows[g].stride;
-    if (needs[1 + G + g]) m.dbias = gradients.all[1 + G + g].mutable_data_ptr();
-    any_bias = any_bias || m.dbias;
+    call.members[g].dy = dy_rows[g].data();
+    call.members[g].dy_stride = dy_rows[g].stride;
   }
-  for (size_t l = 0; l < L; ++l) {
-    Adapter& adapter = call.adapters[l];
-    const size_t dA = 1 + 2 * G + l, dB = dA + L, dbias = dB + L;
-    if (needs[dA]) adapter.dA = call.factor_gradient(gradients.all[dA]);
-    if (needs[dB]) adapter.dB = call.factor_gradient(gradients.all[dB]);
-    if (needs[dbias]) adapter.dbias = call.factor_gradient(gradients.all[dbias]);
-    any_dA = any_dA || adapter.dA;
-    any_dB = any_dB || adapter.dB;
-    any_bias = any_bias || adapter.dbias;
+  call.set_rows(dy_rows[0].count);
+  if (p.M == 0) {
+    for (Tensor gradient : gradients) torch::stable::zero_(gradient);
+    return gradients;
   }
-  if (needs[0]) p.dx = gradients.all[0].mutable_data_ptr();
+  std::optional<Rows> x_rows;
+  if (x) call.set_x(x_rows.emplace(as_rows(*x)));
+  if (h) p.h = const_cast<void*>(h->const_data_ptr());  // read only
+  set_outputs(call, gradients, needs);
   if (call.is_double()) {
     lora_linear::backward_double(p);
   } else {
-    const bool x_pass = p.dx || any_dA;
-    int64_t most_blocks = 0, most_scratch = lora_linear::member_scratch(p);
-    for (const Member& m : call.members) most_blocks = std::max(most_blocks, lora_linear::blocks(m.N));
-    most_scratch = std::max(most_scratch, lora_linear::x_pass_scratch(p));
-    p.scratch = call.scratch(most_scratch + (x_pass ? most_blocks * p.M * p.R : 0));
-    if (x_pass) p.ds = p.scratch + most_scratch;
-    const int64_t N = sum_of_N(p), low_rank = p.M * p.R;
-    if (x_pass || any_dB || any_bias) call.run(call.kernels->dy_pass, lora_linear::member_units(p), 2 * N * low_rank);
-    if (x_pass && most_blocks > 1) call.run(call.kernels->sum_ds, lora_linear::row_units(p), most_blocks * low_rank);
-    if (x_pass) {
-      const int64_t base = p.base && p.dx ? p.M * N * p.K : 0;
-      call.run(call.kernels->x_pass, lora_linear::blocks(p.K), 2 * p.K * low_rank + base);
-    }
-    for (size_t g = 0; p.dx && !p.base && g < G; ++g) {
-      const Member& m = call.members[g];
-      gemm(matrix(gradients.all[0], p.M, p.K, p.K, 1), matrix(dy_rows[g].tensor, p.M, m.N, m.dy_stride, 1),
-           matrix(weight[g], m.N, p.K, m.weight_n, m.weight_k), true);
-    }
+    run_backward(call);
   }
-  const Rows x_rows = x ? as_rows(*x) : Rows{dy[0], 0, 0};
   for (size_t g = 0; g < G; ++g) {
-    if (!needs[1 + g]) continue;
-    gemm(gradients.all[1 + g], matrix(dy_rows[g].tensor, call.members[g].N, p.M, 1, call.members[g].dy_stride),
-         matrix(x_rows.tensor, p.M, p.K, x_rows.stride, 1), false);
+    const Member& m = call.members[g];
+    const Tensor dy_g = matrix(dy_rows[g].tensor, p.M, m.N, m.dy_stride, 1);
+    if (p.dx && !p.base) {
+      gemm(matrix(gradients[0], p.M, p.K, p.K, 1), dy_g, matrix(weight[g], m.N, p.K, m.weight_n, m.weight_k), true);
+    }
+    if (needs[1 + g]) {
+      gemm(gradients[1 + g], matrix(dy_rows[g].tensor, m.N, p.M, 1, m.dy_stride),
+           matrix(x_rows->tensor, p.M, p.K, p.x_stride, 1), false);
+    }
   }
   call.finish();
-  return gradients.all;
+  return gradients;
 }
 
 Tensor dropout_mask(const Tensor& seed, int64_t rows, int64_t cols, double p, int64_t stream) {
   STD_TORCH_CHECK(seed.dim() == 0 && dtype_code(seed) == aoti_torch_dtype_int64(),
                   "lora_dropout_mask: seed must be a 0-d int64 tensor");
-  STD_TORCH_CHECK(rows >= 0 && cols >= 0 && 0 <= p && p < 1, "lora_dropout_mask: rows and cols must be 0 or more and p "
-                  "in [0, 1), got ", rows, ", ", cols, ", ", p);
+  STD_TORCH_CHECK(rows >= 0 && cols >= 0 && 0 <= p && p < 1,
+                  "lora_dropout_mask: rows and cols must be 0 or more and p "
+                  "in [0, 1), got ",
+                  rows, ", ", cols, ", ", p);
   const Tensor mask = empty({rows, cols}, aoti_torch_dtype_bool());
   const uint64_t key = *static_cast<const uint64_t*>(seed.const_data_ptr());
   lora_linear::table().mask(static_cast<uint8_t*>(mask.mutable_data_ptr()), rows, cols,

@@ -81,8 +81,7 @@ inline Tensor matrix(const Tensor& tensor, int64_t rows, int64_t cols, int64_t r
   const int64_t sizes[2] = {rows, cols}, strides[2] = {row_stride, col_stride};
   AtenTensorHandle handle;
   constexpr int64_t kFurther = 0;  // relative to the tensor's own storage offset
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, kFurther, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, kFurther, &handle));
   return Tensor(handle);
 }
 
@@ -98,7 +97,7 @@ inline void gemm(const Tensor& out, const Tensor& a, const Tensor& b, bool accum
 // f(begin, end) over [0, units), in one thread where the work (multiplications) is not worth waking another.
 template <class F>
 void parallel(int64_t units, int64_t work, const F& f) {
-  constexpr int64_t kWorthwhile = 1 << 17;
+  constexpr int64_t kWorthwhile = 1 << 19;  // about 5 us of one core with AVX-512
   if (units <= 1 || work < kWorthwhile) {
     if (units > 0) f(int64_t{0}, units);
   } else {

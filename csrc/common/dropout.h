@@ -12,7 +12,7 @@ constexpr uint32_t kKeepAll = 65536;
 
 struct Dropout {
   uint64_t seed = 0;
-  uint32_t stream = 0;           // index of the adapter in the call
+  uint32_t stream = 0;            // index of the adapter in the call
   uint32_t threshold = kKeepAll;  // of 65536
   float scale = 1.f;
 

@@ -8,12 +8,16 @@ namespace pk::PK_ISA {
 
 #if defined(__AVX512F__)
 
-// High and low words of 16 products. The hardware multiplies even lanes only, so the odd ones go through a shift.
+PK_INLINE __m512i swap_words(__m512i a) {
+  return _mm512_shuffle_epi32(a, static_cast<_MM_PERM_ENUM>(0xB1));
+}
+
+// High and low words of 16 products. The hardware multiplies even lanes only, so the odd ones swap places with them.
 PK_INLINE void multiply_wide(__m512i a, uint32_t b, __m512i& high, __m512i& low) {
   const __m512i factor = _mm512_set1_epi32(static_cast<int>(b));
-  const __m512i even = _mm512_mul_epu32(a, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), factor);
-  high = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-  low = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+  const __m512i even = _mm512_mul_epu32(a, factor), odd = _mm512_mul_epu32(swap_words(a), factor);
+  high = _mm512_mask_blend_epi32(0xAAAA, swap_words(even), odd);
+  low = _mm512_mask_blend_epi32(0xAAAA, even, swap_words(odd));
 }
 
 // Words of `group` ... `group` + 3. Lane i of the counters serves call i % 4 of group i / 4.

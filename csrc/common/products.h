@@ -27,14 +27,17 @@ struct Constant {
   static constexpr int value = N;
 };
 
-PK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+PK_INLINE int64_t min(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
 
 // -- dots -------------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kMaskWords = 32;  // words of keep-bits per row, at most: one chunk of dots, one block of outer
 constexpr int64_t kDotChunk = 32 * kMaskWords;
 
-// sums[i * NJ + j] = sum_k x[i][k] w[j][k], k < n. With kMasked, x[i][k] counts where bit k of row i of the mask is set.
+// sums[i * NJ + j] = sum_k x[i][k] w[j][k], k < n. With kMasked, x[i][k] counts where bit k of row i of the mask is
+// set.
 template <int MI, int NJ, bool kMasked, class X, class W>
 PK_INLINE void dots_tile(const X* x, int64_t ldx, const W* w, int64_t ldw, int64_t n, const uint32_t* mask,
                          float (&sums)[MI * NJ]) {
@@ -85,27 +88,30 @@ __attribute__((noinline)) void dots(float* c, int64_t ldc, int64_t rows, int64_t
   const auto tile = [&](auto mi, auto nj, int64_t i0, int64_t j0) __attribute__((always_inline)) {
     constexpr int MI = decltype(mi)::value, NJ = decltype(nj)::value;
     float sums[MI * NJ];
-    dots_tile<MI, NJ, kMasked>(x + i0 * ldx, ldx, w + j0 * ldw, ldw, n, mask + i0 * kMaskWords, sums);
+    dots_tile<MI, NJ, kMasked>(x + i0 * ldx, ldx, w + j0 * ldw, ldw, n, kMasked ? mask + i0 * kMaskWords : nullptr,
+                               sums);
     PK_UNROLL
     for (int i = 0; i < MI; ++i) {
       PK_UNROLL
       for (int j = 0; j < NJ; ++j) c[(i0 + i) * ldc + j0 + j] += scale * sums[i * NJ + j];
     }
   };
-  for (int64_t j = 0; j < cols;) {
-    const bool wide = cols - j >= 4;
-    for (int64_t i = 0; i < rows;) {
-      const bool tall = rows - i >= 4;
+  for (int64_t i = 0; i < rows;) {  // the rows of x stay in L1 for all of w
+    const bool tall = rows - i >= 4;
+    for (int64_t j = 0; j < cols;) {
+      const bool wide = cols - j >= 4;
       if (wide && tall) {
         tile(Constant<4>{}, Constant<4>{}, i, j);
       } else if (wide) {
         tile(Constant<1>{}, Constant<4>{}, i, j);
+      } else if (tall) {
+        tile(Constant<4>{}, Constant<1>{}, i, j);
       } else {
         tile(Constant<1>{}, Constant<1>{}, i, j);
       }
-      i += wide && tall ? 4 : 1;
+      j += wide ? 4 : 1;
     }
-    j += wide ? 4 : 1;
+    i += tall ? 4 : 1;
   }
 }
 
@@ -153,8 +159,8 @@ PK_INLINE __m512bh row_pairs(const bf16* v, const bf16* next, __mmask16 within) 
 
 // The same in pairs of n: p(n, i) = p[i * ldi + n], bf16.
 template <int MI>
-PK_INLINE void outer_pairs_tile(float* c, int64_t ldc, const bf16* p, int64_t ldi, const bf16* v, int64_t ldv, int64_t n,
-                                int64_t left) {
+PK_INLINE void outer_pairs_tile(float* c, int64_t ldc, const bf16* p, int64_t ldi, const bf16* v, int64_t ldv,
+                                int64_t n, int64_t left) {
   const __mmask16 within = static_cast<__mmask16>(first_lanes(left));
   __m512 acc[MI];
   PK_UNROLL
@@ -247,7 +253,8 @@ __attribute__((noinline)) void outer_rows(float* c, int64_t ldc, int64_t rows, i
       for (int64_t t = 0; t < n; t += kStep) {
         const int64_t length = min(n - t, kStep);
         for (int64_t a = 0; a < height; ++a) {
-          for (int64_t b = 0; b < length; b += kLanes) store(piece[a] + b, load_n(p + (i + a) * ldi + t + b, length - b));
+          for (int64_t b = 0; b < length; b += kLanes)
+            store(piece[a] + b, load_n(p + (i + a) * ldi + t + b, length - b));
         }
         outer<false>(c + i * ldc, ldc, height, cols, piece[0], 1, kStep + kLanes, v + t * ldv, ldv, length);
       }

@@ -37,8 +37,12 @@ typedef uint16_t vh_unaligned __attribute__((vector_size(2 * kLanes), aligned(2)
 
 // -- whole vectors ----------------------------------------------------------------------------------------------------
 
-PK_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
-PK_INLINE void store(float* p, vf v) { *reinterpret_cast<vf_unaligned*>(p) = v; }
+PK_INLINE vf load(const float* p) {
+  return *reinterpret_cast<const vf_unaligned*>(p);
+}
+PK_INLINE void store(float* p, vf v) {
+  *reinterpret_cast<vf_unaligned*>(p) = v;
+}
 
 PK_INLINE vf load(const bf16* p) {
   return (vf)(__builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(p), vu) << 16);
@@ -87,12 +91,17 @@ PK_INLINE void store(fp16* p, vf v) {
 }
 #endif
 
-// -- the first n lanes, n >= 1; lanes past n load as zero and are not touched in memory ----------------------------------
+// -- the first n lanes, n >= 1; lanes past n load as zero and are not touched in memory
+// ----------------------------------
 
 #if defined(__AVX512F__)
-PK_INLINE uint32_t first_lanes(int64_t n) { return n >= kLanes ? 0xFFFFu : (1u << n) - 1; }
+PK_INLINE uint32_t first_lanes(int64_t n) {
+  return n >= kLanes ? 0xFFFFu : (1u << n) - 1;
+}
 
-PK_INLINE vf load_n(const float* p, int64_t n) { return (vf)_mm512_maskz_loadu_ps((__mmask16)first_lanes(n), p); }
+PK_INLINE vf load_n(const float* p, int64_t n) {
+  return (vf)_mm512_maskz_loadu_ps((__mmask16)first_lanes(n), p);
+}
 PK_INLINE vf load_n(const bf16* p, int64_t n) {
   const __m256i bits = _mm256_maskz_loadu_epi16((__mmask16)first_lanes(n), p);
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);

@@ -7,47 +7,65 @@ namespace pk::PK_ISA {
 
 constexpr int64_t kMaxRank = 512;
 
+// The block's part of ds for the rows of one row block: s * dy[:, block] B[block].
+template <class T, class F>
+void store_ds_part(const Problem& p, const Adapter& adapter, const T* dy, int64_t dy_stride, int64_t n0, int64_t cols,
+                   int64_t row0, int64_t rows) {
+  constexpr int64_t kPart = kMaxRank + kLanes;
+  alignas(64) float part[kRowBlock][kPart];
+  for (int64_t i = 0; i < rows; ++i) fill(part[i], adapter.R, vf{});
+  const F* b = static_cast<const F*>(adapter.B) + n0 * adapter.R;
+  outer_rows(part[0], kPart, rows, adapter.R, dy, dy_stride, b, adapter.R, cols);
+  float* ds = p.ds + (n0 / kBlock * p.M + row0) * p.R + adapter.rank0;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t r = 0; r < adapter.R; r += kLanes) {
+      store_n(ds + i * p.R + r, load(part[i] + r) * scaling(adapter), adapter.R - r);
+    }
+  }
+}
+
+template <class T>
+void add_rows(float* sums, const T* rows, int64_t count, int64_t ld, int64_t cols) {
+  for (int64_t j = 0; j < cols; j += kLanes) {
+    vf sum = load(sums + j);
+    for (int64_t i = 0; i < count; ++i) sum += load_n(rows + i * ld + j, cols - j);
+    store(sums + j, sum);
+  }
+}
+
+template <class To>
+void store_row(To* out, const float* row, int64_t cols, float scale) {
+  for (int64_t j = 0; j < cols; j += kLanes) store_n(out + j, load(row + j) * scale, cols - j);
+}
+
 // One pass over dy in columns n0 ... n0 + kBlock of member g, kRowBlock rows at a time while they are in L1:
 //   the block's part of ds;  dB = dy^T h  (h carries s);  bias gradients, sums over the rows.
 // db_t: room for dB^T of the member's adapters, [R_g][kPitch].
 template <class T, class F>
-void dy_pass_unit(const Problem& p, int64_t g, int64_t block, float* db_t) {
+void dy_pass_unit(const Problem& p, int64_t g, int64_t n0, float* db_t) {
   const Member& member = p.member[g];
-  const int64_t n0 = block * kBlock, cols = min(kBlock, member.N - n0);
-  const T* dy = static_cast<const T*>(member.dy) + n0;
-  float column_sums[kPitch];
-  fill(column_sums, cols, vf{});
+  const int64_t cols = min(kBlock, member.N - n0), stride = member.dy_stride;
+  bool wants_sums = member.dbias;
+  for (int64_t l = 0; l < p.L; ++l) wants_sums = wants_sums || (p.adapter[l].member == g && p.adapter[l].dbias);
+  float sums[kPitch];
+  fill(sums, cols, vf{});
   fill(db_t, member.R * kPitch, vf{});
-  for (int64_t row0 = 0; row0 < p.M; row0 += kRowBlock, dy += kRowBlock * member.dy_stride) {
+  for (int64_t row0 = 0; row0 < p.M; row0 += kRowBlock) {
     const int64_t rows = min(kRowBlock, p.M - row0);
+    const T* dy = static_cast<const T*>(member.dy) + row0 * stride + n0;
+    prefetch_rows(dy + rows * stride, min(kRowBlock, p.M - row0 - rows), cols, stride);
     float* rank_rows = db_t;
     for (int64_t l = 0; l < p.L; ++l) {
       const Adapter& adapter = p.adapter[l];
       if (adapter.member != g) continue;
-      if (p.ds) {
-        alignas(64) float part[kRowBlock][kMaxRank + kLanes];
-        constexpr int64_t kPart = kMaxRank + kLanes;
-        for (int64_t i = 0; i < rows; ++i) fill(part[i], adapter.R, vf{});
-        const F* b = static_cast<const F*>(adapter.B) + n0 * adapter.R;
-        outer_rows(part[0], kPart, rows, adapter.R, dy, member.dy_stride, b, adapter.R, cols);
-        float* ds = p.ds + (block * p.M + row0) * p.R + adapter.rank0;
-        for (int64_t i = 0; i < rows; ++i) {
-          for (int64_t r = 0; r < adapter.R; r += kLanes) {
-            store_n(ds + i * p.R + r, load(part[i] + r) * scaling(adapter), adapter.R - r);
-          }
-        }
-      }
+      if (p.ds) store_ds_part<T, F>(p, adapter, dy, stride, n0, cols, row0, rows);
       if (adapter.dB) {
         const float* h = static_cast<const float*>(p.h) + row0 * p.R + adapter.rank0;
-        outer<false>(rank_rows, kPitch, adapter.R, cols, h, p.R, 1, dy, member.dy_stride, rows);
+        outer<false>(rank_rows, kPitch, adapter.R, cols, h, p.R, 1, dy, stride, rows);
       }
       rank_rows += adapter.R * kPitch;
     }
-    for (int64_t j = 0; j < cols; j += kLanes) {
-      vf sum = load(column_sums + j);
-      for (int64_t i = 0; i < rows; ++i) sum += load_n(dy + i * member.dy_stride + j, cols - j);
-      store(column_sums + j, sum);
-    }
+    if (wants_sums) add_rows(sums, dy, rows, stride, cols);
   }
   for (int64_t l = 0; l < p.L; ++l) {
     const Adapter& adapter = p.adapter[l];
@@ -55,20 +73,16 @@ void dy_pass_unit(const Problem& p, int64_t g, int64_t block, float* db_t) {
     if (adapter.dB) {
       transpose(db_t, kPitch, adapter.R, cols, static_cast<F*>(adapter.dB) + n0 * adapter.R, adapter.R);
     }
-    for (int64_t j = 0; adapter.dbias && j < cols; j += kLanes) {
-      store_n(static_cast<F*>(adapter.dbias) + n0 + j, load(column_sums + j) * scaling(adapter), cols - j);
-    }
+    if (adapter.dbias) store_row(static_cast<F*>(adapter.dbias) + n0, sums, cols, scaling(adapter));
     db_t += adapter.R * kPitch;
   }
-  for (int64_t j = 0; member.dbias && j < cols; j += kLanes) {
-    store_n(static_cast<T*>(member.dbias) + n0 + j, load(column_sums + j), cols - j);
-  }
+  if (member.dbias) store_row(static_cast<T*>(member.dbias) + n0, sums, cols, 1.f);
 }
 
 template <class T, class F>
 void dy_pass(const Problem& p, int64_t begin, int64_t end) {
   each_member_unit(p, begin, end,
-                   [&](int64_t g, int64_t block, float* db_t) { dy_pass_unit<T, F>(p, g, block, db_t); });
+                   [&](int64_t g, int64_t block, float* db_t) { dy_pass_unit<T, F>(p, g, block * kBlock, db_t); });
 }
 
 // ds of rows = the sum of the blocks' parts, in order.
@@ -85,6 +99,22 @@ static void sum_ds(const Problem& p, int64_t begin, int64_t end) {
         }
         store_n(ds + r, sum, adapter.R - r);
       }
+    }
+  }
+}
+
+// Slices of dy W for the members whose weight is stored [N, K].
+template <class T>
+void stream_dx(const Problem& p, int64_t begin, int64_t end) {
+  int64_t unit = 0;
+  for (int64_t g = 0; g < p.G; ++g) {
+    const Member& member = p.member[g];
+    for (int64_t slice = 0; member.streamed && slice < slices(member.N); ++slice, ++unit) {
+      if (unit < begin || unit >= end) continue;
+      const int64_t n = slice * slice_rows(member.N);
+      stream_slice(member.streamed + slice * p.M * pitch(p.K), p.M, p.K, static_cast<const T*>(member.dy),
+                   member.dy_stride, static_cast<const T*>(member.weight), member.weight_n, n,
+                   min(n + slice_rows(member.N), member.N));
     }
   }
 }
@@ -116,6 +146,8 @@ void x_pass_unit(const Problem& p, int64_t k0, float* da) {
   fill(da, p.R * kPitch, vf{});
   for (int64_t row0 = 0; row0 < p.M; row0 += kRowBlock) {
     const int64_t rows = min(kRowBlock, p.M - row0);
+    const T* x = static_cast<const T*>(p.x) + row0 * p.x_stride + k0;
+    if (p.x) prefetch_rows(x + rows * p.x_stride, min(kRowBlock, p.M - row0 - rows), cols, p.x_stride);
     Tile tile;
     for (int64_t i = 0; i < rows; ++i) fill(tile.at[i], cols, vf{});
     for (int64_t l = 0; l < p.L; ++l) {
@@ -130,7 +162,6 @@ void x_pass_unit(const Problem& p, int64_t k0, float* da) {
       }
       if (adapter.dA) {
         float* sums = da + adapter.rank0 * kPitch;
-        const T* x = static_cast<const T*>(p.x) + row0 * p.x_stride + k0;
         if (adapter.dropout.active()) {
           outer<true>(sums, kPitch, adapter.R, cols, ds, p.R, 1, x, p.x_stride, rows, mask[0]);
         } else {
@@ -143,7 +174,11 @@ void x_pass_unit(const Problem& p, int64_t k0, float* da) {
       const Member& member = p.member[g];
       const T* dy = static_cast<const T*>(member.dy) + row0 * member.dy_stride;
       const T* w = static_cast<const T*>(member.weight) + k0 * member.weight_k;
-      add_product(tile, rows, cols, dy, member.dy_stride, member.N, w, member.weight_k, member.weight_n);
+      if (member.streamed) {
+        add_slices(tile, rows, cols, member.streamed, slices(member.N), pitch(p.K), k0);
+      } else {
+        add_product(tile, rows, cols, dy, member.dy_stride, member.N, w, member.weight_k);
+      }
     }
     store_tile(tile, rows, cols, static_cast<T*>(p.dx) + row0 * p.K + k0, p.K);
   }
@@ -151,10 +186,7 @@ void x_pass_unit(const Problem& p, int64_t k0, float* da) {
     const Adapter& adapter = p.adapter[l];
     for (int64_t r = 0; adapter.dA && r < adapter.R; ++r) {
       const float* sums = da + (adapter.rank0 + r) * kPitch;
-      F* out = static_cast<F*>(adapter.dA) + r * p.K + k0;
-      for (int64_t j = 0; j < cols; j += kLanes) {
-        store_n(out + j, load(sums + j) * adapter.dropout.scale, cols - j);
-      }
+      store_row(static_cast<F*>(adapter.dA) + r * p.K + k0, sums, cols, adapter.dropout.scale);
     }
   }
 }

@@ -19,6 +19,7 @@ void shrink_unit(const Problem& p, int64_t row0, const Adapter& adapter) {
   const Dropout& dropout = adapter.dropout;
   for (int64_t k = 0; k < p.K; k += kDotChunk) {
     const int64_t n = min(p.K - k, kDotChunk);
+    prefetch_rows(x + rows * p.x_stride + k, min(kRowBlock, p.M - row0 - rows), n, p.x_stride);
     if (dropout.active()) {
       uint32_t mask[kRowBlock][kMaskWords];
       for (int64_t i = 0; i < rows; ++i) keep_words(mask[i], dropout, row0 + i, k / 32, (n + 31) / 32);
@@ -33,6 +34,21 @@ template <class T, class F>
 void shrink(const Problem& p, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) {
     shrink_unit<T, F>(p, unit / p.L * kRowBlock, p.adapter[unit % p.L]);
+  }
+}
+
+// Slices of x W^T for the members whose weight is stored [K, N].
+template <class T>
+void stream_y(const Problem& p, int64_t begin, int64_t end) {
+  int64_t unit = 0;
+  for (int64_t g = 0; g < p.G; ++g) {
+    const Member& member = p.member[g];
+    for (int64_t slice = 0; member.streamed && slice < slices(p.K); ++slice, ++unit) {
+      if (unit < begin || unit >= end) continue;
+      const int64_t k = slice * slice_rows(p.K);
+      stream_slice(member.streamed + slice * p.M * pitch(member.N), p.M, member.N, static_cast<const T*>(p.x),
+                   p.x_stride, static_cast<const T*>(member.weight), member.weight_k, k, min(k + slice_rows(p.K), p.K));
+    }
   }
 }
 
@@ -82,7 +98,11 @@ void expand_unit(const Problem& p, int64_t g, int64_t n0, float* b_t) {
     if (p.base) {
       const T* x = static_cast<const T*>(p.x) + row0 * p.x_stride;
       const T* w = static_cast<const T*>(member.weight) + n0 * member.weight_n;
-      add_product(tile, rows, cols, x, p.x_stride, p.K, w, member.weight_n, member.weight_k);
+      if (member.streamed) {
+        add_slices(tile, rows, cols, member.streamed, slices(p.K), pitch(member.N), n0);
+      } else {
+        add_product(tile, rows, cols, x, p.x_stride, p.K, w, member.weight_n);
+      }
     }
     store_tile(tile, rows, cols, static_cast<T*>(member.y) + row0 * member.N + n0, member.N);
   }

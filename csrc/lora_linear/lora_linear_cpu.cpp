@@ -32,7 +32,8 @@ void convert(Dtype from_type, const void* from, Dtype to_type, void* to, int64_t
 }
 
 template <class T, class F>
-constexpr lora_linear::Kernels kKernels = {shrink<T, F>, expand<T, F>, dy_pass<T, F>, sum_ds, x_pass<T, F>};
+constexpr lora_linear::Kernels kKernels = {shrink<T, F>, stream_y<T>,  expand<T, F>, dy_pass<T, F>,
+                                           sum_ds,       stream_dx<T>, x_pass<T, F>};
 
 }  // namespace
 

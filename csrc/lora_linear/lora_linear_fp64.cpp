@@ -6,8 +6,12 @@
 namespace pk::lora_linear {
 namespace {
 
-const double* doubles(const void* p) { return static_cast<const double*>(p); }
-double* doubles(void* p) { return static_cast<double*>(p); }
+const double* doubles(const void* p) {
+  return static_cast<const double*>(p);
+}
+double* doubles(void* p) {
+  return static_cast<double*>(p);
+}
 
 // drop_l(x)[m, k] / x[m, k]: 0 or 1 / (1 - p).
 double keep_factor(const Dropout& dropout, int64_t m, int64_t k) {

@@ -14,16 +14,30 @@ using lora_linear::kBlock;
 using lora_linear::kPitch;
 using lora_linear::kRowBlock;
 using lora_linear::Member;
+using lora_linear::pitch;
 using lora_linear::Problem;
+using lora_linear::slice_rows;
+using lora_linear::slices;
 
 struct Tile {
   alignas(64) float at[kRowBlock][kPitch];
 };
 
-PK_INLINE float scaling(const Adapter& adapter) { return static_cast<float>(adapter.scaling); }
+PK_INLINE float scaling(const Adapter& adapter) {
+  return static_cast<float>(adapter.scaling);
+}
 
 PK_INLINE void fill(float* row, int64_t cols, vf value) {
   for (int64_t j = 0; j < cols; j += kLanes) store(row + j, value);
+}
+
+// Calls up the next row block of a matrix into L2: runs of `cols` columns are too short for the hardware to follow.
+template <class T>
+PK_INLINE void prefetch_rows(const T* next, int64_t rows, int64_t cols, int64_t ld) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; j += kLine) __builtin_prefetch(next + i * ld + j, 0, 2);
+  }
 }
 
 template <class T>
@@ -33,37 +47,54 @@ PK_INLINE void store_tile(const Tile& tile, int64_t rows, int64_t cols, T* out, 
   }
 }
 
-// tile += x w^T over `length` elements; w's element (column j, k) lies at j * w_column + k * w_k, and one of the two
-// strides is 1. Either way every element of w is read once from memory, while x is found in L1 or L2.
+// tile += x w^T over `length` elements, where rows of w (columns of the tile) lie along the sum, w_column apart. Four
+// of them stream from memory at a time, a chunk for all the rows of x, which stay in L2.
 template <class T>
 void add_product(Tile& tile, int64_t rows, int64_t cols, const T* x, int64_t ldx, int64_t length, const T* w,
-                 int64_t w_column, int64_t w_k) {
-  if (w_k == 1) {  // rows of w lie along the sum: four of them stream, a chunk at a time for all the rows of x
-    constexpr int64_t kColumns = 4, kChunk = 4096 / sizeof(T);
-    for (int64_t j = 0; j < cols; j += kColumns) {
-      for (int64_t k = 0; k < length; k += kChunk) {
-        dots<false>(tile.at[0] + j, kPitch, rows, min(cols - j, kColumns), x + k, ldx, w + j * w_column + k, w_column,
-                    min(length - k, kChunk), 1.f);
-      }
-    }
-    return;
-  }
-  // Rows of w lie across the sum: 32 of them by two cache lines. No hardware prefetcher follows such a path.
-  constexpr int64_t kDepth = 32, kLine = 64 / sizeof(T), kStrip = 2 * kLine;
-  for (int64_t k = 0; k < length; k += kDepth) {
-    for (int64_t j = 0; j < cols; j += kStrip) {
-      const T* block = w + k * w_k + j;
-      for (int64_t ahead = kDepth; ahead < min(2 * kDepth, length - k); ++ahead) {
-        __builtin_prefetch(block + ahead * w_k, 0, 2);
-        __builtin_prefetch(block + ahead * w_k + kLine, 0, 2);
-      }
-      outer_rows(tile.at[0] + j, kPitch, rows, min(cols - j, kStrip), x + k, ldx, block, w_k,
-                 min(length - k, kDepth));
+                 int64_t w_column) {
+  constexpr int64_t kColumns = 4, kChunk = 4096 / sizeof(T);
+  for (int64_t j = 0; j < cols; j += kColumns) {
+    for (int64_t k = 0; k < length; k += kChunk) {
+      dots<false>(tile.at[0] + j, kPitch, rows, min(cols - j, kColumns), x + k, ldx, w + j * w_column + k, w_column,
+                  min(length - k, kChunk), 1.f);
     }
   }
 }
 
-// Calls f(member, adapter-independent column, its scratch) for the units of [begin, end) of the members' columns.
+// sums[M][pitch(cols)] = x w over one slice of the sum, where rows of w lie across the sum, w_k apart. kDepth rows move
+// along together, so that sums are loaded and stored once for all of them; no hardware prefetcher follows so many.
+template <class T>
+void stream_slice(float* sums, int64_t M, int64_t cols, const T* x, int64_t ldx, const T* w, int64_t w_k, int64_t begin,
+                  int64_t end) {
+  constexpr int64_t kLine = 64 / sizeof(T), kDepth = kLine, kStrip = 2 * kLine, kAhead = 4 * kStrip;
+  constexpr int kToL2 = 2;  // rows a power of two apart share few sets of L1
+  const int64_t ld = pitch(cols);
+  fill(sums, M * ld, vf{});
+  for (int64_t k = begin; k < end; k += kDepth) {
+    const int64_t depth = min(end - k, kDepth);
+    for (int64_t j = 0; j < cols; j += kStrip) {
+      const T* block = w + k * w_k + j;
+      for (int64_t row = 0; row < depth; ++row) {
+        __builtin_prefetch(block + row * w_k + kAhead, 0, kToL2);
+        __builtin_prefetch(block + row * w_k + kAhead + kLine, 0, kToL2);
+      }
+      outer_rows(sums + j, ld, M, min(cols - j, kStrip), x + k, ldx, block, w_k, depth);
+    }
+  }
+}
+
+// tile += the sums of `count` slices, columns j0 ... j0 + cols.
+PK_INLINE void add_slices(Tile& tile, int64_t rows, int64_t cols, const float* sums, int64_t count, int64_t ld,
+                          int64_t j0) {
+  for (int64_t slice = 0; slice < count; ++slice) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* from = sums + (slice * rows + i) * ld + j0;
+      for (int64_t j = 0; j < cols; j += kLanes) store(tile.at[i] + j, load(tile.at[i] + j) + load(from + j));
+    }
+  }
+}
+
+// Calls f(member, block of its columns, scratch of the block) for the units [begin, end).
 template <class F>
 PK_INLINE void each_member_unit(const Problem& p, int64_t begin, int64_t end, F f) {
   float* scratch = p.scratch;

@@ -20,7 +20,8 @@ struct Plan {
   int64_t forward_scratch, backward_scratch;  // bytes
 };
 
-// M rows, N out_features, K in_features, R rank; dtype_size: bytes of an element of x, 2, 4 or 8.
+// M rows, N out_features, K in_features, R rank, W stored row by row [N, K]; dtype_size: bytes of an element of x, 2, 4
+// or 8.
 Plan plan(int64_t M, int64_t N, int64_t K, int64_t R, int64_t dtype_size);
 
 }  // namespace pk::lora_linear
