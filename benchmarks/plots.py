@@ -26,7 +26,9 @@ def draw(rows: list[Row], stem: Path) -> list[Path]:
     for i, key in enumerate(keys):
         for j, panel in enumerate(panels):
             _panel(axes[i][j], rows, key, panel)
-        axes[i][0].set_ylabel(f"{VARIANTS[key]}\nratio to frozen", fontsize=8)
+        first = next(axis for axis in axes[i] if axis.axison)  # a variant may lack the leftmost dtypes
+        first.set_ylabel(f"{VARIANTS[key]}\nratio to frozen", fontsize=8)
+        first.tick_params(labelleft=True)
     axes[0][0].legend(fontsize=7)
     figure.suptitle(f"{OP}, {BOTH}, median and 20th to 80th percentile; {rows[0].device}", fontsize=10)
     figure.tight_layout()
