@@ -9,7 +9,7 @@ stack and local memory from the cuobjdump that ships in the Triton wheel; from t
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import triton
@@ -30,7 +30,7 @@ class Compiled:
     stack: int  # bytes a thread spills or indexes; 0 when all stays in registers
     local: int
     stages: int
-    ptx: str
+    ptx: str = field(repr=False)
 
     @property
     def wgmma_from_registers(self) -> bool:

@@ -142,7 +142,7 @@ def concat_gemm(
         tuple(pair.arguments() for pair in base), tuple(pair.arguments() for pair in low_rank),
         M, N, out.stride(0),
         BLOCK_M=tile.M, BLOCK_N=tile.N, BLOCK_K=tile.K, GROUP_M=8,
-        BLOCK_R=min(32, max(16, triton.next_power_of_2(max(ranks, default=1)))),
+        BLOCK_R=min(16 if factor != out.dtype else 32, max(16, triton.next_power_of_2(max(ranks, default=1)))),
         ACCUMULATOR=tl.float64 if out.dtype is torch.float64 else tl.float32,
         EVEN_K=all(pair.right.shape[0] % tile.K == 0 for pair in base), EVEN_N=N % tile.N == 0,
         HAS_BIAS=bias is not None, DROPOUT=dropout,

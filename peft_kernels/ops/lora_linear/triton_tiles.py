@@ -120,13 +120,13 @@ def gemm_tile(arch: int, dtype: torch.dtype, M: int, N: int, registers: int) -> 
     if dtype is torch.float64:
         return Tile(32, 32, 16, 4, 2)
     if dtype is torch.float32:
-        return Tile(16, 32, 32, 4, 2) if M <= 16 else Tile(64, 64, 16, 8, 2)
+        return Tile(16, 32, 32, 4, 2) if M <= 16 else Tile(64, 64, 16, 4, 2)
     if M <= 16:
         return Tile(16, 32, 128, 4, 4)
     if M <= 64 or N <= 64:
         return Tile(64, 64, 64, 4, 3)
     if not has_large_shared_memory(arch):
-        return Tile(128, 128, 32, 8, 4)
+        return Tile(64 if registers > 1 else 128, 128, 32, 8, 4)
     if M <= 512 or N <= 1024 or registers > 1:
         return Tile(128, 128, 64, 8, 4)
     return Tile(128, 256, 64, 8, 3)
@@ -138,7 +138,8 @@ def shrink_tile(dtype: torch.dtype, M: int, R: int, dropout: bool) -> Tile:
         return Tile(32, min(rank_block(R), 32), 32, 4, 2)
     if dtype is torch.float32:
         return Tile(32, min(rank_block(R), 32), 32, 4, 3)
-    return Tile(16 if M <= 16 else 32, rank_block(R), 64 if dropout else 128, 4, 3)  # 128 spill beside Philox
+    columns = {16: 64 if dropout else 128, 32: 64, 64: 32}[rank_block(R)]  # twice as many spill
+    return Tile(16 if M <= 16 else 32, rank_block(R), columns, 4, 3)
 
 
 def factor_tile(arch: int, dtype: torch.dtype, R: int) -> Tile:
@@ -146,7 +147,7 @@ def factor_tile(arch: int, dtype: torch.dtype, R: int) -> Tile:
     if dtype.itemsize > 2:
         return Tile(32, 32, min(rank_block(R), 32), 4, 2)
     wide = has_large_shared_memory(arch) and R <= 32
-    return Tile(64, 256 if wide else 128, min(rank_block(R), 32 if wide else 64), 8 if wide else 4, 3)
+    return Tile(64, 256 if wide else 128, min(rank_block(R), 32), 8 if wide else 4, 3)
 
 
 def input_tile(dtype: torch.dtype, R: int) -> Tile:
