@@ -72,6 +72,7 @@ ifdef REPLACED
 else
 	$(BIN)/pip install -q -r constraints.txt
 endif
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install -q --no-deps triton==3.9.0
 	@touch $@
 
 $(VENV)/library: $(VENV)/environment setup.py $(SOURCES)

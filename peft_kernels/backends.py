@@ -6,6 +6,7 @@ backend per device, once, at import. `PEFT_KERNELS_BACKEND=<name>` overrides the
 """
 
 import ctypes
+import importlib.util
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -34,15 +35,30 @@ def operator_library() -> ctypes.CDLL | None:
     return ctypes.CDLL(str(LIBRARY)) if LIBRARY.exists() else None
 
 
+def _triton_missing() -> str:
+    """Why the Triton kernels cannot run here; empty where they can. Triton itself is imported last: it is slow."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; `pip install peft-kernels[triton]` installs it"
+    if not torch.cuda.is_available():
+        return "this torch sees no CUDA device"
+    if torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
+        return f"Triton kernels need an NVIDIA GPU of sm_80 or later, found {torch.cuda.get_device_name()}"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    return ""
+
+
 @cache
 def all_backends() -> dict[str, Backend]:
     """Every backend by name, in order of preference for a device."""
     no_library = "" if LIBRARY.exists() else f"{LIBRARY.name} is not built; `make build` builds it"
     rows = (
         Backend("cuda", ("cuda",), "this release has no CUDA kernels of its own yet"),
-        Backend("triton", ("cuda",), "this release has no Triton kernels yet"),
         Backend("cpu", ("cpu",), no_library),
         Backend("reference", ("cpu", "cuda", "xpu", "mps"), ""),
+        Backend("triton", ("cuda",), _triton_missing()),  # behind the reference until it has been seen on a GPU
     )
     return {row.name: row for row in rows}
 

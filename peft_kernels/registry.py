@@ -5,6 +5,7 @@ implementation, plus what they share: autograd, autocast, samples, bad inputs an
 the declarations into torch operators, in one namespace per backend and in `peft_kernels` for the bound ones.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -58,7 +59,9 @@ class Cost:
 class Op:
     """`functions[0]` is the forward; `autograd(namespace)` and `autocast(namespace, device_type)` make its kernels
     for those dispatch keys; `cost(**arguments)` gives a Cost for "forward" and one for "backward";
-    `evaluate(forward, backward, arguments, dy)` gives every output and every gradient by name, for the oracle."""
+    `evaluate(forward, backward, arguments, dy)` gives every output and every gradient by name, for the oracle;
+    `python_backends` names the module of each backend that is written in Python, whose `FUNCTIONS` has a kernel for
+    every function. It is imported only where that backend is available."""
 
     name: str
     formula: str
@@ -71,6 +74,7 @@ class Op:
     cost: Callable[..., dict[str, Cost]]
     check: Callable[..., None]
     backends: tuple[str, ...] = field(default=("reference", "cpu"))
+    python_backends: dict[str, str] = field(default_factory=dict)
 
 
 _SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
@@ -136,11 +140,18 @@ def _define(namespace: str, ops: list[Op]) -> None:
 
 def _implement(namespace: str, ops: list[Op], backend: str, device: str) -> None:
     """The kernels of one backend, for one device; the reference's for an op that the backend does not have."""
-    if backend != "reference":
+    if backend in ("cpu", "cuda"):
         backends.bind_native(namespace, device)
     library = torch.library.Library(namespace, "IMPL")
     _LIBRARIES.append(library)
     for op in ops:
-        if backend == "reference" or backend not in op.backends:
-            for function in op.functions:
-                library.impl(function.name, function.reference, device.upper())
+        for name, kernel in _python_kernels(op, backend).items():
+            library.impl(name, kernel, device.upper())
+
+
+def _python_kernels(op: Op, backend: str) -> dict[str, Callable]:
+    """What runs in Python for each function of an op; nothing where the backend is C++."""
+    if backend == "reference" or backend not in op.backends:
+        return {function.name: function.reference for function in op.functions}
+    module = op.python_backends.get(backend)
+    return importlib.import_module(module).FUNCTIONS if module else {}

@@ -77,7 +77,8 @@ def test_sizes(path):
             else:
                 documented = 0
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno - documented <= 60, f"{node.name} does not fit a screen"
+                limit = 120 if any("triton.jit" in ast.unparse(d) for d in node.decorator_list) else 60  # kernels
+                assert node.end_lineno - node.lineno - documented <= limit, f"{node.name} does not fit a screen"
 
 
 @pytest.mark.parametrize("path", tracked(*CODE), ids=lambda p: str(p.relative_to(ROOT)))

@@ -282,5 +282,7 @@ LORA_LINEAR = register(
         evaluate=evaluate,
         cost=cost,
         check=check,
+        backends=("reference", "cpu", "triton"),
+        python_backends={"triton": "peft_kernels.ops.lora_linear.triton_kernel"},
     )
 )

@@ -1,0 +1,170 @@
+"""What the Triton kernels of lora_linear share: the product of two tiles, fp32 numbers as 16-bit parts, sums of
+partials in a fixed order, and the table of tile sizes.
+
+An fp32 number v next to 16-bit activations becomes v = v0 + v1 (+ v2), each a 16-bit number, so that products run on
+tensor cores and lose nothing that shows: two parts where the result is rounded to 16 bits; three of bf16 (24 bits) or
+two of fp16 (22 bits) where it stays fp32. Tiles depend on shape, dtype and architecture only, never on a measurement at
+run time, so results are repeatable and nothing is timed at import.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import driver
+
+PROGRAMS = 264  # what split work aims at: two programs for each of an H200's 132 processors
+
+
+class Tile(NamedTuple):
+    """Rows, columns and contraction of one program's tile, and how it is run."""
+
+    M: int
+    N: int
+    K: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def product(a, b, accumulator):
+    """accumulator + a b; fp32 products are exact, not tf32."""
+    return tl.dot(a, b, accumulator, input_precision="ieee", out_dtype=accumulator.dtype)
+
+
+@triton.jit
+def product_of_parts(a, b, accumulator, PARTS: tl.constexpr):
+    """accumulator + a b, where b is wider than a and goes in as PARTS numbers of a's dtype (1: as it is)."""
+    part = b.to(a.dtype)
+    accumulator = product(a, part, accumulator)
+    rest = b.to(accumulator.dtype)
+    for _ in tl.static_range(PARTS - 1):
+        rest = rest - part.to(accumulator.dtype)
+        part = rest.to(a.dtype)
+        accumulator = product(a, part, accumulator)
+    return accumulator
+
+
+@triton.jit
+def store_parts(value, parts_ptrs, stride_part, mask, PARTS: tl.constexpr):
+    """Stores value as PARTS numbers of a narrower dtype, stride_part apart; nothing for PARTS = 0."""
+    rest = value
+    for i in tl.static_range(PARTS):
+        part = rest.to(parts_ptrs.dtype.element_ty)
+        tl.store(parts_ptrs + tl.cast(stride_part, tl.int64) * i, part, mask=mask)
+        rest = rest - part.to(value.dtype)
+
+
+@triton.jit(do_not_specialize=["count", "splits"])
+def _sum_partials_kernel(
+    out_ptr, parts_ptr, partial_ptr, count, splits, columns, stride_partial, stride_out, stride_part,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[i] = partial[0, i] + partial[1, i] + ..., always in that order."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < count
+    total = tl.load(partial_ptr + offs, mask=mask, other=0.0)
+    for split in range(1, splits):
+        total += tl.load(partial_ptr + offs + tl.cast(split, tl.int64) * stride_partial, mask=mask, other=0.0)
+    where = offs // columns * stride_out + offs % columns
+    tl.store(out_ptr + where, total.to(out_ptr.dtype.element_ty), mask=mask)
+    if PARTS > 0:
+        store_parts(total, parts_ptr + where, stride_part, mask, PARTS)
+
+
+def sum_partials(out: Tensor, partial: Tensor, parts: Tensor | None = None) -> None:
+    """out [rows, columns] = the sum of partial [splits, rows, columns] over the splits; also as parts [P, ...].
+
+    out and parts have unit inner stride and the same distance between rows; each plane of partial is contiguous.
+    """
+    splits, rows, columns = partial.shape
+    count = rows * columns
+    _sum_partials_kernel[(triton.cdiv(count, 256),)](
+        out, parts, partial, count, splits, columns, partial.stride(0), out.stride(0),
+        0 if parts is None else parts.stride(0),
+        PARTS=0 if parts is None else parts.shape[0], BLOCK=256, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What h, ds and sums are kept in."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def exact_parts(narrow: torch.dtype, wide: torch.dtype) -> int:
+    """How many numbers of one dtype make one of another, where the result is kept in fp32."""
+    if narrow.itemsize > 2 or narrow is wide:
+        return 1
+    return 3 if narrow is torch.bfloat16 else 2
+
+
+def unit_rows(matrix: Tensor) -> Tensor:
+    """A matrix whose rows are contiguous, at whatever distance; copied only where they are not."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def architecture(tensor: Tensor) -> int:
+    """Compute capability of the current device, 90 for Hopper; a CPU tensor (interpreted kernels) counts as 80."""
+    return 80 if tensor.is_cpu else driver.active.get_current_target().arch
+
+
+def has_large_shared_memory(arch: int) -> bool:
+    """227 KiB a block; kernels for the rest must do with 99 KiB, which all of sm_80 and later have."""
+    return arch in (90, 100, 103)
+
+
+def gemm_tile(arch: int, dtype: torch.dtype, M: int, N: int, registers: int) -> Tile:
+    """The tile of the large product; `registers` is how many accumulators it must hold at once."""
+    if dtype is torch.float64:
+        return Tile(32, 32, 16, 4, 2)
+    if dtype is torch.float32:
+        return Tile(16, 32, 32, 4, 2) if M <= 16 else Tile(64, 64, 16, 4, 2)
+    if M <= 16:
+        return Tile(16, 32, 128, 4, 4)
+    if M <= 64 or N <= 64:
+        return Tile(64, 64, 64, 4, 3)
+    if not has_large_shared_memory(arch):
+        return Tile(64 if registers > 1 else 128, 128, 32, 8, 4)
+    if M <= 512 or N <= 1024 or registers > 1:
+        return Tile(128, 128, 64, 8, 4)
+    return Tile(128, 256, 64, 8, 3)
+
+
+def shrink_tile(dtype: torch.dtype, M: int, R: int, dropout: bool) -> Tile:
+    """h = x A^T. 32 rows at most: mma.sync takes x, masked in registers, from there, which wgmma must not (README)."""
+    if dtype is torch.float64:
+        return Tile(32, min(rank_block(R), 32), 32, 4, 2)
+    if dtype is torch.float32:
+        return Tile(32, min(rank_block(R), 32), 32, 4, 3)
+    columns = {16: 64 if dropout else 128, 32: 64, 64: 32}[rank_block(R)]  # twice as many spill
+    return Tile(16 if M <= 16 else 32, rank_block(R), columns, 4, 3)
+
+
+def factor_tile(arch: int, dtype: torch.dtype, R: int) -> Tile:
+    """ds = dy B and dB = dy^T h: (rows, columns of dy, rank)."""
+    if dtype.itemsize > 2:
+        return Tile(32, 32, min(rank_block(R), 32), 4, 2)
+    wide = has_large_shared_memory(arch) and R <= 32
+    return Tile(64, 256 if wide else 128, min(rank_block(R), 32), 8 if wide else 4, 3)
+
+
+def input_tile(dtype: torch.dtype, R: int) -> Tile:
+    """dA = ds^T drop(x): (rows of x, rank, columns of x)."""
+    if dtype.itemsize > 2:
+        return Tile(32, min(rank_block(R), 32), 32, 4, 2)
+    return Tile(64, min(rank_block(R), 32), 128, 4, 3)
+
+
+def rank_block(R: int) -> int:
+    """Ranks that one program takes: a power of two, 16 (the least that a tensor core takes) to 64."""
+    return min(64, max(16, triton.next_power_of_2(R)))
+
+
+def split(length: int, block: int, programs: int) -> tuple[int, int]:
+    """Cuts `length` so that about PROGRAMS programs run: (pieces, length of a piece, a multiple of 4 blocks)."""
+    wanted = triton.cdiv(PROGRAMS, max(programs, 1))
+    unit = 4 * block
+    piece = triton.cdiv(triton.cdiv(length, unit), min(wanted, triton.cdiv(length, unit))) * unit
+    return triton.cdiv(length, piece), piece

@@ -1,0 +1,117 @@
+"""The Triton backend without a GPU: interpreted over every sample, and compiled ahead of time for three architectures.
+
+Interpretation shows that arithmetic and bounds are right, compilation that ptxas takes the kernels and keeps them in
+registers and shared memory. On a GPU the same kernels also run through test_ops.py.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_kernels import backends
+
+HERE = Path(__file__).parent
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # what a block may use; 99 KiB for all that runs sm_80's
+# (activations, factors), dropout, ranks per projection; M = 1, 16, 40, 200 and 8192 take different tiles
+TRAINING = [((BF16, BF16), 0.1, ((16,),)), ((BF16, F32), 0.1, ((16,),))]
+OTHERS = [
+    ((BF16, BF16), 0.0, ((64,),)),
+    ((F16, F32), 0.1, ((8, 128), ())),
+    ((F32, F32), 0.1, ((16,),)),
+    ((F64, F64), 0.1, ((16,),)),
+]
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton: nothing run, it is not installed", allow_module_level=True)
+
+
+def _too_old_for_numpy():
+    versions = [tuple(map(int, importlib.metadata.version(name).split(".")[:2])) for name in ("triton", "numpy")]
+    return versions[0] < (3, 7) and versions[1] >= (2, 4)
+
+
+@pytest.mark.skipif(_too_old_for_numpy(), reason="this triton cannot interpret with this numpy (2.4 and later)")
+def test_every_sample_interpreted():
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", "triton_samples.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parent)}
+    run = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
+    print(run.stdout[-8000:], run.stderr[-2000:])
+    assert run.returncode == 0, run.stdout.strip().splitlines()[-1:]
+
+
+def _call(M, pair, p, ranks, K=4096, N=4096):
+    """One forward and one backward on meta tensors of real size."""
+    from peft_kernels.ops.lora_linear.triton_kernel import FUNCTIONS
+
+    def empty(*shape, dtype=pair[0]):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    member = [g for g, group in enumerate(ranks) for _ in group]
+    flat = [r for group in ranks for r in group]
+    weight = [empty(N, K) for _ in ranks]
+    lora_A = [empty(r, K, dtype=pair[1]) for r in flat]
+    lora_B = [empty(N, r, dtype=pair[1]) for r in flat]
+    numbers = member, [1.5] * len(flat), [p] * len(flat), torch.empty((), dtype=torch.int64, device="meta")
+    bias = [empty(N) for _ in ranks]
+    x = empty(M, K)
+    y, h = FUNCTIONS["lora_linear"](x, weight, bias, lora_A, lora_B, [None] * len(flat), *numbers)
+    needs = [True] + [False] * 2 * len(ranks) + [True] * 2 * len(flat) + [False] * len(flat)
+    FUNCTIONS["lora_linear_backward"](y, x, h, weight, lora_A, lora_B, *numbers, needs)
+    FUNCTIONS["lora_dropout_mask"](numbers[-1], M, K, 0.1, 0)
+
+
+def _compile(arch, M, case):
+    from triton_compiler import Recorder
+
+    with Recorder(arch) as compiled:
+        _call(M, *case)
+    assert {k.name for k in compiled} >= {"_shrink_kernel", "_concat_gemm_kernel", "_factor_kernel", "_input_kernel"}
+    for kernel in compiled:
+        what = f"{kernel.name} for sm_{arch}, M={M}, {case}: {kernel}"
+        assert kernel.shared <= SHARED[arch], what
+        assert kernel.stack == kernel.local == 0, what
+        # ptxas before 13.3 may miscompile a pipelined wgmma whose left operand sits in registers (triton issue 9433)
+        assert kernel.stages == 1 or not kernel.wgmma_from_registers, what
+    return compiled
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_compiled_ahead_of_time(arch):
+    for case in TRAINING:
+        large = _compile(arch, 8192, case)
+    text = "".join(kernel.ptx for kernel in large if kernel.name == "_concat_gemm_kernel")
+    assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch] in text
+    _compile(arch, 1, TRAINING[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("M", [1, 40, 200, 8192])
+@pytest.mark.parametrize("case", [*TRAINING, *OTHERS], ids=str)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_tile_compiled_ahead_of_time(arch, case, M):
+    _compile(arch, M, case)
+
+
+def test_row_counts_do_not_compile_again():
+    from triton_compiler import Recorder
+
+    with Recorder(90) as compiled:
+        _call(1024, (BF16, BF16), 0.0, ((16,),))
+        first = [kernel.name for kernel in compiled]
+        for M in (1041, 4096):
+            _call(M, (BF16, BF16), 0.0, ((16,),))
+    assert [kernel.name for kernel in compiled] == first
+
+
+def test_the_backend_says_why_it_is_not_there():
+    triton = backends.all_backends()["triton"]
+    assert triton.available == (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0))
+    if not torch.cuda.is_available():
+        assert triton.missing == "this torch sees no CUDA device"
