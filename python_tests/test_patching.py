@@ -75,6 +75,9 @@ def test_patching_twice_changes_nothing_and_picks_up_new_modules():
     assert [row.name for row in peft_kernels.patch(model).rows] == [row.name for row in first.rows]
     model.add_adapter("more", lora_config(target_modules=["k_proj", "v_proj", "up_proj"]))
     randomise(model).set_adapter("more")
+    with pytest.raises(RuntimeError, match=r"k_proj: came after patch"):
+        first.verify(**inputs())
+    assert "up_proj: came after patch" in str(first)
     plain, exact = None, results(in_double(model))
     with peft_kernels.unpatch(model):
         plain = results(model)

@@ -228,7 +228,7 @@ void check_backward(const std::vector<Tensor>& dy, const OptionalTensor& x, cons
   // Without x its rows are judged by dy's: weight[0] stands in, whose last size is K and whose dtype is x's.
   const Tensor& like_x = x ? *x : weight[0];
   LoraLinearCheck({like_x, weight, no_bias, lora_A, lora_B, no_lora_bias, member, scaling, dropout_p, seed}).run();
-  const int64_t M = as_rows(dy[0]).count;
+  const int64_t M = dy[0].numel() / weight[0].size(0);
   for (size_t g = 0; g < G; ++g) {
     const bool fits = dy[g].is_cpu() && dtype_code(dy[g]) == dtype_code(weight[g]) && dy[g].dim() >= 1 &&
                       dy[g].size(dy[g].dim() - 1) == weight[g].size(0) && dy[g].numel() == M * weight[g].size(0);

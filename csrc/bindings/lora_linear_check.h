@@ -154,8 +154,9 @@ class LoraLinearCheck {
     require(std::isfinite(a_.scaling[i]), "scaling[", i, "] must be finite, got ", a_.scaling[i]);
     const double p = a_.dropout_p[i];
     require(0 <= p && p < 1, "dropout_p[", i, "] must lie in [0, 1), got ", p);
-    if (p == 0) return;
-    require(a_.seed.has_value(), "seed must be given where dropout_p > 0; peft_kernels.new_seed(x.device) makes one");
+    require(p == 0 || a_.seed.has_value(),
+            "seed must be given where dropout_p > 0; peft_kernels.new_seed(x.device) makes one");
+    if (!a_.seed) return;
     const int32_t dtype = dtype_code(*a_.seed);
     if (dtype != aoti_torch_dtype_int64()) require(false, "seed must have dtype int64, got ", name_of(dtype));
     require(a_.seed->is_cpu(), "seed must be on x's device cpu, got another");

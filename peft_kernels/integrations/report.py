@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from weakref import ref
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_kernels.integrations.counts import Calls, calls
@@ -72,6 +73,13 @@ class PatchReport:
         alive = {name: module() for name, module in self._modules.items()}
         return {name: Calls() if module is None else calls(module) for name, module in alive.items()}
 
+    def unseen(self) -> list[str]:
+        """Adapter layers that the model got after `patch`, which run PEFT's own forward: patch again."""
+        model, known = self._model(), {module() for module in self._modules.values()}
+        if model is None:
+            return []
+        return [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer) and m not in known]
+
     def verify(self, **inputs) -> "PatchReport":
         """Runs the model once on `inputs`, without gradients, and proves that every patched module ran fused.
 
@@ -93,6 +101,7 @@ class PatchReport:
             here, above = made[row.name], made.get(row.group, Calls())
             if row.kernel and not (here.fused or above.fused or INACTIVE in here.fallbacks):
                 failed.append(f"{row.name}: {', '.join(here.fallbacks) or 'not reached by this forward'}")
+        failed += [f"{name}: came after patch; patch again" for name in self.unseen()]
         if failed:
             raise RuntimeError("verify: patched, but not fused in this forward:\n  " + "\n  ".join(failed))
         return self
@@ -117,8 +126,9 @@ class PatchReport:
         return f"PatchReport({kernels} modules patched, {len(self.left)} left alone, {self.fused} fused calls so far)"
 
     def __str__(self) -> str:
+        came_later = [f"{name}: came after patch; patch again" for name in self.unseen()]
         header = ("module", "kind", "kernel", "fused calls", "fallbacks")
-        return "\n".join([repr(self), *self.notes, _render([header, *self.table()])])
+        return "\n".join([repr(self), *self.notes, *came_later, _render([header, *self.table()])])
 
 
 def _render(lines: list[tuple[str, ...]]) -> str:

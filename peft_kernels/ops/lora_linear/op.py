@@ -114,6 +114,7 @@ def check(x, weight, bias, lora_A, lora_B, lora_bias, member, scaling, dropout_p
         _require(0 <= p < 1, f"dropout_p[{i}] must lie in [0, 1), got {p}")
     if any(p > 0 for p in dropout_p):
         _require(seed is not None, "seed must be given where dropout_p > 0; peft_kernels.new_seed(x.device) makes one")
+    if seed is not None:  # read even where nothing is dropped
         _check_tensor("seed", seed, x, (torch.int64,), "int64")
         _require(seed.dim() == 0, f"seed must be a 0-d tensor, got shape {list(seed.shape)}")
 

@@ -206,6 +206,8 @@ def _bad_numbers() -> list[BadInput]:
         _bad("p-negative", ValueError, "dropout_p[0] must lie in [0, 1), got -0.1", dropout_p=lambda p: [-0.1]),
         _bad("seed-missing", ValueError, "seed must be given where dropout_p > 0", seed=lambda s: None),
         _bad("seed-dtype", TypeError, "seed must have dtype int64, got int32", seed=lambda s: s.to(torch.int32)),
+        _bad("seed-empty", ValueError, "seed must be a 0-d tensor, got shape [0]",
+             dropout_p=lambda p: [0.0], seed=lambda s: s.new_empty(0)),
         _bad("seed-shape", ValueError, "seed must be a 0-d tensor, got shape [1]", seed=lambda s: s[None]),
     ]  # fmt: skip
 
