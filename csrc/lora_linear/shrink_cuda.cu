@@ -1,0 +1,261 @@
+// Forward of lora_linear, the shrink: h[m, rank0_l + r] = s_l sum_k drop_l(x)[m, k] A_l[r, k], x [M, K], A_l [R_l, K].
+// Bound by reading x, which is read once for all adapters of a block. Block (blockIdx.x, blockIdx.y) -> 32 or 64
+// rows x up to eight tiles of 8 ranks x one split of K; blocks of the same rows are neighbours, so that x comes from L2
+// for the second. Stages of 64 columns of x and A arrive by cp.async, as many ahead as shared memory holds; a warp
+// takes 16 rows x 32 columns of a stage, and the two warps of the same rows are added at the end. mma.sync, fp32 sums;
+// fp32 factors enter as three bf16 parts, which hold all their bits. Dropout is drawn on the fragments, once per
+// adapter.
+#include "lora_linear/mma_tiles.h"
+
+namespace pk::lora_linear {
+namespace {
+
+constexpr int kCols = 64, kPitch = tile_pitch(kCols);  // of a stage
+constexpr int kMostRankTiles = 8;                      // of one block
+constexpr int kMostStages = 8, kMostShared = 96 * 1024;
+constexpr int kFillingBlocks = 128;  // about one for each multiprocessor of the large GPUs
+
+template <class F>
+struct RankTile {  // eight ranks of one adapter, or its last few
+  const F* factor;
+  int ranks, column, adapter;  // column: of h
+};
+
+template <class F>
+__device__ RankTile<F> rank_tile(const Shrink& call, int index) {
+  int l = 0;
+  for (; index >= (call.adapters.at[l].R + 7) / 8; ++l) index -= (call.adapters.at[l].R + 7) / 8;
+  const CudaAdapter& adapter = call.adapters.at[l];
+  const int rank = 8 * index, left = adapter.R - rank;
+  return {static_cast<const F*>(adapter.factor) + rank * call.K, left < 8 ? left : 8, adapter.rank0 + rank, l};
+}
+
+// Columns k ... k + 64 of all rank tiles, row by row, into [8 tiles][kPitch]; zeros where there is none.
+template <int kThreads, bool kVector, class F>
+__device__ __forceinline__ void load_factors(F* to, const RankTile<F>* tile, int tiles, int64_t k, int64_t K) {
+  constexpr int kWidth = kVector ? 16 / sizeof(F) : 1, kPerRow = kCols / kWidth;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < 8 * tiles * kPerRow; i += kThreads) {
+    const int row = i / kPerRow, rank = row % 8, col = i % kPerRow * kWidth;
+    const RankTile<F>& from = tile[row / 8];
+    const bool inside = rank < from.ranks && k + col < K;
+    const F* place = from.factor + (inside ? rank * K + k + col : 0);
+    if constexpr (kVector) {
+      cp_async<16>(to + row * kPitch + col, place, inside ? 16 : 0);
+    } else {
+      to[row * kPitch + col] = inside ? *place : F{};
+    }
+  }
+}
+
+// A right operand of 32 columns and eight ranks, in parts whose sum it is: b[step of 16 columns][part].
+template <class T>
+__device__ __forceinline__ void load_right(uint32_t (&b)[2][1][2], const T* factors) {
+  const int lane = lane_index();
+  uint32_t r[4];
+  ldmatrix(r, factors + lane % 8 * kPitch + lane / 8 * 8);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) b[i / 2][0][i % 2] = r[i];
+}
+__device__ __forceinline__ void load_right(uint32_t (&b)[2][3][2], const float* factors) {
+  const int lane = lane_index();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = *reinterpret_cast<const float2*>(factors + lane / 4 * kPitch + 8 * i + lane % 4 * 2);
+    uint32_t parts[3];
+    split_pair<bf16>(pair.x, pair.y, parts);
+#pragma unroll
+    for (int p = 0; p < 3; ++p) b[i / 2][p][i % 2] = parts[p];
+  }
+}
+
+// drop(x) of 16 rows x 32 columns, both as the fragments of two k16 steps.
+__device__ __forceinline__ void drop(uint32_t (&out)[2][4], const uint32_t (&x)[2][4], const Keep& keep, uint64_t seed,
+                                     int64_t row, int64_t group) {
+  const bool active = keep.threshold != kKeepAll;
+  const int64_t mine = row + lane_index() / 4;
+  Philox4 random[2] = {};
+  if (active) {
+    random[0] = keep_words(seed, keep.stream, mine, group);
+    random[1] = keep_words(seed, keep.stream, mine + 8, group);
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int step = i / 4, e = i % 4;
+    out[step][e] = active ? keep_pair(x[step][e], random[e % 2].word[2 * step + e / 2], keep.threshold) : x[step][e];
+  }
+}
+
+// sums += one warp's share of a stage: x and factors point to its 32 columns, group is their number in the row.
+template <class T, class F>
+__device__ __forceinline__ void multiply(float (&sums)[kMostRankTiles][4], const T* x, const F* factors,
+                                         const Shrink& call, const RankTile<F>* tile, int tiles, uint64_t seed,
+                                         int64_t row, int64_t group) {
+  constexpr int kParts = sizeof(F) == sizeof(T) ? 1 : 3;
+  const int lane = lane_index();
+  uint32_t all[2][4], kept[2][4];
+#pragma unroll
+  for (int step = 0; step < 2; ++step) ldmatrix(all[step], x + lane % 16 * kPitch + 16 * step + lane / 16 * 8);
+  for (int begin = 0, end; begin < tiles; begin = end) {  // one adapter's tiles
+    const int adapter = tile[begin].adapter;
+    for (end = begin + 1; end < tiles && tile[end].adapter == adapter;) ++end;
+    drop(kept, all, call.adapters.at[adapter].keep, seed, row, group);
+#pragma unroll
+    for (int j = 0; j < kMostRankTiles; ++j) {
+      if (j < begin || j >= end) continue;
+      uint32_t b[2][kParts][2];
+      load_right(b, factors + 8 * j * kPitch);
+#pragma unroll
+      for (int i = 0; i < 2 * kParts; ++i) mma_m16n8k16<T>(sums[j], kept[i % 2], b[i % 2][i / 2]);
+    }
+  }
+}
+
+// Waits for the oldest of the stages - 1 groups in flight.
+__device__ __forceinline__ void wait_for_oldest(int stages) {
+  switch (stages) {
+    case 3:
+      return cp_async_wait<1>();
+    case 4:
+      return cp_async_wait<2>();
+    case 5:
+      return cp_async_wait<3>();
+    case 6:
+      return cp_async_wait<4>();
+    case 7:
+      return cp_async_wait<5>();
+    default:
+      return cp_async_wait<6>();
+  }
+}
+
+// Adds the second warp of the same rows to the first one, which scales and stores.
+template <int kRowTiles, class F>
+__device__ __forceinline__ void store(const Shrink& call, const float (&sums)[kMostRankTiles][4], float* shared,
+                                      const RankTile<F>* tile, int tiles, int64_t row) {
+  const int lane = lane_index(), warp = warp_index();
+  float* const other = shared + warp % kRowTiles * tiles * 128 + lane;
+  if (warp >= kRowTiles) {
+#pragma unroll
+    for (int i = 0; i < 4 * kMostRankTiles; ++i) {
+      if (i < 4 * tiles) other[i * 32] = sums[i / 4][i % 4];
+    }
+  }
+  __syncthreads();
+  if (warp >= kRowTiles) return;
+#pragma unroll
+  for (int i = 0; i < 4 * kMostRankTiles; ++i) {
+    if (i >= 4 * tiles) break;
+    const RankTile<F>& of = tile[i / 4];
+    const int rank = lane % 4 * 2 + i % 2;
+    const int64_t m = row + lane / 4 + i % 4 / 2 * 8;
+    if (m >= call.M || rank >= of.ranks) continue;
+    const CudaAdapter& adapter = call.adapters.at[of.adapter];
+    const float scale = adapter.scaling * adapter.keep.scale;
+    float* const h = call.h + (blockIdx.y * call.M + m) * call.R + of.column;
+    h[rank] = (sums[i / 4][i % 4] + other[i * 32]) * scale;
+  }
+}
+
+template <class T, class F, int kRowTiles, bool kVector>
+__global__ void __launch_bounds__(64 * kRowTiles)
+    lora_linear_forward_shrink_kernel(const __grid_constant__ Shrink call, int rank_tiles, int groups, int stages) {
+  constexpr int kRows = 16 * kRowTiles, kThreads = 64 * kRowTiles;
+  let_next_launch_start();
+  __shared__ RankTile<F> tile[kMostRankTiles];
+  PK_DYNAMIC_SHARED(unsigned char, shared);
+  const int number = blockIdx.x % groups, first = rank_tiles * number / groups;
+  const int tiles = rank_tiles * (number + 1) / groups - first;
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < tiles) tile[thread] = rank_tile<F>(call, first + thread);
+  const uint64_t seed = call.seed ? *call.seed : 0;
+  __syncthreads();
+
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x / groups) * kRows, all = (call.K + kCols - 1) / kCols;
+  const int64_t begin = all * blockIdx.y / call.splits;
+  const int count = static_cast<int>(all * (blockIdx.y + 1) / call.splits - begin);
+  const T* const x = static_cast<const T*>(call.x) + row0 * call.x_stride;
+  const int stage_bytes = kRows * kPitch * sizeof(T) + 8 * tiles * kPitch * sizeof(F);
+  const int row = warp_index() % kRowTiles * 16, col = warp_index() / kRowTiles * 32;
+  float sums[kMostRankTiles][4] = {};
+  int filled = 0, used = 0;  // stages of the ring: the next to be filled, the next to be used
+  for (int i = 1 - stages; i < count; ++i) {
+    if (i >= 0) {
+      wait_for_oldest(stages);
+      __syncthreads();
+    }
+    if (i + stages - 1 < count) {
+      T* const to = reinterpret_cast<T*>(shared + filled * stage_bytes);
+      const int64_t k = (begin + i + stages - 1) * kCols;
+      load_tile<kRows, kCols, kThreads, kVector>(to, x + k, call.x_stride, call.M - row0, call.K - k);
+      load_factors<kThreads, kVector>(reinterpret_cast<F*>(to + kRows * kPitch), tile, tiles, k, call.K);
+    }
+    cp_async_commit();
+    filled = filled + 1 == stages ? 0 : filled + 1;
+    if (i < 0) continue;
+    const T* const stage = reinterpret_cast<const T*>(shared + used * stage_bytes);
+    multiply(sums, stage + row * kPitch + col, reinterpret_cast<const F*>(stage + kRows * kPitch) + col, call, tile,
+             tiles, seed, row0 + row, ((begin + i) * kCols + col) / 32);
+    used = used + 1 == stages ? 0 : used + 1;
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+  store<kRowTiles>(call, sums, reinterpret_cast<float*>(shared), tile, tiles, row0 + row);
+}
+
+template <class T, class F, int kRowTiles, bool kVector>
+cudaError_t launch_shrink(const Shrink& call, int rank_tiles, cudaStream_t stream) {
+  constexpr int kRows = 16 * kRowTiles;
+  const int groups = (rank_tiles + kMostRankTiles - 1) / kMostRankTiles, most = (rank_tiles + groups - 1) / groups;
+  const int stage_bytes = kPitch * (kRows * sizeof(T) + 8 * most * sizeof(F));
+  const int fitting = kMostShared / stage_bytes, stages = fitting < kMostStages ? fitting : kMostStages;
+  const dim3 grid(static_cast<unsigned>((call.M + kRows - 1) / kRows * groups), call.splits);
+  return PK_LAUNCH((lora_linear_forward_shrink_kernel<T, F, kRowTiles, kVector>), grid, dim3(64 * kRowTiles),
+                   static_cast<size_t>(stages) * stage_bytes, stream, call, rank_tiles, groups, stages);
+}
+
+// Rows of 16 in a block: many, so that A is read seldom, where that leaves enough blocks.
+int row_tiles(int64_t M, int64_t rank_groups) {
+  return (M + 63) / 64 * rank_groups < kFillingBlocks ? 2 : 4;
+}
+
+template <class T, class F>
+cudaError_t shrink_pair(const Shrink& call, cudaStream_t stream) {
+  bool vector = vector_rows(call.x, call.x_stride, sizeof(T));
+  int rank_tiles = 0;
+  for (int l = 0; l < call.adapters.count; ++l) {
+    rank_tiles += (call.adapters.at[l].R + 7) / 8;
+    vector = vector && vector_rows(call.adapters.at[l].factor, call.K, sizeof(F));
+  }
+  if (call.M == 0 || rank_tiles == 0) return cudaSuccess;
+  if (!vector) return launch_shrink<T, F, 2, false>(call, rank_tiles, stream);
+  const bool tall = row_tiles(call.M, (rank_tiles + kMostRankTiles - 1) / kMostRankTiles) == 4;
+  return tall ? launch_shrink<T, F, 4, true>(call, rank_tiles, stream)
+              : launch_shrink<T, F, 2, true>(call, rank_tiles, stream);
+}
+
+}  // namespace
+
+bool has_mma_kernels(Dtype x, Dtype factors) {
+  return (x == Dtype::kBFloat16 || x == Dtype::kFloat16) &&
+         (factors == x || (x == Dtype::kBFloat16 && factors == Dtype::kFloat32));
+}
+
+// As many as fill the GPU, of 256 columns or more. Few rows: every block of the few rows kernel reads the parts again,
+// so they are kept below 32 KiB.
+int shrink_splits(int64_t M, int64_t K, int64_t R) {
+  constexpr int64_t kLeastCols = 256, kMostParts = 8192;
+  const int64_t groups = (R + 8 * kMostRankTiles - 1) / (8 * kMostRankTiles), rows = 16 * row_tiles(M, groups);
+  int64_t splits = kFillingBlocks / ((M + rows - 1) / rows * groups + 1);
+  if (splits > K / kLeastCols) splits = K / kLeastCols;
+  if (M <= kFewRowsCuda && splits > kMostParts / (M * R + 1)) splits = kMostParts / (M * R + 1);
+  return splits < 1 ? 1 : static_cast<int>(splits);
+}
+
+cudaError_t shrink(Dtype x, Dtype factors, const Shrink& call, cudaStream_t stream) {
+  if (!has_mma_kernels(x, factors)) return cudaErrorInvalidValue;
+  if (x == Dtype::kFloat16) return shrink_pair<fp16, fp16>(call, stream);
+  return factors == Dtype::kFloat32 ? shrink_pair<bf16, float>(call, stream) : shrink_pair<bf16, bf16>(call, stream);
+}
+
+}  // namespace pk::lora_linear
