@@ -22,12 +22,15 @@ struct RankTile {  // eight ranks of one adapter, or its last few
 };
 
 template <class F>
-__device__ RankTile<F> rank_tile(const Shrink& call, int index) {
+__device__ __forceinline__ void set_rank_tile(RankTile<F>& tile, const Shrink& call, int index) {
   int l = 0;
   for (; index >= (call.adapters.at[l].R + 7) / 8; ++l) index -= (call.adapters.at[l].R + 7) / 8;
   const CudaAdapter& adapter = call.adapters.at[l];
   const int rank = 8 * index, left = adapter.R - rank;
-  return {static_cast<const F*>(adapter.factor) + rank * call.K, left < 8 ? left : 8, adapter.rank0 + rank, l};
+  tile.factor = static_cast<const F*>(adapter.factor) + rank * call.K;
+  tile.ranks = left < 8 ? left : 8;
+  tile.column = adapter.rank0 + rank;
+  tile.adapter = l;
 }
 
 // Columns k ... k + 64 of all rank tiles, row by row, into [8 tiles][kPitch]; zeros where there is none.
@@ -167,7 +170,7 @@ __global__ void __launch_bounds__(64 * kRowTiles)
   const int number = blockIdx.x % groups, first = rank_tiles * number / groups;
   const int tiles = rank_tiles * (number + 1) / groups - first;
   const int thread = static_cast<int>(threadIdx.x);
-  if (thread < tiles) tile[thread] = rank_tile<F>(call, first + thread);
+  if (thread < tiles) set_rank_tile(tile[thread], call, first + thread);
   const uint64_t seed = call.seed ? *call.seed : 0;
   __syncthreads();
 
