@@ -14,29 +14,33 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kRankChunk = 64;       // ranks of h and B in shared memory at a time
 constexpr int kFillingBlocks = 256;  // two for each multiprocessor of the large GPUs
 
-// d += x W^T over this warp's share of K, columns n0 ... n0 + 8 kTiles of a member. kDepth groups of 32 columns of K
-// are loaded together: with eight vectors of W a thread, two blocks keep 64 KiB in flight.
+// d += x W^T over this warp's share of K, for `cols` of the 8 kTiles columns from n0 on. kDepth groups of 32 columns of
+// K are loaded together: with eight vectors of W a thread, two blocks keep 64 KiB in flight.
 template <class T, int kTiles>
 __device__ __forceinline__ void stream(float (&d)[kTiles][4], const FewRows& call, const FewRowsMember& member,
-                                       int64_t n0) {
+                                       int64_t n0, int cols) {
   constexpr int kDepth = 8 / kTiles;
-  const int row = lane_index() / 4, col = lane_index() % 4 * 8;
-  const T* const x = static_cast<const T*>(call.x) + row * call.x_stride + col;
-  const T* const weight = static_cast<const T*>(member.weight) + (n0 + row) * member.weight_stride + col;
-  for (int64_t k = warp_index() * kDepth * 32; k < call.K; k += kWarps * kDepth * 32) {
+  const int row = lane_index() / 4, col = lane_index() % 4 * 8, K = static_cast<int>(call.K);
+  const T *x[2], *weight[kTiles];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) x[i] = static_cast<const T*>(call.x) + (row + 8 * i) * call.x_stride + col;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    weight[j] = static_cast<const T*>(member.weight) + (n0 + row + 8 * j) * member.weight_stride + col;
+  }
+  for (int k = warp_index() * kDepth * 32; k < K; k += kWarps * kDepth * 32) {
     uint4 left[kDepth][2] = {}, right[kDepth][kTiles] = {};
 #pragma unroll
     for (int s = 0; s < kDepth; ++s) {
-      const int64_t at = k + 32 * s;
-      if (at + col >= call.K) continue;
+      const int at = k + 32 * s;
+      const bool inside = at + col < K;
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        if (n0 + 8 * j + row >= member.N) continue;
-        right[s][j] = __ldcs(reinterpret_cast<const uint4*>(weight + 8 * j * member.weight_stride + at));
+        if (inside && row + 8 * j < cols) right[s][j] = __ldcs(reinterpret_cast<const uint4*>(weight[j] + at));
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if (row + 8 * i < call.M) left[s][i] = __ldg(reinterpret_cast<const uint4*>(x + 8 * i * call.x_stride + at));
+        if (inside && row + 8 * i < call.M) left[s][i] = __ldg(reinterpret_cast<const uint4*>(x[i] + at));
       }
     }
 #pragma unroll
@@ -51,30 +55,55 @@ __device__ __forceinline__ void stream(float (&d)[kTiles][4], const FewRows& cal
   }
 }
 
-__device__ __forceinline__ float sum_parts(const FewRows& call, int64_t m, int64_t r) {
-  float sum = 0.f;
-#pragma unroll 4
-  for (int split = 0; split < call.splits; ++split) sum += call.parts[(split * call.M + m) * call.R + r];
-  return sum;
+struct Chunk {  // up to kRankChunk ranks of one adapter
+  int adapter, rank;
+};
+
+// The first chunk of member g from (adapter, rank) on; past the adapters where there is none.
+__device__ __forceinline__ Chunk chunk_from(const FewRows& call, int g, Chunk at) {
+  while (at.adapter < call.adapters.count) {
+    const CudaAdapter& adapter = call.adapters.at[at.adapter];
+    if (adapter.member == g && at.rank < adapter.R) break;
+    at = {at.adapter + 1, 0};
+  }
+  return at;
 }
 
-// The blocks of the launch share out h; adapters begin with different blocks.
-__device__ __forceinline__ void store_h(const FewRows& call) {
-  if (call.h == call.parts) return;
-  for (int l = 0; l < call.adapters.count; ++l) {
-    const int R = call.adapters.at[l].R, rank0 = call.adapters.at[l].rank0;
-    const int64_t share = (blockIdx.x + l) % gridDim.x;
-    for (int64_t i = share * kThreads + threadIdx.x; i < call.M * R; i += gridDim.x * kThreads) {
-      const int64_t m = i / R, r = rank0 + i % R;
-      call.h[m * call.R + r] = sum_parts(call, m, r);
+// This thread's elements of B in the chunk, [8 kTiles][kRankChunk] shared out in order. They are asked for long before
+// they are needed: they come from memory.
+template <class F, int kHeld>
+__device__ __forceinline__ void fetch(F (&held)[kHeld], const FewRows& call, Chunk chunk, int64_t n0, int cols) {
+  if (chunk.adapter >= call.adapters.count) return;
+  const CudaAdapter& adapter = call.adapters.at[chunk.adapter];
+  const int r = threadIdx.x % kRankChunk, n = threadIdx.x / kRankChunk;
+  const F* const from = static_cast<const F*>(adapter.factor) + (n0 + n) * adapter.R + chunk.rank + r;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int row = i * (kThreads / kRankChunk);
+    held[i] = chunk.rank + r < adapter.R && n + row < cols ? from[row * adapter.R] : F{};
+  }
+}
+
+// h of the chunk: the parts, in order. The first block of a member keeps it for the caller.
+__device__ __forceinline__ void sum_parts(float (&h)[16][kRankChunk], const FewRows& call, Chunk chunk, bool keep) {
+  const int left = call.adapters.at[chunk.adapter].R - chunk.rank, r = threadIdx.x % kRankChunk;
+  for (int m = threadIdx.x / kRankChunk; m < call.M; m += kThreads / kRankChunk) {
+    const int64_t place = m * call.R + call.adapters.at[chunk.adapter].rank0 + chunk.rank + r;
+    float sum = 0.f;
+#pragma unroll 8
+    for (int split = 0; split < call.splits; ++split) {
+      if (r < left) sum += call.parts[split * call.M * call.R + place];
     }
+    h[m][r] = sum;
+    if (keep && r < left) call.h[place] = sum;
   }
 }
 
 template <class T, class F, int kTiles>
 __global__ void __launch_bounds__(kThreads, 2)
     lora_linear_forward_few_rows_kernel(const __grid_constant__ FewRows call) {
-  constexpr int kCols = 8 * kTiles, kOutputs = kTiles == 4 ? 2 : 1;  // the most outputs of a thread
+  constexpr int kCols = 8 * kTiles, kHeld = kCols * kRankChunk / kThreads;
+  constexpr int kOutputs = kTiles == 4 ? 2 : 1;  // the most outputs of a thread
   __shared__ float sums[kWarps][16][kCols], h[16][kRankChunk], factor[kCols][kRankChunk + 1];
   int g = 0;
   int64_t n0 = static_cast<int64_t>(blockIdx.x) * kCols;
@@ -82,8 +111,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   const FewRowsMember& member = call.member[g];
   const int cols = static_cast<int>(member.N - n0 < kCols ? member.N - n0 : kCols), M = static_cast<int>(call.M);
 
+  F held[kHeld] = {};
+  Chunk chunk = chunk_from(call, g, {0, 0});
+  fetch(held, call, chunk, n0, cols);
   float d[kTiles][4] = {};
-  stream<T>(d, call, member, n0);
+  stream<T>(d, call, member, n0, cols);
   const int lane = lane_index();
 #pragma unroll
   for (int i = 0; i < 4 * kTiles; ++i) {
@@ -96,28 +128,24 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int part = threadIdx.x % share;
   float value[kOutputs] = {};
   wait_for_previous_launch();
-  for (int l = 0; l < call.adapters.count; ++l) {
-    const CudaAdapter& adapter = call.adapters.at[l];
-    if (adapter.member != g) continue;
-    const F* const from = static_cast<const F*>(adapter.factor) + n0 * adapter.R;
-    for (int rank = 0; rank < adapter.R; rank += kRankChunk) {
-      const int ranks = adapter.R - rank < kRankChunk ? adapter.R - rank : kRankChunk;
-      __syncthreads();
-      for (int i = threadIdx.x; i < cols * ranks; i += kThreads) {
-        factor[i / ranks][i % ranks] = to_float(from[i / ranks * adapter.R + rank + i % ranks]);
-      }
-      for (int i = threadIdx.x; i < M * ranks; i += kThreads) {
-        h[i / ranks][i % ranks] = sum_parts(call, i / ranks, adapter.rank0 + rank + i % ranks);
-      }
-      __syncthreads();
+  while (chunk.adapter < call.adapters.count) {
 #pragma unroll
-      for (int o = 0; o < kOutputs; ++o) {
-        const int index = (threadIdx.x + o * kThreads) / share, m = index / kCols, n = index % kCols;
-        if (m >= M || n >= cols) continue;
-#pragma unroll 4
-        for (int r = part; r < ranks; r += share) value[o] += h[m][r] * factor[n][r];
-      }
+    for (int i = 0; i < kHeld; ++i) {
+      const int index = threadIdx.x + i * kThreads;
+      factor[index / kRankChunk][index % kRankChunk] = to_float(held[i]);
     }
+    sum_parts(h, call, chunk, n0 == 0 && call.h != call.parts);
+    chunk = chunk_from(call, g, {chunk.adapter, chunk.rank + kRankChunk});
+    fetch(held, call, chunk, n0, cols);
+    __syncthreads();
+#pragma unroll
+    for (int o = 0; o < kOutputs; ++o) {
+      const int index = (threadIdx.x + o * kThreads) / share, m = index / kCols, n = index % kCols;
+      if (m >= M) continue;
+#pragma unroll 4
+      for (int r = part; r < kRankChunk; r += share) value[o] += h[m][r] * factor[n][r];
+    }
+    __syncthreads();
   }
   __syncthreads();
 #pragma unroll
@@ -126,8 +154,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int index = (threadIdx.x + o * kThreads) / share, m = index / kCols, n = index % kCols;
     if (part > 0 || m >= M || n >= cols) continue;
     float sum = value[o];
+#pragma unroll
     for (int w = 0; w < kWarps; ++w) sum += sums[w][m][n];
     if (member.bias) sum += to_float(static_cast<const T*>(member.bias)[n0 + n]);
+#pragma unroll 1
     for (int l = 0; l < call.adapters.count; ++l) {
       const CudaAdapter& adapter = call.adapters.at[l];
       if (adapter.member != g || !adapter.bias) continue;
@@ -135,7 +165,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     static_cast<T*>(member.y)[m * member.N + n0 + n] = from_float<T>(sum);
   }
-  store_h(call);
 }
 
 int64_t block_count(const FewRows& call, int tiles) {
