@@ -19,6 +19,7 @@ template <class F>
 struct RankTile {  // eight ranks of one adapter, or its last few
   const F* factor;
   int ranks, column, adapter;  // column: of h
+  bool new_mask;               // other elements of x are dropped than in the tile before
 };
 
 template <class F>
@@ -27,27 +28,41 @@ __device__ __forceinline__ void set_rank_tile(RankTile<F>& tile, const Shrink& c
   for (; index >= (call.adapters.at[l].R + 7) / 8; ++l) index -= (call.adapters.at[l].R + 7) / 8;
   const CudaAdapter& adapter = call.adapters.at[l];
   const int rank = 8 * index, left = adapter.R - rank;
+  const bool drops = adapter.keep.threshold != kKeepAll;
   tile.factor = static_cast<const F*>(adapter.factor) + rank * call.K;
   tile.ranks = left < 8 ? left : 8;
   tile.column = adapter.rank0 + rank;
   tile.adapter = l;
+  tile.new_mask = rank == 0 && l > 0 && (drops || call.adapters.at[l - 1].keep.threshold != kKeepAll);
 }
 
-// Columns k ... k + 64 of all rank tiles, row by row, into [8 tiles][kPitch]; zeros where there is none.
-template <int kThreads, bool kVector, class F>
-__device__ __forceinline__ void load_factors(F* to, const RankTile<F>* tile, int tiles, int64_t k, int64_t K) {
-  constexpr int kWidth = kVector ? 16 / sizeof(F) : 1, kPerRow = kCols / kWidth;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < 8 * tiles * kPerRow; i += kThreads) {
-    const int row = i / kPerRow, rank = row % 8, col = i % kPerRow * kWidth;
-    const RankTile<F>& from = tile[row / 8];
-    const bool inside = rank < from.ranks && k + col < K;
-    const F* place = from.factor + (inside ? rank * K + k + col : 0);
+// What a thread copies of every stage: the same columns of each kStep-th row from `row` on. Worked out once: where a
+// block has a multiprocessor to itself, the instructions of a stage must fit in the time that its bytes take.
+template <class T, int kThreads, bool kVector>
+struct Share {
+  static constexpr int kWidth = kVector ? 16 / sizeof(T) : 1, kPerRow = kCols / kWidth, kStep = kThreads / kPerRow;
+  int row = static_cast<int>(threadIdx.x) / kPerRow, col = static_cast<int>(threadIdx.x) % kPerRow * kWidth;
+
+  // `left` elements of the row are there from `col` on, none if it is 0 or less; the others become zero.
+  __device__ __forceinline__ void copy(T* to, const T* from, int left) const {
     if constexpr (kVector) {
-      cp_async<16>(to + row * kPitch + col, place, inside ? 16 : 0);
+      cp_async<16>(to, from, left <= 0 ? 0 : left >= kWidth ? 16 : left * static_cast<int>(sizeof(T)));
     } else {
-      to[row * kPitch + col] = inside ? *place : F{};
+      *to = left > 0 ? *from : T{};
     }
+  }
+};
+
+// value = the sum of three bf16: its bits 8 by 8, of which rounding could not keep all near the largest fp32. Infinity
+// is in the first part alone.
+__device__ __forceinline__ void cut_pair(float first, float second, uint32_t (&parts)[3]) {
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    const uint32_t low = __float_as_uint(first) & 0xFFFF0000u, high = __float_as_uint(second) & 0xFFFF0000u;
+    parts[i] = low >> 16 | high;
+    if (i == 2) break;
+    first = fabsf(first) == INFINITY ? 0.f : first - __uint_as_float(low);
+    second = fabsf(second) == INFINITY ? 0.f : second - __uint_as_float(high);
   }
 }
 
@@ -66,7 +81,7 @@ __device__ __forceinline__ void load_right(uint32_t (&b)[2][3][2], const float* 
   for (int i = 0; i < 4; ++i) {
     const float2 pair = *reinterpret_cast<const float2*>(factors + lane / 4 * kPitch + 8 * i + lane % 4 * 2);
     uint32_t parts[3];
-    split_pair<bf16>(pair.x, pair.y, parts);
+    cut_pair(pair.x, pair.y, parts);
 #pragma unroll
     for (int p = 0; p < 3; ++p) b[i / 2][p][i % 2] = parts[p];
   }
@@ -75,34 +90,34 @@ __device__ __forceinline__ void load_right(uint32_t (&b)[2][3][2], const float* 
 // drop(x) of 16 rows x 32 columns, both as the fragments of two k16 steps.
 __device__ __forceinline__ void drop(uint32_t (&out)[2][4], const uint32_t (&x)[2][4], const Keep& keep, uint64_t seed,
                                      int64_t row, int64_t group) {
-  const bool active = keep.threshold != kKeepAll;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) out[i / 4][i % 4] = x[i / 4][i % 4];
+  if (keep.threshold == kKeepAll) return;
   const int64_t mine = row + lane_index() / 4;
-  Philox4 random[2] = {};
-  if (active) {
-    random[0] = keep_words(seed, keep.stream, mine, group);
-    random[1] = keep_words(seed, keep.stream, mine + 8, group);
-  }
+  const Philox4 random[2] = {keep_words(seed, keep.stream, mine, group),
+                             keep_words(seed, keep.stream, mine + 8, group)};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int step = i / 4, e = i % 4;
-    out[step][e] = active ? keep_pair(x[step][e], random[e % 2].word[2 * step + e / 2], keep.threshold) : x[step][e];
+    out[step][e] = keep_pair(x[step][e], random[e % 2].word[2 * step + e / 2], keep.threshold);
   }
 }
 
 // sums += one warp's share of a stage: x and factors point to its 32 columns, group is their number in the row.
+// masks: bit j where tile j has a mask of its own.
 template <class T, class F>
 __device__ __forceinline__ void multiply(float (&sums)[kMostRankTiles][4], const T* x, const F* factors,
-                                         const Shrink& call, const RankTile<F>* tile, int tiles, uint64_t seed,
-                                         int64_t row, int64_t group) {
+                                         const Shrink& call, const RankTile<F>* tile, int tiles, uint32_t masks,
+                                         uint64_t seed, int64_t row, int64_t group) {
   constexpr int kParts = sizeof(F) == sizeof(T) ? 1 : 3;
   const int lane = lane_index();
   uint32_t all[2][4], kept[2][4];
 #pragma unroll
   for (int step = 0; step < 2; ++step) ldmatrix(all[step], x + lane % 16 * kPitch + 16 * step + lane / 16 * 8);
-  for (int begin = 0, end; begin < tiles; begin = end) {  // one adapter's tiles
-    const int adapter = tile[begin].adapter;
-    for (end = begin + 1; end < tiles && tile[end].adapter == adapter;) ++end;
-    drop(kept, all, call.adapters.at[adapter].keep, seed, row, group);
+  for (int begin = 0, end; begin < tiles; begin = end) {  // tiles that share a mask
+    const uint32_t later = masks >> begin >> 1;
+    end = later ? begin + __ffs(static_cast<int>(later)) : tiles;
+    drop(kept, all, call.adapters.at[tile[begin].adapter].keep, seed, row, group);
 #pragma unroll
     for (int j = 0; j < kMostRankTiles; ++j) {
       if (j < begin || j >= end) continue;
@@ -171,35 +186,55 @@ __global__ void __launch_bounds__(64 * kRowTiles)
   const int tiles = rank_tiles * (number + 1) / groups - first;
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < tiles) set_rank_tile(tile[thread], call, first + thread);
-  const uint64_t seed = call.seed ? *call.seed : 0;
   __syncthreads();
+  uint32_t masks = 0;
+  for (int j = 1; j < tiles; ++j) masks |= static_cast<uint32_t>(tile[j].new_mask) << j;
+  const uint64_t seed = call.seed ? *call.seed : 0;
 
   const int64_t row0 = static_cast<int64_t>(blockIdx.x / groups) * kRows, all = (call.K + kCols - 1) / kCols;
   const int64_t begin = all * blockIdx.y / call.splits;
-  const int count = static_cast<int>(all * (blockIdx.y + 1) / call.splits - begin);
-  const T* const x = static_cast<const T*>(call.x) + row0 * call.x_stride;
+  const int count = static_cast<int>(all * (blockIdx.y + 1) / call.splits - begin), K = static_cast<int>(call.K);
+  const Share<T, kThreads, kVector> x_share;
+  const Share<F, kThreads, kVector> a_share;
+  const T* const x = static_cast<const T*>(call.x) + (row0 + x_share.row) * call.x_stride + x_share.col;
+  const T* const outside = static_cast<const T*>(call.x);  // for copies that only write zeros
+  const int x_rows = static_cast<int>(call.M - row0 < kRows ? call.M - row0 : kRows) - x_share.row;
   const int stage_bytes = kRows * kPitch * sizeof(T) + 8 * tiles * kPitch * sizeof(F);
-  const int row = warp_index() % kRowTiles * 16, col = warp_index() / kRowTiles * 32;
+  const auto fill = [&](unsigned char* stage, int k) {
+    T* const x_tile = reinterpret_cast<T*>(stage);
+    F* const a_tile = reinterpret_cast<F*>(x_tile + kRows * kPitch);
+#pragma unroll
+    for (int i = 0; i < kRows; i += x_share.kStep) {
+      const int left = i < x_rows ? K - k - x_share.col : 0;
+      x_share.copy(x_tile + (x_share.row + i) * kPitch + x_share.col, left > 0 ? x + i * call.x_stride + k : outside,
+                   left);
+    }
+#pragma unroll 1
+    for (int i = a_share.row; i < 8 * tiles; i += a_share.kStep) {
+      const RankTile<F>& from = tile[i / 8];
+      const int left = i % 8 < from.ranks ? K - k - a_share.col : 0;
+      const int64_t place = static_cast<int64_t>(i % 8) * K + k + a_share.col;
+      a_share.copy(a_tile + i * kPitch + a_share.col, from.factor + (left > 0 ? place : 0), left);
+    }
+  };
+
+  const int row = warp_index() % kRowTiles * 16, col = warp_index() / kRowTiles * 32,
+            k0 = static_cast<int>(begin) * kCols;
   float sums[kMostRankTiles][4] = {};
-  int filled = 0, used = 0;  // stages of the ring: the next to be filled, the next to be used
+  unsigned char *filled = shared, *used = shared, *const end = shared + stages * stage_bytes;  // stages of the ring
   for (int i = 1 - stages; i < count; ++i) {
     if (i >= 0) {
       wait_for_oldest(stages);
       __syncthreads();
     }
-    if (i + stages - 1 < count) {
-      T* const to = reinterpret_cast<T*>(shared + filled * stage_bytes);
-      const int64_t k = (begin + i + stages - 1) * kCols;
-      load_tile<kRows, kCols, kThreads, kVector>(to, x + k, call.x_stride, call.M - row0, call.K - k);
-      load_factors<kThreads, kVector>(reinterpret_cast<F*>(to + kRows * kPitch), tile, tiles, k, call.K);
-    }
+    if (i + stages - 1 < count) fill(filled, k0 + (i + stages - 1) * kCols);
     cp_async_commit();
-    filled = filled + 1 == stages ? 0 : filled + 1;
+    filled = filled + stage_bytes == end ? shared : filled + stage_bytes;
     if (i < 0) continue;
-    const T* const stage = reinterpret_cast<const T*>(shared + used * stage_bytes);
+    const T* const stage = reinterpret_cast<const T*>(used);
     multiply(sums, stage + row * kPitch + col, reinterpret_cast<const F*>(stage + kRows * kPitch) + col, call, tile,
-             tiles, seed, row0 + row, ((begin + i) * kCols + col) / 32);
-    used = used + 1 == stages ? 0 : used + 1;
+             tiles, masks, seed, row0 + row, (k0 + i * kCols + col) / 32);
+    used = used + stage_bytes == end ? shared : used + stage_bytes;
   }
   cp_async_wait<0>();
   __syncthreads();
