@@ -36,19 +36,23 @@ __device__ __forceinline__ void set_rank_tile(RankTile<F>& tile, const Shrink& c
   tile.new_mask = rank == 0 && l > 0 && (drops || call.adapters.at[l - 1].keep.threshold != kKeepAll);
 }
 
-// What a thread copies of every stage: the same columns of each kStep-th row from `row` on. Worked out once: where a
-// block has a multiprocessor to itself, the instructions of a stage must fit in the time that its bytes take.
+// What a thread copies of every stage: the same columns of each kStep-th row from `row` on.
 template <class T, int kThreads, bool kVector>
 struct Share {
   static constexpr int kWidth = kVector ? 16 / sizeof(T) : 1, kPerRow = kCols / kWidth, kStep = kThreads / kPerRow;
   int row = static_cast<int>(threadIdx.x) / kPerRow, col = static_cast<int>(threadIdx.x) % kPerRow * kWidth;
 
-  // `left` elements of the row are there from `col` on, none if it is 0 or less; the others become zero.
-  __device__ __forceinline__ void copy(T* to, const T* from, int left) const {
-    if constexpr (kVector) {
-      cp_async<16>(to, from, left <= 0 ? 0 : left >= kWidth ? 16 : left * static_cast<int>(sizeof(T)));
+  // Columns k + col ... of a row of K. kWhole: all of the stage's columns are there; else what is not becomes zero.
+  template <bool kWhole>
+  __device__ __forceinline__ void copy(T* to, const T* from, int k, int K) const {
+    const int at = k + col, left = K - at;
+    if constexpr (!kVector) {
+      *to = left > 0 ? from[at] : T{};
+    } else if constexpr (kWhole) {
+      cp_async<16>(to, from + at);
     } else {
-      *to = left > 0 ? *from : T{};
+      const int valid = left <= 0 ? 0 : left >= kWidth ? 16 : left * static_cast<int>(sizeof(T));
+      cp_async<16>(to, valid ? from + at : from, valid);
     }
   }
 };
@@ -104,7 +108,7 @@ __device__ __forceinline__ void drop(uint32_t (&out)[2][4], const uint32_t (&x)[
 }
 
 // sums += one warp's share of a stage: x and factors point to its 32 columns, group is their number in the row.
-// masks: bit j where tile j has a mask of its own.
+// masks: bit j where tile j has another mask than the one before it.
 template <class T, class F>
 __device__ __forceinline__ void multiply(float (&sums)[kMostRankTiles][4], const T* x, const F* factors,
                                          const Shrink& call, const RankTile<F>* tile, int tiles, uint32_t masks,
@@ -114,13 +118,14 @@ __device__ __forceinline__ void multiply(float (&sums)[kMostRankTiles][4], const
   uint32_t all[2][4], kept[2][4];
 #pragma unroll
   for (int step = 0; step < 2; ++step) ldmatrix(all[step], x + lane % 16 * kPitch + 16 * step + lane / 16 * 8);
-  for (int begin = 0, end; begin < tiles; begin = end) {  // tiles that share a mask
-    const uint32_t later = masks >> begin >> 1;
-    end = later ? begin + __ffs(static_cast<int>(later)) : tiles;
+  while (masks) {  // tiles that share a mask: `run` has a bit for each
+    const int begin = __ffs(static_cast<int>(masks)) - 1;
+    masks &= masks - 1;
+    const uint32_t run = (masks ? (masks & -masks) : 1u << tiles) - (1u << begin);
     drop(kept, all, call.adapters.at[tile[begin].adapter].keep, seed, row, group);
 #pragma unroll
     for (int j = 0; j < kMostRankTiles; ++j) {
-      if (j < begin || j >= end) continue;
+      if (!(run >> j & 1)) continue;
       uint32_t b[2][kParts][2];
       load_right(b, factors + 8 * j * kPitch);
 #pragma unroll
@@ -181,13 +186,20 @@ __global__ void __launch_bounds__(64 * kRowTiles)
   constexpr int kRows = 16 * kRowTiles, kThreads = 64 * kRowTiles;
   let_next_launch_start();
   __shared__ RankTile<F> tile[kMostRankTiles];
+  __shared__ const F* rank_row[8 * kMostRankTiles];
   PK_DYNAMIC_SHARED(unsigned char, shared);
   const int number = blockIdx.x % groups, first = rank_tiles * number / groups;
   const int tiles = rank_tiles * (number + 1) / groups - first;
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < tiles) set_rank_tile(tile[thread], call, first + thread);
   __syncthreads();
-  uint32_t masks = 0;
+  if (thread < 8 * tiles) {
+    const RankTile<F>& of = tile[thread / 8];
+    rank_row[thread] = of.factor + (thread % 8 < of.ranks ? thread % 8 : of.ranks - 1) * call.K;
+  }
+  __syncthreads();
+  uint32_t masks = 1;
+#pragma unroll 1
   for (int j = 1; j < tiles; ++j) masks |= static_cast<uint32_t>(tile[j].new_mask) << j;
   const uint64_t seed = call.seed ? *call.seed : 0;
 
@@ -196,25 +208,24 @@ __global__ void __launch_bounds__(64 * kRowTiles)
   const int count = static_cast<int>(all * (blockIdx.y + 1) / call.splits - begin), K = static_cast<int>(call.K);
   const Share<T, kThreads, kVector> x_share;
   const Share<F, kThreads, kVector> a_share;
-  const T* const x = static_cast<const T*>(call.x) + (row0 + x_share.row) * call.x_stride + x_share.col;
-  const T* const outside = static_cast<const T*>(call.x);  // for copies that only write zeros
-  const int x_rows = static_cast<int>(call.M - row0 < kRows ? call.M - row0 : kRows) - x_share.row;
   const int stage_bytes = kRows * kPitch * sizeof(T) + 8 * tiles * kPitch * sizeof(F);
-  const auto fill = [&](unsigned char* stage, int k) {
-    T* const x_tile = reinterpret_cast<T*>(stage);
-    F* const a_tile = reinterpret_cast<F*>(x_tile + kRows * kPitch);
+  // Rows past the last of x or A_l are the last again: what comes of them is stored nowhere.
+  const T* x_row[kRows / x_share.kStep];
 #pragma unroll
-    for (int i = 0; i < kRows; i += x_share.kStep) {
-      const int left = i < x_rows ? K - k - x_share.col : 0;
-      x_share.copy(x_tile + (x_share.row + i) * kPitch + x_share.col, left > 0 ? x + i * call.x_stride + k : outside,
-                   left);
+  for (int i = 0; i < kRows / x_share.kStep; ++i) {
+    const int64_t m = row0 + x_share.row + i * x_share.kStep;
+    x_row[i] = static_cast<const T*>(call.x) + (m < call.M ? m : call.M - 1) * call.x_stride;
+  }
+  const auto fill = [&](unsigned char* stage, int k, auto whole) {
+    T* const x_tile = reinterpret_cast<T*>(stage) + x_share.row * kPitch + x_share.col;
+    F* const a_tile = reinterpret_cast<F*>(stage + kRows * kPitch * sizeof(T)) + a_share.col;
+#pragma unroll
+    for (int i = 0; i < kRows / x_share.kStep; ++i) {
+      x_share.template copy<whole.value>(x_tile + i * x_share.kStep * kPitch, x_row[i], k, K);
     }
 #pragma unroll 1
     for (int i = a_share.row; i < 8 * tiles; i += a_share.kStep) {
-      const RankTile<F>& from = tile[i / 8];
-      const int left = i % 8 < from.ranks ? K - k - a_share.col : 0;
-      const int64_t place = static_cast<int64_t>(i % 8) * K + k + a_share.col;
-      a_share.copy(a_tile + i * kPitch + a_share.col, from.factor + (left > 0 ? place : 0), left);
+      a_share.template copy<whole.value>(a_tile + i * kPitch, rank_row[i], k, K);
     }
   };
 
@@ -227,7 +238,9 @@ __global__ void __launch_bounds__(64 * kRowTiles)
       wait_for_oldest(stages);
       __syncthreads();
     }
-    if (i + stages - 1 < count) fill(filled, k0 + (i + stages - 1) * kCols);
+    if (const int k = k0 + (i + stages - 1) * kCols; i + stages - 1 < count) {
+      k + kCols <= K ? fill(filled, k, std::true_type{}) : fill(filled, k, std::false_type{});
+    }
     cp_async_commit();
     filled = filled + stage_bytes == end ? shared : filled + stage_bytes;
     if (i < 0) continue;
