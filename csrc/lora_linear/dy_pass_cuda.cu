@@ -141,7 +141,7 @@ __device__ __forceinline__ void write_dB(const DyPass& call, const float (&dB)[k
 }
 
 template <class T, class F, int kRanks>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kRanks == 16 && sizeof(F) == 2 ? 2 : 1)
     lora_linear_backward_dy_pass_kernel(const __grid_constant__ DyPass call, int64_t rows_each, bool vector) {
   using S = Shape<T, F, kRanks>;
   using Low = typename S::Low;
@@ -151,8 +151,7 @@ __global__ void __launch_bounds__(kThreads)
   const int rank0 = blockIdx.x * kRanks, warp = warp_index();
   const int64_t block_col = static_cast<int64_t>(blockIdx.y) * kTileCols, col0 = block_col + warp * kWarpCols;
   const int64_t first = blockIdx.z * rows_each, end = first + rows_each < call.M ? first + rows_each : call.M;
-  const int tiles = first < end ? static_cast<int>((end - first + kTileRows - 1) / kTileRows) : 0;
-  const T* const dy = static_cast<const T*>(call.dy) + block_col;
+  const int rows = first < end ? static_cast<int>(end - first) : 0, tiles = (rows + kTileRows - 1) / kTileRows;
 
   uint32_t factor[kSteps][S::kGroups][S::kFactorParts][2];
   if (call.ds) load_factor<T, F, kRanks>(factor, call, rank0, col0);
@@ -161,34 +160,37 @@ __global__ void __launch_bounds__(kThreads)
   // This thread's column of h and ds.
   const Rank rank = find_rank(call.adapters, rank0 + Low::rank());
   const CudaAdapter& adapter = call.adapters.at[rank.adapter < 0 ? 0 : rank.adapter];
+  const float scaling = adapter.scaling;
   const int64_t column = adapter.rank0 + rank.r;
-  Low low = {call.h && rank.adapter >= 0 ? call.h + column : nullptr, call.R, {}};
+  float* ds = nullptr;
+  if (call.ds && rank.adapter >= 0) ds = call.ds + (blockIdx.y * call.M + first + Low::row()) * call.R + column;
+  Low low(call.h && rank.adapter >= 0 ? call.h + column : nullptr, call.R, first);
+  WideRows<T, kThreads> dy(call.dy, call.dy_stride, first, block_col, call.N, vector);
 
   const auto bring = [&](int i) {
-    const int64_t m = first + static_cast<int64_t>(i) * kTileRows;
-    if (i < tiles) {
-      bring_tile<kThreads>(stages + i % kStages * kTileSize, dy + m * call.dy_stride, call.dy_stride, end - m,
-                           call.N - block_col, vector);
-    }
+    if (i < tiles) dy.fetch(stages + i % kStages * kTileSize, rows - i * kTileRows);
     cp_async_commit();
   };
   const auto write_ds = [&](int i) {
-    if (rank.adapter < 0) return;
+    if (!ds) return;
 #pragma unroll
     for (int e = 0; e < Low::kEach; ++e) {
-      const float* const from = sums + i % 2 * S::kSum + Low::row(e) * S::kSumPitch + Low::rank();
-      const int64_t m = first + static_cast<int64_t>(i) * kTileRows + Low::row(e);
+      const int row = Low::row() + e * Low::kRowStep;
+      const float* const from = sums + i % 2 * S::kSum + row * S::kSumPitch + Low::rank();
       float sum = 0.f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += from[w * kTileRows * S::kSumPitch];
-      if (m < end) call.ds[(blockIdx.y * call.M + m) * call.R + column] = adapter.scaling * sum;
+      if (row < rows - i * kTileRows) ds[e * Low::kRowStep * call.R] = scaling * sum;
     }
+    ds += kTileRows * call.R;
   };
 
   for (int i = 0; i < kStages - 1; ++i) bring(i);
-  low.fetch(first, end);
+  Low::clear(lows, 2);
+  low.fetch(rows);
+  __syncthreads();
   low.store(lows);
-  low.fetch(first + kTileRows, end);
+  low.fetch(rows - kTileRows);
   for (int i = 0; i < tiles; ++i) {
     cp_async_wait<kStages - 2>();
     __syncthreads();  // tile i and its rows of h are there; of what follows, nobody reads any more what is overwritten
@@ -201,7 +203,7 @@ __global__ void __launch_bounds__(kThreads)
     if (call.h) {
       multiply_dB<T, S::kGroups, S::kLowParts>(dB, tile, lows + i % 2 * Low::kSize);
       low.store(lows + (i + 1) % 2 * Low::kSize);
-      low.fetch(first + static_cast<int64_t>(i + 2) * kTileRows, end);
+      low.fetch(rows - (i + 2) * kTileRows);
     }
   }
   __syncthreads();

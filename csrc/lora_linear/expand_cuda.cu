@@ -21,15 +21,18 @@ struct Shape {
   static constexpr int kFactorPart = (kAcross ? kStep : kCols) * kPitch;
   static constexpr int kBuffer = kLowParts * kLowPart + kFactorParts * kFactorPart;
   static constexpr int kOperands = 2 * kBuffer, kOut = kRows * kOutPitch;
-  static constexpr int kElements = kOperands > kOut ? kOperands : kOut;
+  static constexpr int kElements = kOperands > kOut ? kOperands : kOut;  // out takes the place of the operands
 };
 
 // 16 ranks of one adapter.
 struct Step {
   int adapter, rank;
 
-  __device__ void skip_empty(const Adapters& adapters) {
-    while (adapter < adapters.count && rank >= adapters.at[adapter].R) ++adapter, rank = 0;
+  __device__ __forceinline__ void skip_empty(const Adapters& adapters) {
+    while (adapter < adapters.count && rank >= adapters.at[adapter].R) {
+      ++adapter;
+      rank = 0;
+    }
   }
 };
 
@@ -146,22 +149,23 @@ __device__ __forceinline__ void multiply(float (&sum)[2][4][4], const T* buffer)
 
 // sum += keep mask own, and own = 0. The warp's columns are one group of 32: a call of Philox serves a row of it.
 __device__ __forceinline__ void add_kept(float (&sum)[2][4][4], float (&own)[2][4][4], const Keep& keep,
-                                         const uint64_t* seed, int64_t row, int64_t col) {
+                                         const uint64_t* seed_at, int64_t row, int64_t col) {
+  const bool drops = keep.threshold != kKeepAll;
+  const uint64_t seed = drops ? *seed_at : 0;
+  // Both halves of a word are compared in its upper half, where what lies below does not count; words of 0 are kept.
+  const uint32_t threshold = drops ? keep.threshold << 16 : ~0u;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < 4; ++i) {
+    Philox4 words = {};
+    if (drops) words = keep_words(seed, keep.stream, row + 8 * i, col / 32);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      Philox4 words = {};
-      if (keep.threshold != kKeepAll) words = keep_words(*seed, keep.stream, row + 16 * i + 8 * half, col / 32);
+    for (int j = 0; j < 4; ++j) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& value = own[i][j][2 * half + e];
-          const uint32_t random = e ? words.word[j] >> 16 : words.word[j] & 0xFFFFu;
-          sum[i][j][2 * half + e] += random < keep.threshold ? value * keep.scale : 0.f;
-          value = 0.f;
-        }
+      for (int e = 0; e < 2; ++e) {
+        float &to = sum[i / 2][j][i % 2 * 2 + e], &from = own[i / 2][j][i % 2 * 2 + e];
+        const bool kept = (e ? words.word[j] : words.word[j] << 16) < threshold;
+        to = kept ? fmaf(from, keep.scale, to) : to;
+        from = 0.f;
       }
     }
   }
@@ -178,32 +182,45 @@ __device__ __forceinline__ float bias_of(const Expand& call, int64_t n) {
   return sum;
 }
 
-// The tile of out through shared memory, so that whole rows of it are written.
+// Sums of neighbours, rounded; `from` points to them in out, where `valid` of them are accumulated.
+template <class T>
+__device__ __forceinline__ uint32_t round_pair(float first, float second, const T* from, int valid) {
+  if (valid > 0) first += to_float(from[0]);
+  if (valid > 1) second += to_float(from[1]);
+  return pack(from_float<T>(first), from_float<T>(second));
+}
+
+// Writes the tile of out from shared memory, whole rows of it.
 template <class T>
 __device__ __forceinline__ void write_out(const Expand& call, const T* tile, int64_t m0, int64_t n0) {
-  constexpr int kPerRow = kCols / 8;
-  for (int i = threadIdx.x; i < kRows * kPerRow; i += kThreads) {
-    const int row = i / kPerRow, col = i % kPerRow * 8;
-    if (m0 + row >= call.M || n0 + col >= call.N) continue;
-    const T* const from = tile + row * kOutPitch + col;
-    T* const to = static_cast<T*>(call.out) + (m0 + row) * call.N + n0 + col;
-    if (n0 + col + 8 <= call.N && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+  constexpr int kPerRow = kCols / 8, kRowStep = kThreads / kPerRow;
+  const int row0 = threadIdx.x / kPerRow, col = threadIdx.x % kPerRow * 8;
+  const int rows = call.M - m0 < kRows ? static_cast<int>(call.M - m0) : kRows;
+  const int cols = call.N - n0 - col < 8 ? static_cast<int>(call.N - n0 - col) : 8;
+  T* to = static_cast<T*>(call.out) + (m0 + row0) * call.N + n0 + col;
+  const T* from = tile + row0 * kOutPitch + col;
+  const bool vector = cols == 8 && call.N % 8 == 0 && reinterpret_cast<uintptr_t>(call.out) % 16 == 0;
+  for (int row = row0; row < rows; row += kRowStep, to += kRowStep * call.N, from += kRowStep * kOutPitch) {
+    if (vector) {
       *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
     } else {
-      for (int e = 0; e < 8 && n0 + col + e < call.N; ++e) to[e] = from[e];
+      for (int e = 0; e < cols; ++e) to[e] = from[e];
     }
   }
 }
 
 // Serves the forward (y, B) and, `across`, the backward (dx, A). Only the latter has masks, and so a sum per adapter.
 template <class T, class F, bool kAcross>
-__global__ void __launch_bounds__(kThreads, 2) lora_linear_forward_expand_kernel(const __grid_constant__ Expand call) {
+__global__ void __launch_bounds__(kThreads, 2)
+    lora_linear_forward_expand_kernel(const __grid_constant__ Expand call, unsigned col_tiles) {
   using S = Shape<F, kAcross>;
   __shared__ __align__(16) T shared[S::kElements];
-  const int64_t col_tiles = (call.N + kCols - 1) / kCols;
-  const int64_t m0 = blockIdx.x / col_tiles * kRows, n0 = blockIdx.x % col_tiles * kCols;
+  __shared__ __align__(16) float bias[kCols];
+  const int64_t m0 = static_cast<int64_t>(blockIdx.x / col_tiles) * kRows;
+  const int64_t n0 = static_cast<int64_t>(blockIdx.x % col_tiles) * kCols;
   const int lane = lane_index(), row = warp_index() / 4 * 32 + lane / 4, col0 = warp_index() % 4 * 32;
   float sum[2][4][4] = {}, own[2][4][4] = {};
+  if (threadIdx.x < kCols) bias[threadIdx.x] = bias_of<T, F>(call, n0 + threadIdx.x);
 
   Operands<T, F, kAcross> operands;
   Step step = {0, 0};
@@ -226,24 +243,23 @@ __global__ void __launch_bounds__(kThreads, 2) lora_linear_forward_expand_kernel
     }
   }
 
-  __syncthreads();  // the tile of out takes the place of the operands
+  __syncthreads();  // the operands have been read, the bias is there
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     const int col = col0 + 8 * j + lane % 4 * 2;
-    const float bias[2] = {bias_of<T, F>(call, n0 + col), bias_of<T, F>(call, n0 + col + 1)};
+    const float2 add = *reinterpret_cast<const float2*>(bias + col);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      const float* const value = sum[i / 2][j] + i % 2 * 2;
       const int at = row + 8 * i;
-      T result[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float value = sum[i / 2][j][i % 2 * 2 + e] + bias[e];
-        if (call.accumulate && m0 + at < call.M && n0 + col + e < call.N) {
-          value += to_float(static_cast<const T*>(call.out)[(m0 + at) * call.N + n0 + col + e]);
-        }
-        result[e] = from_float<T>(value);
+      const T* from = nullptr;
+      int valid = 0;
+      if (call.accumulate && m0 + at < call.M) {
+        from = static_cast<const T*>(call.out) + (m0 + at) * call.N + n0 + col;
+        valid = static_cast<int>(call.N - n0) - col;
       }
-      *reinterpret_cast<uint32_t*>(shared + at * kOutPitch + col) = pack(result[0], result[1]);
+      *reinterpret_cast<uint32_t*>(shared + at * kOutPitch + col) =
+          round_pair(value[0] + add.x, value[1] + add.y, from, valid);
     }
   }
   __syncthreads();
@@ -252,17 +268,18 @@ __global__ void __launch_bounds__(kThreads, 2) lora_linear_forward_expand_kernel
 
 template <class T, class F>
 cudaError_t run(const Expand& call, cudaStream_t stream) {
-  const int64_t blocks = ((call.M + kRows - 1) / kRows) * ((call.N + kCols - 1) / kCols);
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
+  const int64_t row_tiles = (call.M + kRows - 1) / kRows, col_tiles = (call.N + kCols - 1) / kCols;
+  if (row_tiles * col_tiles == 0) return cudaSuccess;
+  if (row_tiles * col_tiles > INT32_MAX) return cudaErrorInvalidValue;
+  const dim3 grid(static_cast<unsigned>(row_tiles * col_tiles)), block(kThreads);
+  const unsigned cols = static_cast<unsigned>(col_tiles);
   if (call.across) {
-    return PK_LAUNCH((lora_linear_forward_expand_kernel<T, F, true>), grid, block, 0, stream, call);
+    return PK_LAUNCH((lora_linear_forward_expand_kernel<T, F, true>), grid, block, 0, stream, call, cols);
   }
   for (int l = 0; l < call.adapters.count; ++l) {
     if (call.adapters.at[l].keep.threshold != kKeepAll) return cudaErrorInvalidValue;  // y has no masks
   }
-  return PK_LAUNCH((lora_linear_forward_expand_kernel<T, F, false>), grid, block, 0, stream, call);
+  return PK_LAUNCH((lora_linear_forward_expand_kernel<T, F, false>), grid, block, 0, stream, call, cols);
 }
 
 }  // namespace

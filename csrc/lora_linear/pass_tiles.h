@@ -25,46 +25,83 @@ inline RowChunks row_chunks(int64_t M, int64_t cols, int blocks) {
   return {M > chunk ? static_cast<int>(ceil_div(M, chunk)) : 1, chunk};
 }
 
-// One tile of a matrix, whose first element is `from`; `rows` and `cols` are what is left of it.
-template <int kThreads, class T>
-__device__ __forceinline__ void bring_tile(T* tile, const T* from, int64_t ld, int64_t rows, int64_t cols,
-                                           bool vector) {
-  if (vector) {
-    load_tile<kTileRows, kTileCols, kThreads, true>(tile, from, ld, rows, cols);
-  } else {
-    load_tile<kTileRows, kTileCols, kThreads, false>(tile, from, ld, rows, cols);
-  }
-}
+// A chunk of a block's columns, tile after tile. What a tile's addresses have in common is computed once: with the
+// arithmetic of load_tile the copies would cost as many instructions as the products.
+template <class T, int kThreads>
+struct WideRows {
+  static constexpr int kPerRow = kTileCols / 8, kRowStep = kThreads / kPerRow;
+  const T* next;  // the block's first element of the next tile
+  int64_t ld, offset;
+  int64_t cols;  // of the matrix, from the block's first one on
+  int valid;     // bytes of this thread's vectors
+  bool vector;
 
-// One thread's share of the low-rank rows beside a tile: column `from` (null: zeros) of kEach of its rows. fetch() runs
-// a tile ahead of store(), so that the reads are over when the values are needed.
+  __device__ __forceinline__ WideRows(const void* matrix, int64_t ld, int64_t row, int64_t col, int64_t cols_in_all,
+                                      bool vector)
+      : next(static_cast<const T*>(matrix) + row * ld + col), ld(ld), cols(cols_in_all - col), vector(vector) {
+    const int own_col = threadIdx.x % kPerRow * 8;
+    offset = threadIdx.x / kPerRow * ld + own_col;
+    valid = own_col + 8 <= cols ? 16 : own_col < cols ? static_cast<int>(cols - own_col) * 2 : 0;
+  }
+
+  // Fills a tile; `rows` >= 1 are left of the chunk.
+  __device__ __forceinline__ void fetch(T* tile, int rows) {
+    if (vector) {
+      const int own_row = threadIdx.x / kPerRow;
+      T* const to = tile + own_row * kTilePitch + threadIdx.x % kPerRow * 8;
+      const T* from = next + offset;
+#pragma unroll
+      for (int i = 0; i < kTileRows / kRowStep; ++i, from += kRowStep * ld) {
+        const int bytes = own_row + i * kRowStep < rows ? valid : 0;
+        cp_async<16>(to + i * kRowStep * kTilePitch, bytes ? from : next, bytes);
+      }
+    } else {
+      load_tile<kTileRows, kTileCols, kThreads, false>(tile, next, ld, rows, cols);
+    }
+    next += kTileRows * ld;
+  }
+};
+
+// One thread's share of the low-rank rows beside the tiles: kEach elements of one column, `next` (null: zeros) being
+// the first of them in the next tile. fetch() runs a tile ahead of store(), so that the reads are over when the values
+// are needed.
 template <class T, int kThreads, int kRanks, int kParts>
 struct LowRows {
   static constexpr int kPitch = tile_pitch(kRanks), kPart = kTileRows * kPitch, kSize = kParts * kPart;
-  static constexpr int kEach = kTileRows * kRanks / kThreads;
-  const float* from;
-  int64_t stride;
-  float value[kEach];
+  static constexpr int kRowStep = kThreads / kRanks < kTileRows ? kThreads / kRanks : kTileRows;
+  static constexpr int kEach = kTileRows / kRowStep;
+  const float* next;
+  int64_t ld;
+  float value[kEach] = {};
 
   static __device__ __forceinline__ int rank() { return threadIdx.x % kRanks; }
-  static __device__ __forceinline__ int row(int i) { return threadIdx.x / kRanks + i * (kThreads / kRanks); }
+  static __device__ __forceinline__ int row() { return threadIdx.x / kRanks; }
 
-  __device__ __forceinline__ void fetch(int64_t row0, int64_t rows_end) {
+  // `column` of the matrix from `row0` on; nothing where it is null.
+  __device__ __forceinline__ LowRows(const float* column, int64_t ld, int64_t row0)
+      : next(column && row() < kTileRows ? column + (row0 + row()) * ld : nullptr), ld(ld) {}
+
+  __device__ __forceinline__ void fetch(int rows) {
+    if (!next) return;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int64_t m = row0 + row(i);
-      value[i] = from && m < rows_end ? from[m * stride] : 0.f;
-    }
+    for (int i = 0; i < kEach; ++i) value[i] = row() + i * kRowStep < rows ? next[i * kRowStep * ld] : 0.f;
+    next += kTileRows * ld;
   }
 
   __device__ __forceinline__ void store(T* tile) const {
+    if (!next) return;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       T parts[kParts];
       split(value[i], parts);
 #pragma unroll
-      for (int p = 0; p < kParts; ++p) tile[p * kPart + row(i) * kPitch + rank()] = parts[p];
+      for (int p = 0; p < kParts; ++p) tile[p * kPart + (row() + i * kRowStep) * kPitch + rank()] = parts[p];
     }
+  }
+
+  // Zeroes the columns that are nobody's, once for all tiles.
+  static __device__ __forceinline__ void clear(T* tiles, int count) {
+    for (int i = threadIdx.x; i < count * kSize; i += kThreads) tiles[i] = T{};
   }
 };
 

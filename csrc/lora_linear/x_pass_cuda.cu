@@ -13,13 +13,13 @@ namespace pk::lora_linear {
 namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32, kStages = 4, kBlocks = 132;
-constexpr int kRankTiles = 4, kRanks = 16 * kRankTiles, kWarpCols = kTileCols / kWarps;
+constexpr int kMostRankTiles = 4, kWarpCols = kTileCols / kWarps;
 constexpr int kCopyPitch = tile_pitch(kWarpCols), kCopySize = kTileRows * kCopyPitch;
 static_assert(kWarpCols == 32, "a warp's columns are one group of the mask");
 
-template <class T, int kParts>
+template <class T, int kParts, int kRankTiles>
 struct Shape {
-  using Low = LowRows<T, kThreads, kRanks, kParts>;
+  using Low = LowRows<T, kThreads, 16 * kRankTiles, kParts>;
   static constexpr size_t kBytes = (kStages * kTileSize + 2 * Low::kSize + kWarps * kCopySize) * sizeof(T);
 };
 
@@ -70,9 +70,8 @@ __device__ __forceinline__ void load_right(uint32_t (&right)[4][2], const T* til
 }
 
 // dA += ds^T x over 16 rows, for one tile of ranks and the warp's columns.
-template <class T, int kParts>
+template <class T, int kParts, int kPitch>
 __device__ __forceinline__ void multiply(float (&dA)[4][4], const T* low, const uint32_t (&right)[4][2]) {
-  constexpr int kPitch = tile_pitch(kRanks);
   const int lane = lane_index();
 #pragma unroll
   for (int p = 0; p < kParts; ++p) {
@@ -106,18 +105,17 @@ __device__ __forceinline__ void write_dA(const XPass& call, const float (&dA)[4]
   }
 }
 
-template <class T, int kParts>
+template <class T, int kParts, int kRankTiles>
 __global__ void __launch_bounds__(kThreads)
     lora_linear_backward_x_pass_kernel(const __grid_constant__ XPass call, int64_t rows_each, bool vector) {
-  using Low = typename Shape<T, kParts>::Low;
+  using Low = typename Shape<T, kParts, kRankTiles>::Low;
   PK_DYNAMIC_SHARED(T, stages);
   T* const lows = stages + kStages * kTileSize;
   const int warp = warp_index();
   T* const copy = lows + 2 * Low::kSize + warp * kCopySize;
   const int64_t block_col = static_cast<int64_t>(blockIdx.y) * kTileCols, col0 = block_col + warp * kWarpCols;
   const int64_t first = blockIdx.z * rows_each, end = first + rows_each < call.M ? first + rows_each : call.M;
-  const int tiles = first < end ? static_cast<int>((end - first + kTileRows - 1) / kTileRows) : 0;
-  const T* const x = static_cast<const T*>(call.x) + block_col;
+  const int rows = first < end ? static_cast<int>(end - first) : 0, tiles = (rows + kTileRows - 1) / kTileRows;
   const uint64_t seed = call.seed ? *call.seed : 0;
 
   RankTile ranks[kRankTiles];
@@ -129,28 +127,26 @@ __global__ void __launch_bounds__(kThreads)
   const RankTile own = find_tile(call.adapters, blockIdx.x * kRankTiles + Low::rank() / 16);
   const int r = own.rank + Low::rank() % 16;
   const bool inside = own.adapter >= 0 && r < call.adapters.at[own.adapter].R;
-  Low low = {inside ? call.ds + call.adapters.at[own.adapter].rank0 + r : nullptr, call.R, {}};
+  Low low(inside ? call.ds + call.adapters.at[own.adapter].rank0 + r : nullptr, call.R, first);
+  WideRows<T, kThreads> x(call.x, call.x_stride, first, block_col, call.K, vector);
 
   const auto bring = [&](int i) {
-    const int64_t m = first + static_cast<int64_t>(i) * kTileRows;
-    if (i < tiles) {
-      bring_tile<kThreads>(stages + i % kStages * kTileSize, x + m * call.x_stride, call.x_stride, end - m,
-                           call.K - block_col, vector);
-    }
+    if (i < tiles) x.fetch(stages + i % kStages * kTileSize, rows - i * kTileRows);
     cp_async_commit();
   };
 
   for (int i = 0; i < kStages - 1; ++i) bring(i);
-  low.fetch(first, end);
+  Low::clear(lows, 2);
+  low.fetch(rows);
+  __syncthreads();
   low.store(lows);
-  low.fetch(first + kTileRows, end);
+  low.fetch(rows - kTileRows);
   for (int i = 0; i < tiles; ++i) {
     cp_async_wait<kStages - 2>();
     __syncthreads();  // tile i and its rows of ds are there; of what follows, nobody reads any more what is overwritten
     bring(i + kStages - 1);
     low.store(lows + (i + 1) % 2 * Low::kSize);
-    const int64_t m = first + static_cast<int64_t>(i) * kTileRows;
-    low.fetch(m + 2 * kTileRows, end);
+    low.fetch(rows - (i + 2) * kTileRows);
     const T* const tile = stages + i % kStages * kTileSize + warp * kWarpCols;
     uint32_t right[4][2];
 #pragma unroll
@@ -159,13 +155,13 @@ __global__ void __launch_bounds__(kThreads)
       if (j == 0 || ranks[j].adapter != ranks[j - 1].adapter) {
         const Keep& keep = call.adapters.at[ranks[j].adapter].keep;
         if (keep.threshold != kKeepAll) {
-          copy_kept(copy, tile, keep, seed, m, col0);
+          copy_kept(copy, tile, keep, seed, first + i * kTileRows, col0);
           load_right(right, copy, kCopyPitch);
         } else {
           load_right(right, tile, kTilePitch);
         }
       }
-      multiply<T, kParts>(dA[j], lows + i % 2 * Low::kSize + 16 * j, right);
+      multiply<T, kParts, Low::kPitch>(dA[j], lows + i % 2 * Low::kSize + 16 * j, right);
     }
   }
 #pragma unroll
@@ -174,17 +170,23 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+template <class T, int kParts, int kRankTiles>
+cudaError_t launch_tiles(const XPass& call, int64_t rank_tiles, cudaStream_t stream) {
+  const RowChunks chunks = row_chunks(call.M, call.K, kBlocks);
+  const dim3 grid(static_cast<unsigned>(ceil_div(rank_tiles, kRankTiles)),
+                  static_cast<unsigned>(ceil_div(call.K, kTileCols)), chunks.count);
+  const bool vector = vector_rows(call.x, call.x_stride, sizeof(T));
+  return PK_LAUNCH((lora_linear_backward_x_pass_kernel<T, kParts, kRankTiles>), grid, dim3(kThreads),
+                   (Shape<T, kParts, kRankTiles>::kBytes), stream, call, chunks.rows, vector);
+}
+
 template <class T, int kParts>
 cudaError_t run(const XPass& call, cudaStream_t stream) {
   int64_t rank_tiles = 0;
   for (int l = 0; l < call.adapters.count; ++l) rank_tiles += ceil_div(call.adapters.at[l].R, 16);
   if (rank_tiles == 0) return cudaSuccess;
-  const RowChunks chunks = row_chunks(call.M, call.K, kBlocks);
-  const dim3 grid(static_cast<unsigned>(ceil_div(rank_tiles, kRankTiles)),
-                  static_cast<unsigned>(ceil_div(call.K, kTileCols)), chunks.count);
-  const bool vector = vector_rows(call.x, call.x_stride, sizeof(T));
-  return PK_LAUNCH((lora_linear_backward_x_pass_kernel<T, kParts>), grid, dim3(kThreads), (Shape<T, kParts>::kBytes),
-                   stream, call, chunks.rows, vector);
+  if (rank_tiles == 1) return launch_tiles<T, kParts, 1>(call, rank_tiles, stream);
+  return launch_tiles<T, kParts, kMostRankTiles>(call, rank_tiles, stream);
 }
 
 }  // namespace
