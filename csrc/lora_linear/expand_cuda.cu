@@ -38,7 +38,7 @@ struct Step {
 
 // kCount neighbours, those past `valid` as zeros; in vectors of 16 bytes where they are whole and aligned.
 template <class E, int kCount>
-__device__ __forceinline__ void load_run(E (&to)[kCount], const E* from, int64_t valid) {
+__device__ __forceinline__ void load_run(E (&to)[kCount], const E* from, int valid) {
   if (valid >= kCount && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
 #pragma unroll
     for (int i = 0; i < kCount; i += 16 / sizeof(E)) {
@@ -83,20 +83,19 @@ struct Operands {
   float low[4];
   F factor[8];
 
-  __device__ __forceinline__ void fetch(const Expand& call, const Step& step, int64_t m0, int64_t n0) {
+  // m and n are the block's first row and column of out, rows and cols what is left of it from there.
+  __device__ __forceinline__ void fetch(const Expand& call, const Step& step, int64_t m, int64_t n, int rows,
+                                        int cols) {
     const CudaAdapter& adapter = call.adapters.at[step.adapter];
-    const int thread = threadIdx.x, rank = step.rank + thread % 4 * 4;
-    const int64_t m = m0 + thread / 4;
-    load_run(low, call.low + m * call.R + adapter.rank0 + rank, m < call.M ? adapter.R - rank : 0);
+    const int thread = threadIdx.x, row = thread / 4, rank = step.rank + thread % 4 * 4, R = adapter.R;
+    load_run(low, call.low + (m + row) * call.R + adapter.rank0 + rank, row < rows ? R - rank : 0);
     const F* const from = static_cast<const F*>(adapter.factor);
     if constexpr (kAcross) {
-      const int r = step.rank + thread / 16;
-      const int64_t n = n0 + thread % 16 * 8;
-      load_run(factor, from + r * call.N + n, r < adapter.R ? call.N - n : 0);
+      const int r = step.rank + thread / 16, col = thread % 16 * 8;
+      load_run(factor, from + r * call.N + n + col, r < R ? cols - col : 0);
     } else {
-      const int r = step.rank + thread % 2 * 8;
-      const int64_t n = n0 + thread / 2;
-      load_run(factor, from + n * adapter.R + r, n < call.N ? adapter.R - r : 0);
+      const int r = step.rank + thread % 2 * 8, col = thread / 2;
+      load_run(factor, from + (n + col) * R + r, col < cols ? R - r : 0);
     }
   }
 
@@ -182,29 +181,56 @@ __device__ __forceinline__ float bias_of(const Expand& call, int64_t n) {
   return sum;
 }
 
-// Sums of neighbours, rounded; `from` points to them in out, where `valid` of them are accumulated.
 template <class T>
-__device__ __forceinline__ uint32_t round_pair(float first, float second, const T* from, int valid) {
-  if (valid > 0) first += to_float(from[0]);
-  if (valid > 1) second += to_float(from[1]);
-  return pack(from_float<T>(first), from_float<T>(second));
+__device__ __forceinline__ uint32_t round_pair(float first, float second);
+template <>
+__device__ __forceinline__ uint32_t round_pair<bf16>(float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+template <>
+__device__ __forceinline__ uint32_t round_pair<fp16>(float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+
+// sum += out, which begins at the lane's first element; rows and cols are what is left of it from there.
+template <class T>
+__device__ __forceinline__ void add_out(float (&sum)[2][4][4], const T* out, int64_t N, int rows, int cols) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int row = 8 * i, col = 8 * j + e;
+        if (row < rows && col < cols) sum[i / 2][j][i % 2 * 2 + e] += to_float(out[row * N + col]);
+      }
+    }
+  }
 }
 
 // Writes the tile of out from shared memory, whole rows of it.
 template <class T>
-__device__ __forceinline__ void write_out(const Expand& call, const T* tile, int64_t m0, int64_t n0) {
+__device__ __forceinline__ void write_out(const Expand& call, const T* tile, int64_t m0, int64_t n0, int rows,
+                                          int cols) {
   constexpr int kPerRow = kCols / 8, kRowStep = kThreads / kPerRow;
   const int row0 = threadIdx.x / kPerRow, col = threadIdx.x % kPerRow * 8;
-  const int rows = call.M - m0 < kRows ? static_cast<int>(call.M - m0) : kRows;
-  const int cols = call.N - n0 - col < 8 ? static_cast<int>(call.N - n0 - col) : 8;
   T* to = static_cast<T*>(call.out) + (m0 + row0) * call.N + n0 + col;
   const T* from = tile + row0 * kOutPitch + col;
-  const bool vector = cols == 8 && call.N % 8 == 0 && reinterpret_cast<uintptr_t>(call.out) % 16 == 0;
-  for (int row = row0; row < rows; row += kRowStep, to += kRowStep * call.N, from += kRowStep * kOutPitch) {
+  const bool vector = col + 8 <= cols && call.N % 8 == 0 && reinterpret_cast<uintptr_t>(call.out) % 16 == 0;
+#pragma unroll
+  for (int i = 0; i < kRows / kRowStep; ++i, to += kRowStep * call.N, from += kRowStep * kOutPitch) {
+    if (row0 + i * kRowStep >= rows) break;
     if (vector) {
       *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
     } else {
-      for (int e = 0; e < cols; ++e) to[e] = from[e];
+#pragma unroll 1
+      for (int e = 0; e < 8 && col + e < cols; ++e) to[e] = from[e];
     }
   }
 }
@@ -219,20 +245,22 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t m0 = static_cast<int64_t>(blockIdx.x / col_tiles) * kRows;
   const int64_t n0 = static_cast<int64_t>(blockIdx.x % col_tiles) * kCols;
   const int lane = lane_index(), row = warp_index() / 4 * 32 + lane / 4, col0 = warp_index() % 4 * 32;
+  const int rows = call.M - m0 < kRows ? static_cast<int>(call.M - m0) : kRows;
+  const int cols = call.N - n0 < kCols ? static_cast<int>(call.N - n0) : kCols;
   float sum[2][4][4] = {}, own[2][4][4] = {};
   if (threadIdx.x < kCols) bias[threadIdx.x] = bias_of<T, F>(call, n0 + threadIdx.x);
 
   Operands<T, F, kAcross> operands;
   Step step = {0, 0};
   step.skip_empty(call.adapters);
-  if (step.adapter < call.adapters.count) operands.fetch(call, step, m0, n0);
+  if (step.adapter < call.adapters.count) operands.fetch(call, step, m0, n0, rows, cols);
   for (int parity = 0; step.adapter < call.adapters.count; parity ^= 1) {
     T* const buffer = shared + parity * S::kBuffer;  // last read before the barrier of the step before this one
     operands.store(buffer);
     const int adapter = step.adapter;
     step.rank += kStep;
     step.skip_empty(call.adapters);
-    if (step.adapter < call.adapters.count) operands.fetch(call, step, m0, n0);
+    if (step.adapter < call.adapters.count) operands.fetch(call, step, m0, n0, rows, cols);
     __syncthreads();
     if constexpr (kAcross) {
       multiply<T, F, kAcross>(own, buffer);
@@ -243,27 +271,23 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
 
+  const int col = col0 + lane % 4 * 2;
+  if (call.accumulate) {
+    add_out(sum, static_cast<const T*>(call.out) + (m0 + row) * call.N + n0 + col, call.N, rows - row, cols - col);
+  }
   __syncthreads();  // the operands have been read, the bias is there
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const int col = col0 + 8 * j + lane % 4 * 2;
-    const float2 add = *reinterpret_cast<const float2*>(bias + col);
+    const float2 add = *reinterpret_cast<const float2*>(bias + col + 8 * j);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float* const value = sum[i / 2][j] + i % 2 * 2;
-      const int at = row + 8 * i;
-      const T* from = nullptr;
-      int valid = 0;
-      if (call.accumulate && m0 + at < call.M) {
-        from = static_cast<const T*>(call.out) + (m0 + at) * call.N + n0 + col;
-        valid = static_cast<int>(call.N - n0) - col;
-      }
-      *reinterpret_cast<uint32_t*>(shared + at * kOutPitch + col) =
-          round_pair(value[0] + add.x, value[1] + add.y, from, valid);
+      *reinterpret_cast<uint32_t*>(shared + (row + 8 * i) * kOutPitch + col + 8 * j) =
+          round_pair<T>(value[0] + add.x, value[1] + add.y);
     }
   }
   __syncthreads();
-  write_out(call, shared, m0, n0);
+  write_out(call, shared, m0, n0, rows, cols);
 }
 
 template <class T, class F>
