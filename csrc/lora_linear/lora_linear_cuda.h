@@ -143,7 +143,7 @@ struct Strided {
 
 // out[split][i, j] = scale sum_k left(i, k) right(k, j), k in the split's share, fp32 (fp64 where both are fp64);
 // where `masked` names left (element (m, k) of drop(x) is (i, k)), right ((k, j)) or out ((i, j)), that one is
-// multiplied by its mask and keep.scale. A dropped element counts as 0 even if it is NaN.
+// multiplied by its mask and keep.scale (in double for fp64). A dropped element counts as 0 even if it is NaN.
 enum class Masked { kNone, kLeft, kRight, kOut };
 struct Product {
   int64_t I, J, K;

@@ -122,7 +122,7 @@ __global__ __launch_bounds__(kThreads) void lora_linear_product_kernel(const Pro
   const int64_t k_begin = blockIdx.y * share, k_end = k_begin + share < call.K ? k_begin + share : call.K;
   const bool mask_left = call.masked == Masked::kLeft, mask_right = call.masked == Masked::kRight;
   const uint64_t seed = call.masked == Masked::kNone ? 0 : *call.seed;
-  const Acc keep = static_cast<Acc>(call.keep.scale);
+  const Acc keep = Acc(kKeepAll) / static_cast<Acc>(call.keep.threshold);  // call.keep.scale, in double for double
   Acc sum[kEach][kEach] = {};
   for (int64_t k0 = k_begin; k0 < k_end; k0 += kDepth) {
     if (mask_left) draw_bits<kDepth>(bits, kTile, call.keep, seed, i0, k0);

@@ -120,9 +120,10 @@ void product_is_a_product(const Case& c) {
   const Product call{c.I,       c.J,      c.K,          left.strided(), right.strided(), out.data(), out_row,
                      out_split, c.splits, c.accumulate, scale,          c.masked,        keep,       seed.data()};
   bool right_result = finished(product(call, nullptr));
+  const double scale_of_kept = wide ? 65536. / keep.threshold : keep.scale;
   const auto drop = [&](Masked where, int64_t row, int64_t col, double value) {
     if (c.masked != where) return value;
-    return kept(dropout, static_cast<uint32_t>(row), static_cast<uint32_t>(col)) ? value * keep.scale : 0.0;
+    return kept(dropout, static_cast<uint32_t>(row), static_cast<uint32_t>(col)) ? value * scale_of_kept : 0.0;
   };
   for (int64_t i = 0; i < c.I; ++i) {
     for (int64_t j = 0; j < c.J; ++j) {
