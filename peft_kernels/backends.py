@@ -17,11 +17,16 @@ import torch
 
 LIBRARY = Path(__file__).parent / "_ops.abi3.so"
 
+# Which backend serves a CUDA tensor, best first: by compute capability, from measurements on such a GPU. One that is
+# not listed has not been measured, and keeps to the definition.
+MEASURED: dict[tuple[int, int], tuple[str, ...]] = {}
+UNMEASURED = ("reference", "cuda", "triton")
+
 
 @dataclass(frozen=True)
 class Backend:
     name: str
-    devices: tuple[str, ...]  # device types it serves, best choice first
+    devices: tuple[str, ...]  # device types it serves
     missing: str  # why it cannot be used here; empty where it can
 
     @property
@@ -35,14 +40,31 @@ def operator_library() -> ctypes.CDLL | None:
     return ctypes.CDLL(str(LIBRARY)) if LIBRARY.exists() else None
 
 
+def _gpu_missing() -> str:
+    """Why kernels for NVIDIA GPUs cannot run here; empty where they can."""
+    if not torch.cuda.is_available():
+        return "this torch sees no CUDA device"
+    if torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
+        return f"an NVIDIA GPU of sm_80 or later is needed, found {torch.cuda.get_device_name()}"
+    return ""
+
+
+def _cuda_missing() -> str:
+    """Why the CUDA kernels cannot run here; empty where they can."""
+    if not LIBRARY.exists():
+        return _no_library()
+    function = operator_library().peft_kernels_cuda_missing
+    function.restype = ctypes.c_char_p
+    missing = function().decode()
+    return f"{LIBRARY.name}: {missing}" if missing else _gpu_missing()
+
+
 def _triton_missing() -> str:
     """Why the Triton kernels cannot run here; empty where they can. Triton itself is imported last: it is slow."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install peft-kernels[triton]` installs it"
-    if not torch.cuda.is_available():
-        return "this torch sees no CUDA device"
-    if torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
-        return f"Triton kernels need an NVIDIA GPU of sm_80 or later, found {torch.cuda.get_device_name()}"
+    if missing := _gpu_missing():
+        return missing
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -50,17 +72,29 @@ def _triton_missing() -> str:
     return ""
 
 
+def _no_library() -> str:
+    return "" if LIBRARY.exists() else f"{LIBRARY.name} is not built; `make build` builds it"
+
+
 @cache
 def all_backends() -> dict[str, Backend]:
-    """Every backend by name, in order of preference for a device."""
-    no_library = "" if LIBRARY.exists() else f"{LIBRARY.name} is not built; `make build` builds it"
+    """Every backend by name."""
     rows = (
-        Backend("cuda", ("cuda",), "this release has no CUDA kernels of its own yet"),
-        Backend("cpu", ("cpu",), no_library),
+        Backend("cuda", ("cuda",), _cuda_missing()),
+        Backend("cpu", ("cpu",), _no_library()),
         Backend("reference", ("cpu", "cuda", "xpu", "mps"), ""),
-        Backend("triton", ("cuda",), _triton_missing()),  # behind the reference until it has been seen on a GPU
+        Backend("triton", ("cuda",), _triton_missing()),
     )
     return {row.name: row for row in rows}
+
+
+def _preference(device_type: str) -> tuple[str, ...]:
+    """The backends for a device type, best first."""
+    if device_type != "cuda":
+        return ("cpu", "reference")
+    if not torch.cuda.is_available():
+        return UNMEASURED
+    return MEASURED.get(torch.cuda.get_device_capability(), UNMEASURED)
 
 
 @cache
@@ -74,7 +108,8 @@ def bound(device_type: str) -> str:
         raise RuntimeError(f"PEFT_KERNELS_BACKEND={wanted} cannot be used here: {known[wanted].missing}")
     if wanted and device_type in known[wanted].devices:
         return wanted
-    return next((b.name for b in known.values() if b.available and device_type in b.devices), "reference")
+    usable = (known[name] for name in _preference(device_type))
+    return next(b.name for b in usable if b.available and device_type in b.devices)
 
 
 def linked(op_name: str, device_type: str) -> list[str]:

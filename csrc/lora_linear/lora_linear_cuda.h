@@ -141,9 +141,9 @@ struct Strided {
   int64_t row, col;
 };
 
-// out[split][i, j] = scale sum_k left(i, k) right(k, j), k in the split's share, fp32 (fp64 where left is fp64);
+// out[split][i, j] = scale sum_k left(i, k) right(k, j), k in the split's share, fp32 (fp64 where both are fp64);
 // where `masked` names left (element (m, k) of drop(x) is (i, k)), right ((k, j)) or out ((i, j)), that one is
-// multiplied by its mask and keep.scale. A dropped element counts as 0 even if it is NaN.
+// multiplied by its mask and keep.scale (in double for fp64). A dropped element counts as 0 even if it is NaN.
 enum class Masked { kNone, kLeft, kRight, kOut };
 struct Product {
   int64_t I, J, K;
@@ -160,8 +160,13 @@ struct Product {
 int product_splits(int64_t I, int64_t J, int64_t K);
 cudaError_t product(const Product& call, cudaStream_t stream);
 
-// out(i, j) = scale sum_p in[p * in_split + i * in_row + j] + scale sum_p more[...]..., p in order; rounded to out's
-// dtype.
+// out(i, j) = scale sum_p in[p * in_split + i * in_row + j] + sum_v scale_v vector_v[j], p and v in order; rounded once
+// to out's dtype. out may be in. With splits = 0 nothing is read of in.
+struct SumVector {
+  const void* data;
+  Dtype type;
+  double scale;
+};
 struct Sum {
   const void* in;  // fp32, or fp64 where out is fp64
   int64_t in_split, in_row;
@@ -170,6 +175,8 @@ struct Sum {
   Dtype type;
   int64_t out_row, rows, cols;
   double scale;
+  int vectors;
+  SumVector vector[kMostAdapters];  // biases
 };
 cudaError_t sum(const Sum& call, cudaStream_t stream);
 

@@ -283,7 +283,7 @@ LORA_LINEAR = register(
         evaluate=evaluate,
         cost=cost,
         check=check,
-        backends=("reference", "cpu", "triton"),
+        backends=("reference", "cpu", "cuda", "triton"),
         python_backends={"triton": "peft_kernels.ops.lora_linear.triton_kernel"},
     )
 )
