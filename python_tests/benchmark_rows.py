@@ -10,8 +10,8 @@ def made_up(arm, M=16, ratio=1.0, dtype="float32", adapter="", p="", direction="
     row = record.Row(
         op="lora_linear", arm=arm, backend="cpu", dtype=dtype, adapter_dtype=adapter, M=M, K=64, N=64, r="16", p=p,
         direction=direction, timing="eager", rounds=15, **numbers, ratio_p20=ratio, ratio_p50=ratio, ratio_p80=ratio,
-        aa_spread=0.02, peak_share=0.5, saved_bytes=100, not_timed="", device="a processor", driver="", threads=2, torch="2",
-        triton="3", cuda="", transformers="5", peft="0",
+        aa_spread=0.02, peak_share=0.5, saved_bytes=100, not_timed="", device="a processor", driver="",
+        threads=2, torch="2", triton="3", cuda="", transformers="5", peft="0",
         peft_kernels="0", commit="0123456789abcdef-dirty", date="2026-01-02T03:04:05+00:00",
     )  # fmt: skip
     return dataclasses.replace(row, **changes)
