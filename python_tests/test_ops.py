@@ -169,28 +169,45 @@ def test_bad_input_is_refused_in_words(bad):
 
 
 @pytest.mark.parametrize("backend,device", PLACES)
+def test_many_rows(backend, device):
+    """More rows than any backend takes at a time, in the gradients that sum over them too."""
+    arguments = problem(device, torch.float32, torch.float32, rows=(2100,), K=8, N=(300,), ranks=((3,),), p=0.1)
+    testing.assert_matches_oracle(OPS["lora_linear"], arguments, *testing.operators(backend, OPS["lora_linear"]))
+
+
+@pytest.mark.parametrize("backend,device", PLACES)
 @pytest.mark.parametrize("rows", [3, 40])
 def test_nan_stays_in_its_row(backend, device, rows):
     op = OPS["lora_linear"]
     arguments = problem(device, torch.float32, torch.float32, rows=(rows,), K=67, N=(131,), p=0.1)
-    clean = testing.operators(backend, op)[0](*arguments.values())[0][0]
-    arguments["x"][1] = math.nan
-    dirty = testing.operators(backend, op)[0](*arguments.values())[0][0]
     others = [m for m in range(rows) if m != 1]
-    assert dirty[1].isnan().all() and torch.equal(dirty[others], clean[others])
+    runs = []
+    for value in (0.5, math.nan):
+        arguments["x"][1] = value
+        dy = testing.output_gradients(op.functions[0].reference(*arguments.values())[0])
+        dy[0][1] = value
+        runs.append(op.evaluate(*testing.operators(backend, op), arguments, dy))
+    clean, dirty = runs
+    for name in ("y[0]", "h", "grad x[0]"):
+        assert dirty[name][1].isnan().all() and torch.equal(dirty[name][others], clean[name][others]), name
 
 
 @pytest.mark.parametrize("backend,device", PLACES)
 def test_more_than_2_31_elements_apart(backend, device):
     op = OPS["lora_linear"]
     arguments = problem(device, torch.bfloat16, torch.bfloat16, rows=(3,), K=8, N=(16,))
-    stride = 2**30 + 8  # the third row starts past 2^31 elements; untouched pages cost nothing
-    buffer = torch.empty(2 * stride + 8, dtype=torch.bfloat16, device=device)
-    far = buffer.as_strided((3, 8), (stride, 1))
-    far.copy_(arguments["x"])
-    near = testing.operators(backend, op)[0](*arguments.values())[0][0]
-    arguments["x"] = far
-    assert torch.equal(testing.operators(backend, op)[0](*arguments.values())[0][0], near)
+    dy = testing.output_gradients(op.functions[0].reference(*arguments.values())[0])
+    near = op.evaluate(*testing.operators(backend, op), arguments, dy)
+    arguments["x"], dy = _far_apart(arguments["x"]), [_far_apart(dy[0])]
+    far = op.evaluate(*testing.operators(backend, op), arguments, dy)
+    assert all(torch.equal(near[name], far[name]) for name in near)
+
+
+def _far_apart(matrix):
+    """The same matrix, its third row more than 2^31 elements after the first; untouched pages cost nothing."""
+    stride = 2**30 + 8
+    buffer = torch.empty(2 * stride + matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+    return buffer.as_strided(matrix.shape, (stride, 1)).copy_(matrix)
 
 
 def layer(K=48, N=40, r=4, dtype=torch.float32):
