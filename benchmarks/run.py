@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks import arms as contenders
 from benchmarks import gate, measure, plan, record, roofline, shapes
-from peft_kernels import registry, testing
+from peft_kernels import memory, registry
 
 OPS = ("lora_linear", "seam")
 LEAST_ROUNDS = {"cpu": 15, "full": 50, "quick": 5}
@@ -56,7 +56,7 @@ def time_cell(cell: shapes.Cell, kinds: tuple[str, ...], run: Run) -> tuple[list
     clock = run.clock(x, dy)
     arms, failed = runnable(arms, clock)
     steps = measure.interleave(arms, clock, run.rounds, run.seconds, plan.WARMUP_ROUNDS)
-    saved = {arm: testing.saved_bytes(lambda arm=arm: arm.call(x), arm.parameters) for arm in arms}
+    saved = {arm: memory.saved_bytes(lambda arm=arm: arm.call(x), arm.parameters) for arm in arms}
     return rows_of(cell, steps, saved, run), left_out + failed
 
 

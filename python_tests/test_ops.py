@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels
-from peft_kernels import backends, registry, testing
+from peft_kernels import backends, memory, registry, testing
 from peft_kernels.ops.lora_linear.samples import problem
 
 OPS = registry.ops()
@@ -278,12 +278,12 @@ def test_checkpoint_replays_the_same_mask(use_reentrant):
 def test_only_needed_work_is_kept():
     weight, a, b = layer(64, 64, r=8)
     x = torch.randn(100, 64)
-    full = testing.saved_bytes(lambda: apply(x.requires_grad_(), weight, a, b, 0.5), (weight, a, b))
+    full = memory.saved_bytes(lambda: apply(x.requires_grad_(), weight, a, b, 0.5), (weight, a, b))
     assert full == x.nbytes + 4 * 100 * 8 + 8  # x, h and the seed: no mask, no dropped copy
-    frozen_a = testing.saved_bytes(lambda: apply(x, weight, a.detach(), b), (weight, a, b))
+    frozen_a = memory.saved_bytes(lambda: apply(x, weight, a.detach(), b), (weight, a, b))
     assert frozen_a == 4 * 100 * 8  # x is not kept where A is frozen
     with torch.no_grad():
-        assert testing.saved_bytes(lambda: apply(x, weight, a, b), (weight, a, b)) == 0
+        assert memory.saved_bytes(lambda: apply(x, weight, a, b), (weight, a, b)) == 0
 
 
 def test_one_unused_projection_gets_zero_gradients():
