@@ -30,9 +30,20 @@ class Backend:
 
 
 @cache
+def _load_library() -> ctypes.CDLL | str:
+    """The C++ operators, or why they are not there."""
+    if not LIBRARY.exists():
+        return f"{LIBRARY.name} is not built; `make build` builds it"
+    try:
+        return ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return f"{LIBRARY.name} does not load with torch {torch.__version__} and must be built again: {error}"
+
+
 def operator_library() -> ctypes.CDLL | None:
-    """The C++ operators, or None where they were not built."""
-    return ctypes.CDLL(str(LIBRARY)) if LIBRARY.exists() else None
+    """The C++ operators, or None where they were not built or do not load."""
+    library = _load_library()
+    return None if isinstance(library, str) else library
 
 
 def _triton_missing() -> str:
@@ -53,7 +64,8 @@ def _triton_missing() -> str:
 @cache
 def all_backends() -> dict[str, Backend]:
     """Every backend by name, in order of preference for a device."""
-    no_library = "" if LIBRARY.exists() else f"{LIBRARY.name} is not built; `make build` builds it"
+    library = _load_library()
+    no_library = library if isinstance(library, str) else ""
     rows = (
         Backend("cuda", ("cuda",), "this release has no CUDA kernels of its own yet"),
         Backend("cpu", ("cpu",), no_library),
@@ -107,7 +119,7 @@ def set_instruction_set(name: str) -> None:
 def cuda_summary() -> str:
     """What the CUDA runtime inside the operator library sees: its devices, or why there are none."""
     if operator_library() is None:
-        return "the operator library is not built"
+        return _load_library()
     function = operator_library().peft_kernels_cuda_devices
     function.restype = ctypes.c_char_p
     return function().decode()
