@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels
@@ -347,3 +348,16 @@ def test_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(apply(x, weight, a, b).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_is_refused(requires_grad):
+    weight, a, b = (tensor.detach().requires_grad_(requires_grad) for tensor in layer())
+    x = torch.randn(5, 48)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: apply(x, weight, a, b), (x,), (x,))
+    with forward_ad.dual_level():
+        expected = apply(x, weight, a, b)  # nothing here has a tangent
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            apply(x, weight, a, forward_ad.make_dual(b.detach(), b.detach()))
+    assert torch.equal(expected, apply(x, weight, a, b))

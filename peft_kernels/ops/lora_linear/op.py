@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from peft_kernels.ops.common.dropout import DROPOUT_MASK
@@ -203,6 +204,8 @@ def autograd(namespace):
             return (None, None, *(grad if need else None for grad, need in zip(out, needs, strict=True)))
 
     def kernel(x, weight, bias, lora_A, lora_B, lora_bias, member, scaling, dropout_p, seed):
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(x, *weight, *bias, *lora_A, *lora_B, *lora_bias)
         if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, lora_A, lora_B, lora_bias):
             tensors = (*weight, *bias, *lora_A, *lora_B, *lora_bias)
             *y, h = LoraLinear.apply((member, scaling, dropout_p), seed, x, *tensors)
@@ -222,6 +225,12 @@ def _split(entries, G: int, L: int):
 def _shapes(tensors) -> list[Tensor]:
     """Stand-ins for tensors of which the backward reads shape and dtype only: one element each."""
     return [t.new_empty(()).expand(t.shape) for t in tensors]
+
+
+def _refuse_tangents(*tensors) -> None:
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError("lora_linear: no forward-mode derivative (jvp, dual tensors); use reverse mode")
 
 
 def _any_requires_grad(x, *lists) -> bool:
