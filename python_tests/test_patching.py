@@ -87,6 +87,18 @@ def test_patching_twice_changes_nothing_and_picks_up_new_modules():
     assert calls_per_forward(second) == 2 * LAYERS and second.verify(**inputs())
 
 
+def test_a_report_counts_from_its_own_patch():
+    model = peft_model("llama")
+    first = peft_kernels.patch(model, strict=True)
+    with model.disable_adapter():
+        model(**inputs())
+    model(**inputs())
+    second = peft_kernels.patch(model)
+    assert first.fused and first.fallbacks and second.fused == 0 and not second.fallbacks
+    model(**inputs())
+    assert second.fused == calls_per_forward(second) and first.fused == 2 * second.fused and not second.fallbacks
+
+
 def test_a_model_without_adapters_is_refused():
     with pytest.raises(ValueError, match=r"no PEFT layer.*get_peft_model"):
         peft_kernels.patch(base_model("llama"))

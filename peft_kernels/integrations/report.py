@@ -29,10 +29,10 @@ class Row:
 
 
 class PatchReport:
-    """What `peft_kernels.patch` returns: a row for each module, and the counts of calls so far.
+    """What `peft_kernels.patch` returns: a row for each module, and the counts of calls since.
 
     rows: `Row(name, kind, kernel, reason, group)` for each LoRA layer and each module that owns a group of them.
-    left: the rows without a kernel. fused: calls that ran fused so far. fallbacks: reason -> calls that did not.
+    left: the rows without a kernel. fused: calls that ran fused since. fallbacks: reason -> calls that did not.
 
     `print(report)` shows a table. As a context manager it takes back, at the end, what this `patch` changed.
 
@@ -48,6 +48,7 @@ class PatchReport:
         self._restore = restore
         modules = dict(model.named_modules())
         self._modules = {row.name: ref(modules[row.name]) for row in rows}  # wrapping a model later changes its names
+        self._earlier = {row.name: calls(modules[row.name]) for row in rows}  # of a patch before this one
 
     def __enter__(self) -> "PatchReport":
         return self
@@ -69,9 +70,9 @@ class PatchReport:
         return sum((found.fallbacks for found in self.calls().values()), Counter())
 
     def calls(self) -> dict[str, Calls]:
-        """Module name -> `Calls(fused, fallbacks)` since the module's first call, those in torch.compile apart."""
+        """Module name -> `Calls(fused, fallbacks)` since this `patch`, those in torch.compile apart."""
         alive = {name: module() for name, module in self._modules.items()}
-        return {name: Calls() if module is None else calls(module) for name, module in alive.items()}
+        return {name: Calls() if m is None else calls(m) - self._earlier[name] for name, m in alive.items()}
 
     def unseen(self) -> list[str]:
         """Adapter layers that the model got after `patch`, which run PEFT's own forward: patch again."""
