@@ -34,7 +34,7 @@ class PatchReport:
     rows: `Row(name, kind, kernel, reason, group)` for each LoRA layer and each module that owns a group of them.
     left: the rows without a kernel. fused: calls that ran fused since. fallbacks: reason -> calls that did not.
 
-    `print(report)` shows a table. As a context manager it takes back, at the end, what this `patch` changed.
+    `print(report)` shows a table. `restore()` takes back what this `patch` changed; a context manager does at its end.
 
         >>> with peft_kernels.patch(model) as report:
         ...     report.verify(input_ids=input_ids)
@@ -45,7 +45,7 @@ class PatchReport:
         self.rows = rows
         self.notes = notes
         self._model = ref(model)
-        self._restore = restore
+        self.restore = restore
         modules = dict(model.named_modules())
         self._modules = {row.name: ref(modules[row.name]) for row in rows}  # wrapping a model later changes its names
         self._earlier = {row.name: calls(modules[row.name]) for row in rows}  # of a patch before this one
@@ -54,7 +54,7 @@ class PatchReport:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._restore()
+        self.restore()
 
     @property
     def left(self) -> list[Row]:
