@@ -24,7 +24,7 @@ from rich.markup import escape
 
 from benchmarks import arms as contenders
 from benchmarks import cuda_clock, gate, limits, measure, plan, record, roofline, shapes
-from peft_kernels import registry, testing
+from peft_kernels import memory, registry
 
 OPS = ("lora_linear", "seam", "limits")
 LEAST_ROUNDS = {"cpu": 15, "gpu": 50, "full": 50, "quick": 5}
@@ -61,7 +61,7 @@ def time_cell(cell: shapes.Cell, kinds: tuple[str, ...], run: Run) -> tuple[list
         clock = run.clock(timing, x, dy)
         arms, failed = runnable(arms, clock)  # what does not run eagerly is not captured either
         steps = measure.interleave(arms, clock, run.plan.rounds, run.plan.seconds, plan.WARMUP_ROUNDS)
-        saved = saved or {arm: testing.saved_bytes(lambda arm=arm: arm.call(x), arm.parameters) for arm in arms}
+        saved = saved or {arm: memory.saved_bytes(lambda arm=arm: arm.call(x), arm.parameters) for arm in arms}
         rows += rows_of(cell, timing, steps, saved, run)
         rows += [untimed_row(cell, timing, arm, reason, run) for arm, reason in failed.items()]
     return rows, left_out

@@ -35,9 +35,25 @@ class Backend:
 
 
 @cache
+def _load_library() -> ctypes.CDLL | str:
+    """The C++ operators, or why they are not there."""
+    if not LIBRARY.exists():
+        return f"{LIBRARY.name} is not built; `make build` builds it"
+    try:
+        return ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return f"{LIBRARY.name} does not load with torch {torch.__version__} and must be built again: {error}"
+
+
 def operator_library() -> ctypes.CDLL | None:
-    """The C++ operators, or None where they were not built."""
-    return ctypes.CDLL(str(LIBRARY)) if LIBRARY.exists() else None
+    """The C++ operators, or None where they were not built or do not load."""
+    library = _load_library()
+    return None if isinstance(library, str) else library
+
+
+def _library_missing() -> str:
+    library = _load_library()
+    return library if isinstance(library, str) else ""
 
 
 def _gpu_missing() -> str:
@@ -51,8 +67,8 @@ def _gpu_missing() -> str:
 
 def _cuda_missing() -> str:
     """Why the CUDA kernels cannot run here; empty where they can."""
-    if not LIBRARY.exists():
-        return _no_library()
+    if reason := _library_missing():
+        return reason
     function = operator_library().peft_kernels_cuda_missing
     function.restype = ctypes.c_char_p
     missing = function().decode()
@@ -72,16 +88,12 @@ def _triton_missing() -> str:
     return ""
 
 
-def _no_library() -> str:
-    return "" if LIBRARY.exists() else f"{LIBRARY.name} is not built; `make build` builds it"
-
-
 @cache
 def all_backends() -> dict[str, Backend]:
     """Every backend by name."""
     rows = (
         Backend("cuda", ("cuda",), _cuda_missing()),
-        Backend("cpu", ("cpu",), _no_library()),
+        Backend("cpu", ("cpu",), _library_missing()),
         Backend("reference", ("cpu", "cuda", "xpu", "mps"), ""),
         Backend("triton", ("cuda",), _triton_missing()),
     )
@@ -142,7 +154,7 @@ def set_instruction_set(name: str) -> None:
 def cuda_summary() -> str:
     """What the CUDA runtime inside the operator library sees: its devices, or why there are none."""
     if operator_library() is None:
-        return "the operator library is not built"
+        return _load_library()
     function = operator_library().peft_kernels_cuda_devices
     function.restype = ctypes.c_char_p
     return function().decode()

@@ -1,14 +1,16 @@
 """Every op x backend x sample against the oracle, and what every operator must keep: opcheck, gradcheck, repeatability,
 compile, export, autocast, checkpointing, bad inputs. The samples come from the registry."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels
-from peft_kernels import backends, registry, testing
+from peft_kernels import backends, memory, registry, testing
 from peft_kernels.ops.lora_linear.samples import problem
 
 OPS = registry.ops()
@@ -169,28 +171,45 @@ def test_bad_input_is_refused_in_words(bad):
 
 
 @pytest.mark.parametrize("backend,device", PLACES)
+def test_many_rows(backend, device):
+    """More rows than any backend takes at a time, in the gradients that sum over them too."""
+    arguments = problem(device, torch.float32, torch.float32, rows=(2100,), K=8, N=(300,), ranks=((3,),), p=0.1)
+    testing.assert_matches_oracle(OPS["lora_linear"], arguments, *testing.operators(backend, OPS["lora_linear"]))
+
+
+@pytest.mark.parametrize("backend,device", PLACES)
 @pytest.mark.parametrize("rows", [3, 40])
 def test_nan_stays_in_its_row(backend, device, rows):
     op = OPS["lora_linear"]
     arguments = problem(device, torch.float32, torch.float32, rows=(rows,), K=67, N=(131,), p=0.1)
-    clean = testing.operators(backend, op)[0](*arguments.values())[0][0]
-    arguments["x"][1] = math.nan
-    dirty = testing.operators(backend, op)[0](*arguments.values())[0][0]
     others = [m for m in range(rows) if m != 1]
-    assert dirty[1].isnan().all() and torch.equal(dirty[others], clean[others])
+    runs = []
+    for value in (0.5, math.nan):
+        arguments["x"][1] = value
+        dy = testing.output_gradients(op.functions[0].reference(*arguments.values())[0])
+        dy[0][1] = value
+        runs.append(op.evaluate(*testing.operators(backend, op), arguments, dy))
+    clean, dirty = runs
+    for name in ("y[0]", "h", "grad x[0]"):
+        assert dirty[name][1].isnan().all() and torch.equal(dirty[name][others], clean[name][others]), name
 
 
 @pytest.mark.parametrize("backend,device", PLACES)
 def test_more_than_2_31_elements_apart(backend, device):
     op = OPS["lora_linear"]
     arguments = problem(device, torch.bfloat16, torch.bfloat16, rows=(3,), K=8, N=(16,))
-    stride = 2**30 + 8  # the third row starts past 2^31 elements; untouched pages cost nothing
-    buffer = torch.empty(2 * stride + 8, dtype=torch.bfloat16, device=device)
-    far = buffer.as_strided((3, 8), (stride, 1))
-    far.copy_(arguments["x"])
-    near = testing.operators(backend, op)[0](*arguments.values())[0][0]
-    arguments["x"] = far
-    assert torch.equal(testing.operators(backend, op)[0](*arguments.values())[0][0], near)
+    dy = testing.output_gradients(op.functions[0].reference(*arguments.values())[0])
+    near = op.evaluate(*testing.operators(backend, op), arguments, dy)
+    arguments["x"], dy = _far_apart(arguments["x"]), [_far_apart(dy[0])]
+    far = op.evaluate(*testing.operators(backend, op), arguments, dy)
+    assert all(torch.equal(near[name], far[name]) for name in near)
+
+
+def _far_apart(matrix):
+    """The same matrix, its third row more than 2^31 elements after the first; untouched pages cost nothing."""
+    stride = 2**30 + 8
+    buffer = torch.empty(2 * stride + matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+    return buffer.as_strided(matrix.shape, (stride, 1)).copy_(matrix)
 
 
 def layer(K=48, N=40, r=4, dtype=torch.float32):
@@ -205,16 +224,18 @@ def apply(x, weight, a, b, p=0.0):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
-def test_compile_fullgraph(p):
+@pytest.mark.parametrize("needs_dx", [True, False])
+def test_compile_fullgraph(p, needs_dx):
     weight, a, b = layer()
-    x = torch.randn(9, 48, requires_grad=True)
+    x = torch.randn(9, 48, requires_grad=needs_dx)
+    wants = (x, a, b) if needs_dx else (a, b)
     compiled = torch.compile(lambda x, a, b: apply(x, weight, a, b, p).relu(), fullgraph=True)
     out = compiled(x, a, b)
-    grads = torch.autograd.grad(out.sum(), (x, a, b))
+    grads = torch.autograd.grad(out.sum(), wants)
     if p == 0:  # eager and compiled runs draw different masks
         expected = apply(x, weight, a, b).relu()
         torch.testing.assert_close(out, expected)
-        for grad, wanted in zip(grads, torch.autograd.grad(expected.sum(), (x, a, b)), strict=True):
+        for grad, wanted in zip(grads, torch.autograd.grad(expected.sum(), wants), strict=True):
             torch.testing.assert_close(grad, wanted)
     assert all(grad.isfinite().all() and grad.abs().sum() > 0 for grad in grads)
 
@@ -261,12 +282,51 @@ def test_checkpoint_replays_the_same_mask(use_reentrant):
 def test_only_needed_work_is_kept():
     weight, a, b = layer(64, 64, r=8)
     x = torch.randn(100, 64)
-    full = testing.saved_bytes(lambda: apply(x.requires_grad_(), weight, a, b, 0.5), (weight, a, b))
+    full = memory.saved_bytes(lambda: apply(x.requires_grad_(), weight, a, b, 0.5), (weight, a, b))
     assert full == x.nbytes + 4 * 100 * 8 + 8  # x, h and the seed: no mask, no dropped copy
-    frozen_a = testing.saved_bytes(lambda: apply(x, weight, a.detach(), b), (weight, a, b))
+    frozen_a = memory.saved_bytes(lambda: apply(x, weight, a.detach(), b), (weight, a, b))
     assert frozen_a == 4 * 100 * 8  # x is not kept where A is frozen
     with torch.no_grad():
-        assert testing.saved_bytes(lambda: apply(x, weight, a, b), (weight, a, b)) == 0
+        assert memory.saved_bytes(lambda: apply(x, weight, a, b), (weight, a, b)) == 0
+
+
+@pytest.mark.parametrize("backend,device", PLACES)
+def test_every_choice_of_gradients_gives_the_same_ones(backend, device):
+    forward = testing.operators(backend, OPS["lora_linear"])[0]
+    names = ("x", "weight", "bias", "lora_A", "lora_B", "lora_bias")
+    sizes = dict(rows=(5,), K=9, N=(7,), ranks=((3,),), p=0.3, biased=True, lora_biased=True)
+
+    def gradients(wanted):
+        arguments = problem(device, torch.float32, torch.float32, **sizes)
+        leaves = {name: arguments[name] if name == "x" else arguments[name][0] for name in wanted}
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        with testing.poisoned_memory():
+            y = forward(*arguments.values())[0]
+            found = torch.autograd.grad(y, list(leaves.values()), testing.output_gradients(y))
+        return dict(zip(leaves, found, strict=True))
+
+    everything = gradients(names)
+    for count in range(1, len(names)):
+        for wanted in itertools.combinations(names, count):
+            assert all(torch.equal(grad, everything[name]) for name, grad in gradients(wanted).items()), wanted
+
+
+def test_what_the_backward_does_not_read_may_change():
+    weight, a, b = layer()
+    x = torch.randn(5, 48)
+    expected = torch.autograd.grad(apply(x, weight, a, b).sum(), (a, b))
+    y = apply(x, weight, a, b)
+    weight.zero_()  # dx is not needed: neither W nor A is read
+    with torch.no_grad():
+        a.zero_()
+    assert all(torch.equal(*pair) for pair in zip(torch.autograd.grad(y.sum(), (a, b)), expected, strict=True))
+    for changed, needs_dx in ((b, False), (weight, True), (a, True)):
+        y = apply(x.clone().requires_grad_(needs_dx), weight, a, b)
+        with torch.no_grad():
+            changed.zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
 
 
 def test_one_unused_projection_gets_zero_gradients():
@@ -288,3 +348,16 @@ def test_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(apply(x, weight, a, b).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_is_refused(requires_grad):
+    weight, a, b = (tensor.detach().requires_grad_(requires_grad) for tensor in layer())
+    x = torch.randn(5, 48)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: apply(x, weight, a, b), (x,), (x,))
+    with forward_ad.dual_level():
+        expected = apply(x, weight, a, b)  # nothing here has a tangent
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            apply(x, weight, a, forward_ad.make_dual(b.detach(), b.detach()))
+    assert torch.equal(expected, apply(x, weight, a, b))

@@ -81,6 +81,24 @@ assert (peft_kernels.lora_linear(x, w, None, a, b, scaling=0.5) == 12).all()
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("content", [b"", b"\x7fELF, cut short"])
+def test_a_library_that_does_not_load_is_a_reason_and_the_reference_serves(tmp_path, content):
+    shutil.copytree(ROOT / "peft_kernels", tmp_path / "peft_kernels", ignore=shutil.ignore_patterns("*.so"))
+    (tmp_path / "peft_kernels" / backends.LIBRARY.name).write_bytes(content)
+    code = """
+import torch
+from peft_kernels import backends, lora_linear
+x, w, a, b = torch.ones(2, 8), torch.ones(4, 8), torch.ones(1, 8), torch.ones(4, 1)
+assert (lora_linear(x, w, None, a, b, scaling=0.5) == 12).all() and backends.bound("cpu") == "reference"
+print(backends.all_backends()["cpu"].missing)
+print(backends.cuda_summary())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        assert line.startswith("_ops.abi3.so does not load with torch") and "must be built again: /" in line
+
+
 @built
 def test_device_query_answers_without_a_driver():
     summary = backends.cuda_summary()

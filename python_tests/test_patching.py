@@ -87,6 +87,18 @@ def test_patching_twice_changes_nothing_and_picks_up_new_modules():
     assert calls_per_forward(second) == 2 * LAYERS and second.verify(**inputs())
 
 
+def test_a_report_counts_from_its_own_patch():
+    model = peft_model("llama")
+    first = peft_kernels.patch(model, strict=True)
+    with model.disable_adapter():
+        model(**inputs())
+    model(**inputs())
+    second = peft_kernels.patch(model)
+    assert first.fused and first.fallbacks and second.fused == 0 and not second.fallbacks
+    model(**inputs())
+    assert second.fused == calls_per_forward(second) and first.fused == 2 * second.fused and not second.fallbacks
+
+
 def test_a_model_without_adapters_is_refused():
     with pytest.raises(ValueError, match=r"no PEFT layer.*get_peft_model"):
         peft_kernels.patch(base_model("llama"))
@@ -213,8 +225,12 @@ def test_two_threads_with_a_model_each():
 
 
 @pytest.mark.parametrize("unpatch_at_end", [True, False])
-def test_trainer_callback(tmp_path, unpatch_at_end):
+@pytest.mark.parametrize("patched_before", [True, False])
+def test_trainer_callback(tmp_path, patched_before, unpatch_at_end):
     model = peft_model("llama", target_modules=["q_proj", "v_proj", "down_proj"])
+    if patched_before:
+        peft_kernels.patch(model, strict=True)
+    before = kinds(model)
     data = [{key: value[0] for key, value in inputs(rows=1).items()}] * 6
     arguments = TrainingArguments(
         tmp_path, max_steps=3, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=True,
@@ -223,7 +239,7 @@ def test_trainer_callback(tmp_path, unpatch_at_end):
     callback = peft_kernels.PeftKernelsCallback(strict=True, unpatch_at_end=unpatch_at_end)
     Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
     assert callback.report.fused == 3 * calls_per_forward(callback.report) and not callback.report.fallbacks
-    assert any(isinstance(module, FusedLinear) for module in model.modules()) is not unpatch_at_end
+    assert (kinds(model) == before) is (patched_before or unpatch_at_end)
 
 
 def test_families_say_what_their_classes_have():

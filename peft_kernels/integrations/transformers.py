@@ -210,11 +210,11 @@ def _group_obstacle(group, owner, plain, children, lora) -> str:
 
 
 class PeftKernelsCallback(TrainerCallback):
-    """Patches the model when a Trainer starts to train, and gives it back at the end.
+    """Patches the model when a Trainer starts to train, and takes that back at the end.
 
     Args:
         strict: as in `peft_kernels.patch`.
-        unpatch_at_end: False leaves the model patched after training.
+        unpatch_at_end: False leaves the model patched after training; what was patched before stays so anyway.
 
     `report` is the PatchReport of the last training.
 
@@ -231,4 +231,4 @@ class PeftKernelsCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self.unpatch_at_end:
-            unpatch(model)
+            self.report.restore()

@@ -4,10 +4,12 @@ One operator serves a single projection (a group of one), groups that share x, a
 Legend: M rows of x, K in_features, N out_features, R rank; G projections (index g), L adapters (index i).
 """
 
+import itertools
 import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from peft_kernels.ops.common.dropout import DROPOUT_MASK
@@ -164,13 +166,18 @@ def autograd(namespace):
             member, scaling, dropout_p = lists
             L = len(member)
             G = (len(tensors) - 3 * L) // 2
-            weight, bias, a, b, c = _split(tensors, G, L)
+            _, weight, bias, a, b, c = _split((x, *tensors), G, L)
             with below_autograd():
                 y, h = forward_op(x, weight, bias, a, b, c, member, scaling, dropout_p, seed)
-            needs = ctx.needs_input_grad[2:]
-            reads_x = any(needs[1 : 1 + G]) or any(needs[1 + 2 * G : 1 + 2 * G + L])
-            reads_h = any(needs[1 + 2 * G + L : 1 + 2 * G + 2 * L])
-            ctx.save_for_backward(x if reads_x else None, h if reads_h else None, seed, *weight, *a, *b)
+            _, w_needs, _, a_needs, b_needs, _ = _split(ctx.needs_input_grad[2:], G, L)
+            needs_dx, needs_dA = ctx.needs_input_grad[2], any(a_needs)
+            kept_x = x if needs_dA or any(w_needs) else None
+            kept_h = h if any(b_needs) else None
+            if not needs_dx:  # dx alone reads W and A
+                weight, a = _shapes(weight), _shapes(a)
+            if not (needs_dx or needs_dA):  # they alone read ds = s dy B
+                b = _shapes(b)
+            ctx.save_for_backward(kept_x, kept_h, seed, *weight, *a, *b)
             ctx.lists = lists
             ctx.mark_non_differentiable(h)
             ctx.set_materialize_grads(False)
@@ -197,6 +204,8 @@ def autograd(namespace):
             return (None, None, *(grad if need else None for grad, need in zip(out, needs, strict=True)))
 
     def kernel(x, weight, bias, lora_A, lora_B, lora_bias, member, scaling, dropout_p, seed):
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(x, *weight, *bias, *lora_A, *lora_B, *lora_bias)
         if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, lora_A, lora_B, lora_bias):
             tensors = (*weight, *bias, *lora_A, *lora_B, *lora_bias)
             *y, h = LoraLinear.apply((member, scaling, dropout_p), seed, x, *tensors)
@@ -207,14 +216,21 @@ def autograd(namespace):
     return kernel
 
 
-def _split(tensors, G: int, L: int):
-    return (
-        tensors[:G],
-        tensors[G : 2 * G],
-        tensors[2 * G : 2 * G + L],
-        tensors[2 * G + L : 2 * G + 2 * L],
-        tensors[2 * G + 2 * L :],
-    )
+def _split(entries, G: int, L: int):
+    """x, weight, bias, lora_A, lora_B and lora_bias of a flat list of all of them."""
+    ends = (0, 1, 1 + G, 1 + 2 * G, 1 + 2 * G + L, 1 + 2 * G + 2 * L, 1 + 2 * G + 3 * L)
+    return [entries[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def _shapes(tensors) -> list[Tensor]:
+    """Stand-ins for tensors of which the backward reads shape and dtype only: one element each."""
+    return [t.new_empty(()).expand(t.shape) for t in tensors]
+
+
+def _refuse_tangents(*tensors) -> None:
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError("lora_linear: no forward-mode derivative (jvp, dual tensors); use reverse mode")
 
 
 def _any_requires_grad(x, *lists) -> bool:
