@@ -1,7 +1,7 @@
 // The gradient of A for all adapters of a layer from one read of x, dropout replayed:
 //   dA_l = keep_l sum_m ds_l[m, :]^T (mask_l[m, :] x[m, :])   parts [row chunks][R_l][K]
 // x [M, K]: bf16 or fp16; ds [M, R] fp32, which carries s_l.
-// Grid: (ranks in blocks of four tiles, a tile being up to 16 ranks of one adapter; 512 columns of x; chunk of rows).
+// Grid: (ranks in blocks of one or four tiles of up to 16 ranks of one adapter; 512 columns of x; chunk of rows).
 // Blocks of the same x with other ranks are neighbours in the grid and find it in the L2 cache. A warp has 32 of the
 // columns, and its dA stays in registers over the whole chunk. Where an adapter drops, each warp makes its own masked
 // copy of its 16 x 32 elements (one Philox call for eight of them) and multiplies that. fp32 accumulation. ds enters as

@@ -38,9 +38,10 @@ constexpr Types kTypes[] = {{Dtype::kBFloat16, Dtype::kBFloat16, "bf16"},
                             {Dtype::kFloat16, Dtype::kFloat16, "fp16"},
                             {Dtype::kBFloat16, Dtype::kFloat32, "bf16/fp32"}};
 
-// Of the terms' absolute sum: what 16-bit parts lose (all of it is kept in three), and fp32 sums in any order.
-double part_error(const Types& types, bool fp32_result) {
-  return fp32_result || types.x == Dtype::kFloat16 ? 0x1p-18 : 0x1p-14;
+// Of the terms' absolute sum: what fp32 sums lose, and, unless the product is exact, what 16-bit parts do.
+double part_error(const Types& types, bool exact, int64_t terms) {
+  if (exact) return 0x1p-22 * (1 + static_cast<double>(terms) / 16);
+  return types.x == Dtype::kFloat16 ? 0x1p-18 : 0x1p-14;
 }
 
 class Values {
@@ -226,7 +227,7 @@ void expand_is_right(const Types& types, const Case& c, bool across, bool accumu
         }
       }
       const double ulp = types.x == Dtype::kBFloat16 ? 0x1p-8 : 0x1p-10;
-      compare.close("out", m, n, out.at(m, n), sum, std::fabs(sum) * ulp + size * part_error(types, false));
+      compare.close("out", m, n, out.at(m, n), sum, std::fabs(sum) * ulp + size * part_error(types, false, 0));
     }
   }
 }
@@ -279,7 +280,7 @@ void dy_pass_is_right(const Types& types, const Case& c, bool wants_ds, bool wan
         size += std::fabs(term);
       }
       if (l < 0 || !wants_ds) sum = NAN;  // untouched
-      compare.close("ds", m, column, parts_at(ds, col_blocks, m, column), sum, size * part_error(types, true));
+      compare.close("ds", m, column, parts_at(ds, col_blocks, m, column), sum, size * part_error(types, true, c.N));
     }
   }
   const bool fp32 = types.factors == Dtype::kFloat32;
@@ -293,7 +294,7 @@ void dy_pass_is_right(const Types& types, const Case& c, bool wants_ds, bool wan
           size += std::fabs(term);
         }
         if (!call.dB[l]) sum = NAN;
-        compare.close("dB", n, r, parts_at(dB[l], chunks[l], n, r), sum, size * part_error(types, fp32));
+        compare.close("dB", n, r, parts_at(dB[l], chunks[l], n, r), sum, size * part_error(types, fp32, c.M));
       }
     }
   }
@@ -341,7 +342,7 @@ void x_pass_is_right(const Types& types, const Case& c) {
         }
       }
       for (int r = 0; r < adapter.R; ++r) {
-        compare.close("dA", r, k, parts_at(dA[l], chunks[l], r, k), sum[r], size[r] * part_error(types, fp32));
+        compare.close("dA", r, k, parts_at(dA[l], chunks[l], r, k), sum[r], size[r] * part_error(types, fp32, c.M));
       }
     }
   }
