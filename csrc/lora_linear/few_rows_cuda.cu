@@ -11,7 +11,7 @@ namespace pk::lora_linear {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kRankChunk = 64;       // ranks of h and B in shared memory at a time
+constexpr int kRankChunk = 32;       // ranks of h and B in shared memory at a time
 constexpr int kFillingBlocks = 256;  // two for each multiprocessor of the large GPUs
 
 // d += x W^T over this warp's share of K, for `cols` of the 8 kTiles columns from n0 on. kDepth groups of 32 columns of

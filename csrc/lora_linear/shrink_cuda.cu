@@ -182,7 +182,7 @@ __device__ __forceinline__ void store(const Shrink& call, const float (&sums)[kM
 }
 
 template <class T, class F, int kRowTiles, bool kVector>
-__global__ void __launch_bounds__(64 * kRowTiles)
+__global__ void __launch_bounds__(64 * kRowTiles, 1)
     lora_linear_forward_shrink_kernel(const __grid_constant__ Shrink call, int rank_tiles, int groups, int stages) {
   constexpr int kRows = 16 * kRowTiles, kThreads = 64 * kRowTiles;
   let_next_launch_start();
