@@ -11,7 +11,7 @@ namespace pk::lora_linear {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kRankChunk = 64;       // ranks of h and B in shared memory at a time
+constexpr int kRankChunk = 32;       // ranks of h and B in shared memory at a time
 constexpr int kFillingBlocks = 256;  // two for each multiprocessor of the large GPUs
 
 // d += x W^T over this warp's share of K, for `cols` of the 8 kTiles columns from n0 on. kDepth groups of 32 columns of
@@ -28,6 +28,7 @@ __device__ __forceinline__ void stream(float (&d)[kTiles][4], const FewRows& cal
   for (int j = 0; j < kTiles; ++j) {
     weight[j] = static_cast<const T*>(member.weight) + (n0 + row + 8 * j) * member.weight_stride + col;
   }
+#pragma unroll 1  // or it is unrolled for sm_100 and later, into more registers than there are
   for (int k = warp_index() * kDepth * 32; k < K; k += kWarps * kDepth * 32) {
     uint4 left[kDepth][2] = {}, right[kDepth][kTiles] = {};
 #pragma unroll

@@ -92,11 +92,12 @@ __device__ __forceinline__ void load_right(uint32_t (&b)[2][3][2], const float* 
 }
 
 // drop(x) of 16 rows x 32 columns, both as the fragments of two k16 steps.
-__device__ __forceinline__ void drop(uint32_t (&out)[2][4], const uint32_t (&x)[2][4], const Keep& keep, uint64_t seed,
-                                     int64_t row, int64_t group) {
+__device__ __forceinline__ void drop(uint32_t (&out)[2][4], const uint32_t (&x)[2][4], const Keep& keep,
+                                     const uint64_t* seed_place, int64_t row, int64_t group) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) out[i / 4][i % 4] = x[i / 4][i % 4];
   if (keep.threshold == kKeepAll) return;
+  const uint64_t seed = *seed_place;  // read here, so that nothing of Philox is worked out where nothing drops
   const int64_t mine = row + lane_index() / 4;
   const Philox4 random[2] = {keep_words(seed, keep.stream, mine, group),
                              keep_words(seed, keep.stream, mine + 8, group)};
@@ -112,7 +113,7 @@ __device__ __forceinline__ void drop(uint32_t (&out)[2][4], const uint32_t (&x)[
 template <class T, class F>
 __device__ __forceinline__ void multiply(float (&sums)[kMostRankTiles][4], const T* x, const F* factors,
                                          const Shrink& call, const RankTile<F>* tile, int tiles, uint32_t masks,
-                                         uint64_t seed, int64_t row, int64_t group) {
+                                         int64_t row, int64_t group) {
   constexpr int kParts = sizeof(F) == sizeof(T) ? 1 : 3;
   const int lane = lane_index();
   uint32_t all[2][4], kept[2][4];
@@ -122,7 +123,7 @@ __device__ __forceinline__ void multiply(float (&sums)[kMostRankTiles][4], const
     const int begin = __ffs(static_cast<int>(masks)) - 1;
     masks &= masks - 1;
     const uint32_t run = (masks ? (masks & -masks) : 1u << tiles) - (1u << begin);
-    drop(kept, all, call.adapters.at[tile[begin].adapter].keep, seed, row, group);
+    drop(kept, all, call.adapters.at[tile[begin].adapter].keep, call.seed, row, group);
 #pragma unroll
     for (int j = 0; j < kMostRankTiles; ++j) {
       if (!(run >> j & 1)) continue;
@@ -181,7 +182,7 @@ __device__ __forceinline__ void store(const Shrink& call, const float (&sums)[kM
 }
 
 template <class T, class F, int kRowTiles, bool kVector>
-__global__ void __launch_bounds__(64 * kRowTiles)
+__global__ void __launch_bounds__(64 * kRowTiles, 1)
     lora_linear_forward_shrink_kernel(const __grid_constant__ Shrink call, int rank_tiles, int groups, int stages) {
   constexpr int kRows = 16 * kRowTiles, kThreads = 64 * kRowTiles;
   let_next_launch_start();
@@ -201,7 +202,6 @@ __global__ void __launch_bounds__(64 * kRowTiles)
   uint32_t masks = 1;
 #pragma unroll 1
   for (int j = 1; j < tiles; ++j) masks |= static_cast<uint32_t>(tile[j].new_mask) << j;
-  const uint64_t seed = call.seed ? *call.seed : 0;
 
   const int64_t row0 = static_cast<int64_t>(blockIdx.x / groups) * kRows, all = (call.K + kCols - 1) / kCols;
   const int64_t begin = all * blockIdx.y / call.splits;
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(64 * kRowTiles)
     if (i < 0) continue;
     const T* const stage = reinterpret_cast<const T*>(used);
     multiply(sums, stage + row * kPitch + col, reinterpret_cast<const F*>(stage + kRows * kPitch) + col, call, tile,
-             tiles, masks, seed, row0 + row, (k0 + i * kCols + col) / 32);
+             tiles, masks, row0 + row, (k0 + i * kCols + col) / 32);
     used = used + stage_bytes == end ? shared : used + stage_bytes;
   }
   cp_async_wait<0>();
