@@ -24,6 +24,7 @@ from models import (
 )
 from peft import get_peft_model
 from peft.tuners import lora
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import peft_kernels
@@ -113,7 +114,7 @@ def test_reasons_strict_and_the_table():
         peft_kernels.patch(model, strict=True)
     assert kinds(model) == classes
     report = peft_kernels.patch(model)
-    reasons = {row.name.removeprefix("base_model.model.model."): row.reason for row in report.left}
+    reasons = {row.name.removeprefix("base_model.model.model."): row.reason for row in report.rows if row.reason}
     assert reasons == {
         "embed_tokens": "LoRA on Embedding has no kernel",
         "layers.0.self_attn": "q_proj: hook on lora_A, lora_B or lora_dropout",
@@ -121,8 +122,22 @@ def test_reasons_strict_and_the_table():
     }
     model(**inputs())
     assert report.fused == 2  # k_proj of the first layer, the group of the second
-    assert "left alone: LoRA on Embedding has no kernel" in str(report)
-    assert "3 left alone, 2 fused calls so far" in repr(report)
+    assert "left alone: LoRA on Embedding has no kernel" in [line[2] for line in report.table()]
+    assert "left alone" in str(report)
+    assert "1 left alone, 2 fused calls so far" in repr(report)
+
+
+def test_strict_asks_for_layers_and_not_for_groups():
+    model = peft_model("llama", target_modules=["q_proj", "k_proj"])
+    model.base_model.model.model.layers[0].self_attn.v_proj.__class__ = Projection
+    report = peft_kernels.patch(model, strict=True)
+    assert [row.reason for row in report.left] == ["v_proj: the base layer is a Projection"]
+    model(**inputs())
+    assert report.fused == 3 and not report.fallbacks  # q and k of the first layer, the group of the second
+
+
+class Projection(nn.Linear):
+    """A layer that may compute something else."""
 
 
 def test_a_hook_on_a_projection_still_runs():
@@ -199,7 +214,7 @@ def test_offloading_hooks_are_respected():
     report = peft_kernels.patch(model)
     assert "hook" in next(row.reason for row in report.rows if row.name.endswith("layers.0.self_attn.q_proj"))
     model(**inputs())
-    assert report.fused == calls_per_forward(report)
+    assert report.fused == calls_per_forward(report) + 1  # k and v of the first layer instead of its group
 
 
 def test_two_threads_with_a_model_each():
