@@ -29,7 +29,7 @@ from transformers import Trainer, TrainingArguments
 
 import peft_kernels
 from peft_kernels.integrations.peft import FusedLinear
-from peft_kernels.integrations.targets import FAMILIES
+from peft_kernels.integrations.targets import FAMILIES, GROUPS, MLP_FORWARD, fingerprint, forward_is_known
 
 
 def kinds(model):
@@ -263,10 +263,35 @@ def test_families_say_what_their_classes_have():
         attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
         assert (type(attention).__name__, type(mlp).__name__) == (family.attention, family.mlp)
         assert (type(attention).__module__, type(mlp).__module__) == (family.module, family.module)
+        assert all(forward_is_known(GROUPS[family.module, type(m).__name__], type(m)) for m in (attention, mlp))
         assert all(hasattr(attention, norm) for norm in family.norms)
         assert hasattr(attention, "q_norm") == bool(family.norms)
     report = peft_kernels.patch(peft_model("llama"))
     assert report.fused == 0 and HIDDEN % HEADS == 0
+
+
+def test_a_forward_is_known_by_what_it_does(monkeypatch):
+    def formatted(self, x: torch.Tensor) -> torch.Tensor:
+        down_proj = self.down_proj(
+            self.act_fn(self.gate_proj(x))  # as in LlamaMLP
+            * self.up_proj(x)
+        )
+        return down_proj
+
+    def with_a_step(self, x):
+        down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) * 2)
+        return down_proj
+
+    model = peft_model("llama")
+    mlp = type(model.base_model.model.model.layers[0].mlp)
+    monkeypatch.setattr(mlp, "forward", with_a_step)
+    plain, exact = results(model), results(in_double(model))
+    report = peft_kernels.patch(model, strict=True)
+    reason = "LlamaMLP.forward is not the one that is known: another version of transformers, or replaced"
+    assert {(row.kind, row.reason) for row in report.left} == {("gate_up", reason)}
+    assert_as_close_as_peft(results(model), plain, exact)
+    assert report.fused == 5 * LAYERS and not report.fallbacks  # qkv, o, gate, up, down
+    assert fingerprint(formatted) == MLP_FORWARD
 
 
 def test_the_table_without_rich(monkeypatch):

@@ -217,7 +217,7 @@ def _order(model: nn.Module):
 def _group_obstacle(group, owner, plain, children, lora) -> str:
     """Why the projections can be one call in no state, or nothing."""
     if not forward_is_known(group, plain):
-        return f"{plain.__name__}.forward takes other arguments in this version of transformers"
+        return f"{plain.__name__}.forward is not the one that is known: another version of transformers, or replaced"
     if _forward_was_replaced(owner):
         return OWN_FORWARD
     for path, child in children.items():
