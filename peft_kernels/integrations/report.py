@@ -19,7 +19,10 @@ from peft_kernels.integrations.peft import INACTIVE
 
 @dataclass(frozen=True)
 class Row:
-    """One module: the backend that its device runs, or why it was left alone (then `kernel` is empty)."""
+    """One module: the backend that its device runs, or why it was left alone (then `kernel` is empty).
+
+    With a kernel, `reason` says why the module would not have run fused in the state in which `patch` found it.
+    """
 
     name: str
     kind: str  # "lora.Linear", "qkv", "gate_up", or the class of a layer that has no kernel
@@ -111,8 +114,9 @@ class PatchReport:
         """Rows of strings as printed: module, kind, kernel or reason, fused calls, fallbacks; alike layers together."""
         alike: dict[tuple, list[str]] = {}
         for row in self.rows:
-            key = (re.sub(r"\.\d+(?=\.|$)", ".*", row.name), row.kind, row.kernel or f"left alone: {row.reason}")
-            alike.setdefault(key, []).append(row)
+            status = row.kernel and row.reason and f"{row.kernel} (at patch: {row.reason})"
+            status = status or row.kernel or f"left alone: {row.reason}"
+            alike.setdefault((re.sub(r"\.\d+(?=\.|$)", ".*", row.name), row.kind, status), []).append(row)
         found = self.calls()
         lines = []
         for (name, *cells), rows in alike.items():
