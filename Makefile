@@ -2,6 +2,7 @@
 # make test    builds everything and runs the test suite                   make wheel     dist/*.whl
 # make build   only the set-up                                             make lint      ruff, clang-format
 # make test-kernels    the kernels without torch: C++ tests, nvcc          make clean     removes what was built
+# make emulated        where nvcc is: the CUDA kernels on the CPU as torch operators, which make test runs
 # make test-floor      the suite against the oldest supported transformers and peft
 # make test-all        all tests: the slow ones, test-kernels and test-floor too
 #
@@ -16,12 +17,14 @@ FLOOR := transformers==5.17.0 peft==0.21.0
 FLOOR_FREE := ^(transformers|peft|huggingface_hub)==
 SOURCES := $(wildcard csrc csrc/* csrc/*/*)
 CMAKE := $(or $(shell sh -c 'command -v cmake'),$(BIN)/cmake)
+NVCC := $(shell sh -c 'PATH="$${CUDA_HOME:-/usr/local/cuda}/bin:$$PATH" command -v nvcc')
+EMULATED := $(if $(filter 0,$(PK_CUDA)),,$(NVCC))
 REVISION := $(shell git rev-parse --short HEAD 2>/dev/null)
 export CXX
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 MAKEFLAGS += --no-print-directory
 
-.PHONY: build demo test test-all test-kernels test-floor bench wheel lint clean check-machine
+.PHONY: build demo test test-all emulated test-kernels test-floor bench wheel lint clean check-machine
 .DELETE_ON_ERROR:
 
 build: $(VENV)/command
@@ -29,20 +32,32 @@ build: $(VENV)/command
 demo: build
 	$(BIN)/peft-kernels demo $(ARGS)
 
-test: build
+test: build emulated
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: build test-kernels
+test-all: build emulated test-kernels
 	$(PYTEST) $(ARGS)
 	$(MAKE) test-floor
 
 test-floor:
 	$(MAKE) test VENV=.venv-floor REPLACED="$(FLOOR)"
 
+# Both share one build folder, and the emulator's objects in it. Without a torch the kernels are built and tested alone.
+CONFIGURE = $(CMAKE) -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release \
+  -DPK_TORCH_DIR=$(abspath $(dir $(firstword $(wildcard $(VENV)/lib/python*/site-packages/torch/version.py))))
+
 test-kernels: $(CMAKE)
-	$(CMAKE) -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release
+	$(CONFIGURE)
 	$(CMAKE) --build build/cmake --parallel $(shell nproc)
 	$(dir $(CMAKE))ctest --test-dir build/cmake --output-on-failure --no-tests=error
+
+emulated: $(VENV)/environment $(if $(EMULATED),$(CMAKE))
+ifdef EMULATED
+	$(CONFIGURE)
+	$(CMAKE) --build build/cmake --parallel $(shell nproc) --target emulated
+else
+	@echo "emulated: the CUDA kernels are not built: there is no nvcc, or PK_CUDA=0"
+endif
 
 bench: build
 	$(BIN)/python benchmarks/run.py --op lora_linear --grid cpu $(ARGS)
