@@ -4,7 +4,6 @@ One operator serves a single projection (a group of one), groups that share x, a
 Legend: M rows of x, K in_features, N out_features, R rank; G projections (index g), L adapters (index i).
 """
 
-import itertools
 import math
 
 import torch
@@ -166,18 +165,13 @@ def autograd(namespace):
             member, scaling, dropout_p = lists
             L = len(member)
             G = (len(tensors) - 3 * L) // 2
-            _, weight, bias, a, b, c = _split((x, *tensors), G, L)
+            weight, bias, a, b, c = _split(tensors, G, L)
             with below_autograd():
                 y, h = forward_op(x, weight, bias, a, b, c, member, scaling, dropout_p, seed)
-            _, w_needs, _, a_needs, b_needs, _ = _split(ctx.needs_input_grad[2:], G, L)
-            needs_dx, needs_dA = ctx.needs_input_grad[2], any(a_needs)
-            kept_x = x if needs_dA or any(w_needs) else None
-            kept_h = h if any(b_needs) else None
-            if not needs_dx:  # dx alone reads W and A
-                weight, a = _shapes(weight), _shapes(a)
-            if not (needs_dx or needs_dA):  # they alone read ds = s dy B
-                b = _shapes(b)
-            ctx.save_for_backward(kept_x, kept_h, seed, *weight, *a, *b)
+            needs = ctx.needs_input_grad[2:]
+            reads_x = any(needs[1 : 1 + G]) or any(needs[1 + 2 * G : 1 + 2 * G + L])
+            reads_h = any(needs[1 + 2 * G + L : 1 + 2 * G + 2 * L])
+            ctx.save_for_backward(x if reads_x else None, h if reads_h else None, seed, *weight, *a, *b)
             ctx.lists = lists
             ctx.mark_non_differentiable(h)
             ctx.set_materialize_grads(False)
@@ -216,15 +210,14 @@ def autograd(namespace):
     return kernel
 
 
-def _split(entries, G: int, L: int):
-    """x, weight, bias, lora_A, lora_B and lora_bias of a flat list of all of them."""
-    ends = (0, 1, 1 + G, 1 + 2 * G, 1 + 2 * G + L, 1 + 2 * G + 2 * L, 1 + 2 * G + 3 * L)
-    return [entries[start:end] for start, end in itertools.pairwise(ends)]
-
-
-def _shapes(tensors) -> list[Tensor]:
-    """Stand-ins for tensors of which the backward reads shape and dtype only: one element each."""
-    return [t.new_empty(()).expand(t.shape) for t in tensors]
+def _split(tensors, G: int, L: int):
+    return (
+        tensors[:G],
+        tensors[G : 2 * G],
+        tensors[2 * G : 2 * G + L],
+        tensors[2 * G + L : 2 * G + 2 * L],
+        tensors[2 * G + 2 * L :],
+    )
 
 
 def _refuse_tangents(*tensors) -> None:
