@@ -34,7 +34,19 @@ def test_every_sample_emulated(build, count_sample):
         count_sample(backend, 0, reason)
         pytest.skip(reason)
     named = {"PK_EMULATED": build, "PK_EMULATED_LIBRARY": str(library), "PYTHONPATH": str(HERE.parent)}
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-W", "ignore", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-s",
+        "-W",
+        "ignore",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:faulthandler",
+    ]
     run = subprocess.run(
         [*command, "emulated_samples.py"],
         cwd=HERE,
