@@ -29,10 +29,10 @@ build: $(VENV)/command
 demo: build
 	$(BIN)/peft-kernels demo $(ARGS)
 
-test: build
+test: build $(if $(REPLACED),,$(VENV)/triton-3.6)
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: build test-kernels
+test-all: build $(VENV)/triton-3.6 test-kernels
 	$(PYTEST) $(ARGS)
 	$(MAKE) test-floor
 
@@ -82,6 +82,10 @@ $(VENV)/library: $(VENV)/environment setup.py $(SOURCES)
 $(VENV)/command: $(VENV)/library pyproject.toml
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
+
+# The oldest Triton that is supported, beside the pinned one: test_triton.py compiles the kernels with both.
+$(VENV)/triton-3.6: | $(VENV)/environment
+	$(BIN)/pip install -q --no-deps --target $@ triton==3.6.0
 
 $(BIN)/cmake: $(VENV)/environment
 	$(BIN)/pip install -q cmake==4.4.4
