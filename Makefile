@@ -3,6 +3,7 @@
 # make build   only the set-up                                             make lint      ruff, clang-format
 # make test-kernels    the kernels without torch: C++ tests, nvcc          make clean     removes what was built
 # make test-floor      the suite against the oldest supported transformers and peft
+# make gpu-check       all of it on a machine with an NVIDIA GPU, with its PYTHON: no .venv, no network
 # make test-all        all tests: the slow ones, test-kernels and test-floor too
 #
 # Needs Python >= 3.11 with venv, a C++ compiler and pip's package index; everything else goes into .venv.
@@ -21,7 +22,7 @@ export CXX
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 MAKEFLAGS += --no-print-directory
 
-.PHONY: build demo test test-all test-kernels test-floor bench wheel lint clean check-machine
+.PHONY: build demo test test-all test-kernels test-floor gpu-check bench wheel lint clean check-machine
 .DELETE_ON_ERROR:
 
 build: $(VENV)/command
@@ -43,6 +44,9 @@ test-kernels: $(CMAKE)
 	$(CMAKE) -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release
 	$(CMAKE) --build build/cmake --parallel $(shell nproc)
 	$(dir $(CMAKE))ctest --test-dir build/cmake --output-on-failure --no-tests=error
+
+gpu-check:
+	@PK_REVISION=$(or $(PK_REVISION),$(REVISION)) $(PYTHON) .ci/gpu_check.py $(ARGS)
 
 bench: build
 	$(BIN)/python benchmarks/run.py --op lora_linear --grid cpu $(ARGS)
