@@ -4,6 +4,7 @@
 # make test-kernels    the kernels without torch: C++ tests, nvcc          make clean     removes what was built
 # make emulated        where nvcc is: the CUDA kernels on the CPU as torch operators, which make test runs
 # make test-floor      the suite against the oldest supported transformers and peft
+# make gpu-check       all of it on a machine with an NVIDIA GPU, with its PYTHON: no .venv, no network
 # make test-all        all tests: the slow ones, test-kernels and test-floor too
 #
 # Needs Python >= 3.11 with venv, a C++ compiler and pip's package index; everything else goes into .venv.
@@ -24,7 +25,7 @@ export CXX
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 MAKEFLAGS += --no-print-directory
 
-.PHONY: build demo test test-all emulated test-kernels test-floor bench wheel lint clean check-machine
+.PHONY: build demo test test-all emulated test-kernels test-floor gpu-check bench wheel lint clean check-machine
 .DELETE_ON_ERROR:
 
 build: $(VENV)/command
@@ -32,10 +33,10 @@ build: $(VENV)/command
 demo: build
 	$(BIN)/peft-kernels demo $(ARGS)
 
-test: build emulated
+test: build emulated $(if $(REPLACED),,$(VENV)/triton-3.6)
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: build emulated test-kernels
+test-all: build emulated $(VENV)/triton-3.6 test-kernels
 	$(PYTEST) $(ARGS)
 	$(MAKE) test-floor
 
@@ -58,6 +59,9 @@ ifdef EMULATED
 else
 	@echo "emulated: the CUDA kernels are not built: there is no nvcc, or PK_CUDA=0"
 endif
+
+gpu-check:
+	@PK_REVISION=$(or $(PK_REVISION),$(REVISION)) $(PYTHON) .ci/gpu_check.py $(ARGS)
 
 bench: build
 	$(BIN)/python benchmarks/run.py --op lora_linear --grid cpu $(ARGS)
@@ -97,6 +101,10 @@ $(VENV)/library: $(VENV)/environment setup.py $(SOURCES)
 $(VENV)/command: $(VENV)/library pyproject.toml
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
+
+# The oldest Triton that is supported, beside the pinned one: test_triton.py compiles the kernels with both.
+$(VENV)/triton-3.6: | $(VENV)/environment
+	$(BIN)/pip install -q --no-deps --target $@ triton==3.6.0
 
 $(BIN)/cmake: $(VENV)/environment
 	$(BIN)/pip install -q cmake==4.4.4

@@ -28,6 +28,18 @@ def count_sample():
     return count
 
 
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist, where that is used, hands its counts to the process that prints them."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["samples"] = [(*place, count) for place, count in _RUN.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for *place, count in getattr(node, "workeroutput", {}).get("samples", []):
+        _RUN[tuple(place)] += count
+
+
 def pytest_terminal_summary(terminalreporter):
     if not _RUN:
         return
