@@ -16,16 +16,17 @@ from peft_kernels import backends
 
 ROOT = Path(__file__).parent.parent
 ARCHS = {"sm_80", "sm_90a", "sm_100", "sm_120"}
-# Registers a thread may take, by kernel: its launch bounds leave this many. Shared memory is asserted at the launch.
+# Registers a thread may take, by kernel: what its launch bounds leave; a little above today's number where they leave
+# 255. Shared memory is asserted at the launch.
 BUDGET = {
     "probe_kernel": 16,
-    "lora_linear_forward_shrink_kernel": 168,
+    "lora_linear_forward_shrink_kernel": 176,
     "lora_linear_forward_few_rows_kernel": 128,
     "lora_linear_forward_expand_kernel": 128,
-    "lora_linear_backward_dy_pass_kernel": 192,
+    "lora_linear_backward_dy_pass_kernel": 224,
     "lora_linear_backward_x_pass_kernel": 128,
-    "lora_linear_*product*_kernel": 128,
-    "lora_linear_*sum*_kernel": 64,
+    "lora_linear_product_kernel": 80,
+    "lora_linear_*sum_kernel": 64,
     "lora_dropout_mask_kernel": 64,
 }
 # Instructions of every instance: tensor cores, and ldmatrix where operands go through shared memory
@@ -160,6 +161,5 @@ def test_the_reader_reads():
     counts = cuda_code.instructions(SASS.splitlines())
     assert counts == {(SYMBOL, "sm_80"): {"MOV": 1, "STL": 1, "HMMA": 1, "LDGSTS": 1}}
     kernel.instructions = counts[SYMBOL, "sm_80"]
-    assert re.search(
-        r"lora_linear_forward_shrink_kernel +sm_80 +1 +125 +168 +1408 +8 +0 +1 ", cuda_code.table([kernel], budget)
-    )
+    printed = cuda_code.table([kernel], lambda name: 168)
+    assert re.search(r"lora_linear_forward_shrink_kernel +sm_80 +1 +125 +168 +1408 +8 +0 +1 ", printed)
