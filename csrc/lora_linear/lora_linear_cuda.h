@@ -69,7 +69,7 @@ cudaError_t shrink(Dtype x, Dtype factors, const Shrink& call, cudaStream_t stre
 
 // out[m, n] = (accumulate ? out[m, n] : 0) + sum_l mask_l[m, n] keep_l (sum_r low[m, rank0_l + r] F_l(r, n)) + bias[n]
 // + sum_l s_l bias_l[n]; F_l(r, n) is factor[r * N + n] where `across` (A, for dx), else factor[n * R_l + r] (B, for
-// y).
+// y). Only dx has masks: an adapter that drops something is refused where `across` is false.
 struct Expand {
   void* out;  // [M, N] contiguous, of x's dtype
   int64_t M, N;
