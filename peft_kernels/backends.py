@@ -124,6 +124,19 @@ def bound(device_type: str) -> str:
     return next(b.name for b in usable if b.available and device_type in b.devices)
 
 
+def without_kernel(device_type: str) -> str:
+    """Why nothing but the definition serves a device type, unasked; empty where a kernel does.
+
+    The definition is right everywhere and slow everywhere: a layer is not worth changing for it.
+    """
+    if os.environ.get("PEFT_KERNELS_BACKEND") or bound(device_type) != "reference":
+        return ""
+    others = [b for b in all_backends().values() if device_type in b.devices and b.name != "reference"]
+    if ready := [b.name for b in others if b.available]:
+        return f"no kernel has been measured on this GPU yet; PEFT_KERNELS_BACKEND={ready[0]} uses the unmeasured one"
+    return others[0].missing if others else f"there are no kernels for {device_type}"
+
+
 def linked(op_name: str, device_type: str) -> list[str]:
     """Names of the backends that can run an op on a device type: `torch.ops.peft_kernels_<name>.<op>`."""
     usable = [b.name for b in all_backends().values() if b.available and device_type in b.devices]

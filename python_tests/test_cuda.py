@@ -137,7 +137,11 @@ def test_an_unmeasured_gpu_is_served_by_the_definition(monkeypatch):
     choose = backends.bound.__wrapped__
     monkeypatch.setattr(backends, "MEASURED", {})
     assert choose("cuda") == "reference"
+    monkeypatch.setattr(backends, "bound", choose)
+    assert "PEFT_KERNELS_BACKEND=cuda uses" in backends.without_kernel("cuda")
     monkeypatch.setattr(backends, "MEASURED", {(9, 0): ("triton", "cuda", "reference")})
-    assert choose("cuda") == "triton"
+    assert choose("cuda") == "triton" and not backends.without_kernel("cuda")
+    monkeypatch.setattr(backends, "MEASURED", {})
     monkeypatch.setenv("PEFT_KERNELS_BACKEND", "cuda")
+    assert not backends.without_kernel("cuda")
     assert choose("cuda") == "cuda"

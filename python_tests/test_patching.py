@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from models import (
     HEADS,
@@ -28,7 +29,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import peft_kernels
-from peft_kernels.integrations.peft import FusedLinear
+from peft_kernels.integrations.peft import WITHOUT_KERNEL, FusedLinear
 from peft_kernels.integrations.targets import FAMILIES, GROUPS, MLP_FORWARD, fingerprint, forward_is_known
 
 
@@ -215,6 +216,24 @@ def test_offloading_hooks_are_respected():
     assert "hook" in next(row.reason for row in report.rows if row.name.endswith("layers.0.self_attn.q_proj"))
     model(**inputs())
     assert report.fused == calls_per_forward(report) + 1  # k and v of the first layer instead of its group
+
+
+def test_weights_that_are_not_loaded_are_left_alone():
+    report = peft_kernels.patch(peft_model("llama").to("meta"))
+    assert all(row.reason.endswith("on meta: offloaded, or not loaded yet") for row in report.rows)
+    model = peft_model("llama")
+    cpu_offload(model, execution_device="cpu")
+    assert all("meta" in row.reason for row in peft_kernels.patch(model).rows)
+
+
+def test_where_only_the_definition_would_serve_peft_is_faster(monkeypatch):
+    patched = peft_model("llama")
+    with peft_kernels.patch(patched, strict=True) as report:
+        monkeypatch.setitem(WITHOUT_KERNEL, "cpu", "nothing here")
+        patched(**inputs())
+        assert report.fused == 0 and all("nothing here" in reason for reason in report.fallbacks)
+    with pytest.raises(RuntimeError, match="nothing here"):
+        peft_kernels.patch(patched, strict=True)
 
 
 def test_two_threads_with_a_model_each():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
+from peft_kernels import backends
 from peft_kernels.integrations.counts import count_fallback, count_fused
 from peft_kernels.ops import new_seed
 
@@ -26,6 +27,9 @@ DTYPES = frozenset(
     {(torch.float64, torch.float64)}
     | {(x, factor) for x in (torch.float32, *HALVES) for factor in (torch.float32, *HALVES)}
 )  # of (base, factors)
+
+# Devices that only the reference serves, and why: PEFT's own forward is faster there.
+WITHOUT_KERNEL = {d: why for d in backends.all_backends()["reference"].devices if (why := backends.without_kernel(d))}
 
 DISABLED = "adapters disabled: the base layer alone"
 MERGED = "merged: the base layer alone"
@@ -95,7 +99,9 @@ def _describe_type(tensor: Tensor | None) -> str:
 
 def add_base(call: Call, base: nn.Module, x: Tensor, types=PLAIN) -> str:
     """Adds a frozen layer as the call's next projection; returns why it cannot be one, or nothing."""
-    kind = type(base)
+    device, kind = x.device.type, type(base)
+    if device in WITHOUT_KERNEL:
+        return WITHOUT_KERNEL[device]
     if kind is not nn.Linear and kind is not Conv1D:
         return f"the base layer is a {kind.__name__}"
     weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
@@ -103,7 +109,7 @@ def add_base(call: Call, base: nn.Module, x: Tensor, types=PLAIN) -> str:
         return _describe_type(weight)
     if bias is not None and type(bias) not in types:
         return _describe_type(bias)
-    if weight.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if weight.dtype is not x.dtype and not torch.is_autocast_enabled(device):
         return f"x is {x.dtype} and the base layer {weight.dtype}"  # PEFT's forward raises what the base layer raises
     if intercepted(base, x):
         return HOOKED_BASE

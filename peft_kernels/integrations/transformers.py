@@ -140,6 +140,8 @@ def _obstacle(layer: Linear) -> str:
     if _forward_was_replaced(layer):
         return OWN_FORWARD
     base = layer._modules["base_layer"]
+    if layer.weight.is_meta:
+        return "its weights are on meta: offloaded, or not loaded yet"
     reason = add_base(Call(), base, _input_of(base), SHARDABLE)
     return "" if reason == HOOKED_BASE else reason
 
