@@ -5,6 +5,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cmath>
+#include <type_traits>
+
 #include "common/dropout.h"
 #include "common/dtype.h"
 #include "common/mma.h"
@@ -71,6 +74,31 @@ __device__ __forceinline__ void split_pair(float first, float second, uint32_t (
   split(second, b);
 #pragma unroll
   for (int i = 0; i < kParts; ++i) parts[i] = pack(a[i], b[i]);
+}
+
+// h and ds carry s, and the largest fp16 is 65504: they are cut into parts of fp16 after a multiplication by `down`,
+// and the sums of their products are multiplied by `up`. Powers of two round nothing; bf16 reaches as far as fp32.
+struct LowScale {
+  float down = 1.f, up = 1.f;
+};
+
+template <class T>
+LowScale low_scale(const Adapters& adapters) {
+  LowScale scale;
+  if constexpr (std::is_same_v<T, fp16>) {
+    float largest = 1.f;
+    for (int l = 0; l < adapters.count; ++l) largest = fmaxf(largest, fabsf(adapters.at[l].scaling));
+    while (scale.up < largest && scale.up < 0x1p126f) scale.up *= 2;
+    scale.down = 1 / scale.up;
+  }
+  return scale;
+}
+
+// value * factor, of a LowScale, where T has one.
+template <class T>
+__device__ __forceinline__ float rescaled(float value, float factor) {
+  if constexpr (std::is_same_v<T, fp16>) return value * factor;
+  return value;
 }
 
 // -- tiles in shared memory -------------------------------------------------------------------------------------------

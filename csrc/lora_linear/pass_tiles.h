@@ -88,12 +88,12 @@ struct LowRows {
     next += kTileRows * ld;
   }
 
-  __device__ __forceinline__ void store(T* tile) const {
+  __device__ __forceinline__ void store(T* tile, const LowScale& scale) const {
     if (!next) return;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       T parts[kParts];
-      split(value[i], parts);
+      split(rescaled<T>(value[i], scale.down), parts);
 #pragma unroll
       for (int p = 0; p < kParts; ++p) tile[p * kPart + (row() + i * kRowStep) * kPitch + rank()] = parts[p];
     }
