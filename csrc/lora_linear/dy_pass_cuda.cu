@@ -244,7 +244,7 @@ int dy_column_blocks(int64_t N) {
   return static_cast<int>(ceil_div(N, kTileCols));
 }
 
-int dy_row_chunks(int64_t M, int64_t N, int64_t) {
+int dy_row_chunks(int64_t M, int64_t N) {
   return row_chunks(M, N, kBlocks).count;
 }
 

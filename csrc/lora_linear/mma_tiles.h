@@ -109,22 +109,13 @@ constexpr int tile_pitch(int cols) {
   return cols + 8;
 }
 
-// Brings rows x cols of a row-major matrix into a tile [kRows][tile_pitch(kCols)] and zeroes the rest of it. kVector:
-// rows start on 16 bytes and the copies are asynchronous (commit and wait are the caller's); else they are plain.
-// All kThreads threads of the block call it; kCols is a multiple of 8.
-template <int kRows, int kCols, int kThreads, bool kVector, class T>
+// Brings rows x cols of a row-major matrix, of any alignment, into a tile [kRows][tile_pitch(kCols)] and zeroes the
+// rest of it. All kThreads threads of the block call it.
+template <int kRows, int kCols, int kThreads, class T>
 __device__ __forceinline__ void load_tile(T* tile, const T* from, int64_t ld, int64_t rows, int64_t cols) {
-  constexpr int kWidth = kVector ? 16 / sizeof(T) : 1, kPerRow = kCols / kWidth;
-  for (int i = threadIdx.x; i < kRows * kPerRow; i += kThreads) {
-    const int row = i / kPerRow, col = i % kPerRow * kWidth;
-    T* const to = tile + row * tile_pitch(kCols) + col;
-    const int64_t left = row < rows ? cols - col : 0;
-    if constexpr (kVector) {
-      const int valid = left <= 0 ? 0 : left >= kWidth ? 16 : static_cast<int>(left * sizeof(T));
-      cp_async<16>(to, valid ? from + row * ld + col : from, valid);
-    } else {
-      *to = left > 0 ? from[row * ld + col] : T{};
-    }
+  for (int i = threadIdx.x; i < kRows * kCols; i += kThreads) {
+    const int row = i / kCols, col = i % kCols;
+    tile[row * tile_pitch(kCols) + col] = row < rows && col < cols ? from[row * ld + col] : T{};
   }
 }
 

@@ -195,7 +195,7 @@ cudaError_t run(const XPass& call, cudaStream_t stream) {
 
 }  // namespace
 
-int x_row_chunks(int64_t M, int64_t K, int64_t) {
+int x_row_chunks(int64_t M, int64_t K) {
   return row_chunks(M, K, kBlocks).count;
 }
 

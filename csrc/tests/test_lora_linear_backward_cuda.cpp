@@ -262,7 +262,7 @@ void dy_pass_is_right(const Types& types, const Case& c, bool wants_ds, bool wan
                  {},
                  problem.adapters};
   for (int l = 0; l < call.adapters.count; ++l) {
-    chunks.push_back(dy_row_chunks(c.M, c.N, c.ranks[l]));
+    chunks.push_back(dy_row_chunks(c.M, c.N));
     dB.emplace_back(Dtype::kFloat32, chunks[l] * c.N, c.ranks[l]);
     if (wants_dB && l != 2) call.dB[l] = dB[l].floats();
     if (!wants_ds) call.adapters.at[l].factor = nullptr;
@@ -325,7 +325,7 @@ void x_pass_is_right(const Types& types, const Case& c) {
                 c.p > 0 ? problem.seed.data() : nullptr,
                 problem.adapters};
   for (int l = 0; l < call.adapters.count; ++l) {
-    chunks.push_back(x_row_chunks(c.M, c.N, c.ranks[l]));
+    chunks.push_back(x_row_chunks(c.M, c.N));
     dA.emplace_back(Dtype::kFloat32, chunks[l] * c.ranks[l], c.N);
     call.dA[l] = dA[l].floats();
     call.adapters.at[l].factor = nullptr;
