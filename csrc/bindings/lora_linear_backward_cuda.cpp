@@ -101,7 +101,7 @@ void run_dy_pass(const Backward& b, size_t g) {
       const size_t l = which[first + static_cast<size_t>(i)];
       if (!b.needs_dB(l)) continue;
       const Tensor& gradient = b.gradients[b.at.lora_B(l)];
-      const int chunks = lora_linear::dy_row_chunks(call.M, b.N(g), call.adapters[l].R);
+      const int chunks = lora_linear::dy_row_chunks(call.M, b.N(g));
       sums.emplace_back(parts_of(call, gradient, chunks), gradient);
       pass.dB[i] = sums.back().first.data();
     }
@@ -132,8 +132,7 @@ void run_x_pass(const Backward& b) {
     for (int i = 0; i < chosen.count; ++i) {
       const size_t l = which[first + static_cast<size_t>(i)];
       const Tensor& gradient = b.gradients[b.at.lora_A(l)];
-      sums.emplace_back(parts_of(call, gradient, lora_linear::x_row_chunks(call.M, call.K, call.adapters[l].R)),
-                        gradient);
+      sums.emplace_back(parts_of(call, gradient, lora_linear::x_row_chunks(call.M, call.K)), gradient);
       pass.dA[i] = sums.back().first.data();
     }
     call.launched("x_pass", lora_linear::x_pass(call.type, call.factors, pass, call.on.stream()));

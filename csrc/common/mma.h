@@ -1,12 +1,12 @@
 // Tensor-core products of one warp (sm_80), fp32 accumulation: d [16, 8] += a [16, K] b [K, 8]. Lane l = 4 g + t holds
-//   d: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
-//   16-bit types, K = 16, pairs along k:  a: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8);  b: (2t, g), (2t + 8,
-//   g) tf32, K = 8:                          a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4);      b: (t, g), (t + 4,
-//   g)
+//   d, (row, column)       (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+//   16-bit types, K = 16   a, pairs along k: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)
+//                          b, pairs along k: (2t, g), (2t + 8, g)
+//   tf32, K = 8            a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)
+//                          b: (t, g), (t + 4, g)
 // and ldmatrix, which brings 8 x 8 matrices of 16-bit elements from shared memory into that layout: lane l gives the
 // address (a multiple of 16) of row l % 8 of matrix l / 8, and receives of each matrix (g, 2t) and (g, 2t + 1), or of
-// its transpose. a is row-major in shared memory: ldmatrix; b stored [8, K], k innermost: ldmatrix; b stored [K, 8]:
-// _trans.
+// its transpose. a is row-major in shared memory: ldmatrix; b stored [8, K], k innermost: likewise; [K, 8]: _trans.
 #pragma once
 
 #include <type_traits>

@@ -119,9 +119,9 @@ __device__ __forceinline__ void multiply_dB(float (&dB)[kSteps][kGroups][4], con
   }
 }
 
-template <int kGroups>
+template <class T, int kGroups>
 __device__ __forceinline__ void write_dB(const DyPass& call, const float (&dB)[kSteps][kGroups][4], int rank0,
-                                         int64_t col0, int64_t chunk) {
+                                         int64_t col0, int64_t chunk, const LowScale& scale) {
   const int lane = lane_index();
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
@@ -134,7 +134,7 @@ __device__ __forceinline__ void write_dB(const DyPass& call, const float (&dB)[k
 #pragma unroll
       for (int i = 0; i < 2 * kSteps; ++i) {
         const int64_t n = col0 + 8 * i + lane / 4;
-        if (n < call.N) to[(chunk * call.N + n) * R + rank.r] = dB[i / 2][j][i % 2 * 2 + e];
+        if (n < call.N) to[(chunk * call.N + n) * R + rank.r] = rescaled<T>(dB[i / 2][j][i % 2 * 2 + e], scale.up);
       }
     }
   }
@@ -142,7 +142,8 @@ __device__ __forceinline__ void write_dB(const DyPass& call, const float (&dB)[k
 
 template <class T, class F, int kRanks>
 __global__ void __launch_bounds__(kThreads, kRanks == 16 && sizeof(F) == 2 ? 2 : 1)
-    lora_linear_backward_dy_pass_kernel(const __grid_constant__ DyPass call, int64_t rows_each, bool vector) {
+    lora_linear_backward_dy_pass_kernel(const __grid_constant__ DyPass call, int64_t rows_each, bool vector,
+                                        const __grid_constant__ LowScale scale) {
   using S = Shape<T, F, kRanks>;
   using Low = typename S::Low;
   PK_DYNAMIC_SHARED(T, stages);
@@ -189,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, kRanks == 16 && sizeof(F) == 2 ? 2 :
   Low::clear(lows, 2);
   low.fetch(rows);
   __syncthreads();
-  low.store(lows);
+  low.store(lows, scale);
   low.fetch(rows - kTileRows);
   for (int i = 0; i < tiles; ++i) {
     cp_async_wait<kStages - 2>();
@@ -202,13 +203,13 @@ __global__ void __launch_bounds__(kThreads, kRanks == 16 && sizeof(F) == 2 ? 2 :
     }
     if (call.h) {
       multiply_dB<T, S::kGroups, S::kLowParts>(dB, tile, lows + i % 2 * Low::kSize);
-      low.store(lows + (i + 1) % 2 * Low::kSize);
+      low.store(lows + (i + 1) % 2 * Low::kSize, scale);
       low.fetch(rows - (i + 2) * kTileRows);
     }
   }
   __syncthreads();
   if (call.ds && tiles > 0) write_ds(tiles - 1);
-  write_dB(call, dB, rank0, col0, blockIdx.z);
+  write_dB<T>(call, dB, rank0, col0, blockIdx.z, scale);
 }
 
 template <class T, class F, int kRanks>
@@ -217,7 +218,7 @@ cudaError_t launch_ranks(const DyPass& call, int ranks, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(ranks, kRanks)), dy_column_blocks(call.N), chunks.count);
   const bool vector = vector_rows(call.dy, call.dy_stride, sizeof(T));
   return PK_LAUNCH((lora_linear_backward_dy_pass_kernel<T, F, kRanks>), grid, dim3(kThreads),
-                   (Shape<T, F, kRanks>::kBytes), stream, call, chunks.rows, vector);
+                   (Shape<T, F, kRanks>::kBytes), stream, call, chunks.rows, vector, low_scale<T>(call.adapters));
 }
 
 template <class T, class F>
@@ -243,7 +244,7 @@ int dy_column_blocks(int64_t N) {
   return static_cast<int>(ceil_div(N, kTileCols));
 }
 
-int dy_row_chunks(int64_t M, int64_t N, int64_t) {
+int dy_row_chunks(int64_t M, int64_t N) {
   return row_chunks(M, N, kBlocks).count;
 }
 

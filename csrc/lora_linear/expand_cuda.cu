@@ -99,9 +99,12 @@ struct Operands {
     }
   }
 
-  __device__ __forceinline__ void store(T* buffer) const {
+  __device__ __forceinline__ void store(T* buffer, const LowScale& scale) const {
     const int thread = threadIdx.x;
-    store_run<T, kLowParts>(buffer + thread / 4 * tile_pitch(kStep) + thread % 4 * 4, kLowPart, low);
+    float scaled[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scaled[i] = rescaled<T>(low[i], scale.down);
+    store_run<T, kLowParts>(buffer + thread / 4 * tile_pitch(kStep) + thread % 4 * 4, kLowPart, scaled);
     T* const to = buffer + kLowParts * kLowPart +
                   (kAcross ? thread / 16 * S::kPitch + thread % 16 * 8 : thread / 2 * S::kPitch + thread % 2 * 8);
     store_run<T, S::kFactorParts>(to, S::kFactorPart, factor);
@@ -146,8 +149,8 @@ __device__ __forceinline__ void multiply(float (&sum)[2][4][4], const T* buffer)
   }
 }
 
-// sum += keep mask own, and own = 0. The warp's columns are one group of 32: a call of Philox serves a row of it.
-__device__ __forceinline__ void add_kept(float (&sum)[2][4][4], float (&own)[2][4][4], const Keep& keep,
+// sum += factor mask own, and own = 0. The warp's columns are one group of 32: a call of Philox serves a row of it.
+__device__ __forceinline__ void add_kept(float (&sum)[2][4][4], float (&own)[2][4][4], const Keep& keep, float factor,
                                          const uint64_t* seed_at, int64_t row, int64_t col) {
   const bool drops = keep.threshold != kKeepAll;
   const uint64_t seed = drops ? *seed_at : 0;
@@ -163,7 +166,7 @@ __device__ __forceinline__ void add_kept(float (&sum)[2][4][4], float (&own)[2][
       for (int e = 0; e < 2; ++e) {
         float &to = sum[i / 2][j][i % 2 * 2 + e], &from = own[i / 2][j][i % 2 * 2 + e];
         const bool kept = (e ? words.word[j] : words.word[j] << 16) < threshold;
-        to = kept ? fmaf(from, keep.scale, to) : to;
+        to = kept ? fmaf(from, factor, to) : to;
         from = 0.f;
       }
     }
@@ -238,7 +241,8 @@ __device__ __forceinline__ void write_out(const Expand& call, const T* tile, int
 // Serves the forward (y, B) and, `across`, the backward (dx, A). Only the latter has masks, and so a sum per adapter.
 template <class T, class F, bool kAcross>
 __global__ void __launch_bounds__(kThreads, 2)
-    lora_linear_forward_expand_kernel(const __grid_constant__ Expand call, unsigned col_tiles) {
+    lora_linear_forward_expand_kernel(const __grid_constant__ Expand call, unsigned col_tiles,
+                                      const __grid_constant__ LowScale scale) {
   using S = Shape<F, kAcross>;
   __shared__ __align__(16) T shared[S::kElements];
   __shared__ __align__(16) float bias[kCols];
@@ -256,7 +260,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (step.adapter < call.adapters.count) operands.fetch(call, step, m0, n0, rows, cols);
   for (int parity = 0; step.adapter < call.adapters.count; parity ^= 1) {
     T* const buffer = shared + parity * S::kBuffer;  // last read before the barrier of the step before this one
-    operands.store(buffer);
+    operands.store(buffer, scale);
     const int adapter = step.adapter;
     step.rank += kStep;
     step.skip_empty(call.adapters);
@@ -265,12 +269,17 @@ __global__ void __launch_bounds__(kThreads, 2)
     if constexpr (kAcross) {
       multiply<T, F, kAcross>(own, buffer);
       const Keep& keep = call.adapters.at[adapter].keep;
-      if (step.adapter != adapter) add_kept(sum, own, keep, call.seed, m0 + row, n0 + col0);
+      const float factor = rescaled<T>(keep.scale, scale.up);
+      if (step.adapter != adapter) add_kept(sum, own, keep, factor, call.seed, m0 + row, n0 + col0);
     } else {
       multiply<T, F, kAcross>(sum, buffer);
     }
   }
 
+  if constexpr (!kAcross) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) sum[i / 16][i / 4 % 4][i % 4] = rescaled<T>(sum[i / 16][i / 4 % 4][i % 4], scale.up);
+  }
   const int col = col0 + lane % 4 * 2;
   if (call.accumulate) {
     add_out(sum, static_cast<const T*>(call.out) + (m0 + row) * call.N + n0 + col, call.N, rows - row, cols - col);
@@ -297,13 +306,14 @@ cudaError_t run(const Expand& call, cudaStream_t stream) {
   if (row_tiles * col_tiles > INT32_MAX) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<unsigned>(row_tiles * col_tiles)), block(kThreads);
   const unsigned cols = static_cast<unsigned>(col_tiles);
+  const LowScale scale = low_scale<T>(call.adapters);
   if (call.across) {
-    return PK_LAUNCH((lora_linear_forward_expand_kernel<T, F, true>), grid, block, 0, stream, call, cols);
+    return PK_LAUNCH((lora_linear_forward_expand_kernel<T, F, true>), grid, block, 0, stream, call, cols, scale);
   }
   for (int l = 0; l < call.adapters.count; ++l) {
     if (call.adapters.at[l].keep.threshold != kKeepAll) return cudaErrorInvalidValue;  // y has no masks
   }
-  return PK_LAUNCH((lora_linear_forward_expand_kernel<T, F, false>), grid, block, 0, stream, call, cols);
+  return PK_LAUNCH((lora_linear_forward_expand_kernel<T, F, false>), grid, block, 0, stream, call, cols, scale);
 }
 
 }  // namespace

@@ -117,8 +117,8 @@ struct DyPass {
   float* dB[kMostAdapters];  // null: not wanted
   Adapters adapters;         // factor: B
 };
-int dy_column_blocks(int64_t N);                       // parts of ds
-int dy_row_chunks(int64_t M, int64_t N, int64_t R_l);  // parts of dB_l
+int dy_column_blocks(int64_t N);          // parts of ds
+int dy_row_chunks(int64_t M, int64_t N);  // parts of every dB_l
 cudaError_t dy_pass(Dtype x, Dtype factors, const DyPass& call, cudaStream_t stream);
 
 // dA_l [row_chunks][R_l][K]: parts of ds_l^T drop_l(x), to be summed.
@@ -131,7 +131,7 @@ struct XPass {
   const uint64_t* seed;
   Adapters adapters;  // factor: not read
 };
-int x_row_chunks(int64_t M, int64_t K, int64_t R_l);
+int x_row_chunks(int64_t M, int64_t K);
 cudaError_t x_pass(Dtype x, Dtype factors, const XPass& call, cudaStream_t stream);
 
 // A matrix of any dtype and strides, element (i, j) at i * row + j * col.

@@ -5,6 +5,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cmath>
+#include <type_traits>
+
 #include "common/dropout.h"
 #include "common/dtype.h"
 #include "common/mma.h"
@@ -73,6 +76,31 @@ __device__ __forceinline__ void split_pair(float first, float second, uint32_t (
   for (int i = 0; i < kParts; ++i) parts[i] = pack(a[i], b[i]);
 }
 
+// h and ds carry s, and the largest fp16 is 65504: they are cut into parts of fp16 after a multiplication by `down`,
+// and the sums of their products are multiplied by `up`. Powers of two round nothing; bf16 reaches as far as fp32.
+struct LowScale {
+  float down = 1.f, up = 1.f;
+};
+
+template <class T>
+LowScale low_scale(const Adapters& adapters) {
+  LowScale scale;
+  if constexpr (std::is_same_v<T, fp16>) {
+    float largest = 1.f;
+    for (int l = 0; l < adapters.count; ++l) largest = fmaxf(largest, fabsf(adapters.at[l].scaling));
+    while (scale.up < largest && scale.up < 0x1p126f) scale.up *= 2;
+    scale.down = 1 / scale.up;
+  }
+  return scale;
+}
+
+// value * factor, of a LowScale, where T has one.
+template <class T>
+__device__ __forceinline__ float rescaled(float value, float factor) {
+  if constexpr (std::is_same_v<T, fp16>) return value * factor;
+  return value;
+}
+
 // -- tiles in shared memory -------------------------------------------------------------------------------------------
 
 // Rows of a tile of 16-bit elements lie kCols + 8 apart: 16 bytes over a multiple of 128 where kCols is a multiple of
@@ -81,22 +109,13 @@ constexpr int tile_pitch(int cols) {
   return cols + 8;
 }
 
-// Brings rows x cols of a row-major matrix into a tile [kRows][tile_pitch(kCols)] and zeroes the rest of it. kVector:
-// rows start on 16 bytes and the copies are asynchronous (commit and wait are the caller's); else they are plain.
-// All kThreads threads of the block call it; kCols is a multiple of 8.
-template <int kRows, int kCols, int kThreads, bool kVector, class T>
+// Brings rows x cols of a row-major matrix, of any alignment, into a tile [kRows][tile_pitch(kCols)] and zeroes the
+// rest of it. All kThreads threads of the block call it.
+template <int kRows, int kCols, int kThreads, class T>
 __device__ __forceinline__ void load_tile(T* tile, const T* from, int64_t ld, int64_t rows, int64_t cols) {
-  constexpr int kWidth = kVector ? 16 / sizeof(T) : 1, kPerRow = kCols / kWidth;
-  for (int i = threadIdx.x; i < kRows * kPerRow; i += kThreads) {
-    const int row = i / kPerRow, col = i % kPerRow * kWidth;
-    T* const to = tile + row * tile_pitch(kCols) + col;
-    const int64_t left = row < rows ? cols - col : 0;
-    if constexpr (kVector) {
-      const int valid = left <= 0 ? 0 : left >= kWidth ? 16 : static_cast<int>(left * sizeof(T));
-      cp_async<16>(to, valid ? from + row * ld + col : from, valid);
-    } else {
-      *to = left > 0 ? from[row * ld + col] : T{};
-    }
+  for (int i = threadIdx.x; i < kRows * kCols; i += kThreads) {
+    const int row = i / kCols, col = i % kCols;
+    tile[row * tile_pitch(kCols) + col] = row < rows && col < cols ? from[row * ld + col] : T{};
   }
 }
 

@@ -25,8 +25,8 @@ inline RowChunks row_chunks(int64_t M, int64_t cols, int blocks) {
   return {M > chunk ? static_cast<int>(ceil_div(M, chunk)) : 1, chunk};
 }
 
-// A chunk of a block's columns, tile after tile. What a tile's addresses have in common is computed once: with the
-// arithmetic of load_tile the copies would cost as many instructions as the products.
+// A chunk of a block's columns, tile after tile. What a tile's addresses have in common is computed once:
+// worked out for every vector, they would cost as many instructions as the products.
 template <class T, int kThreads>
 struct WideRows {
   static constexpr int kPerRow = kTileCols / 8, kRowStep = kThreads / kPerRow;
@@ -56,7 +56,7 @@ struct WideRows {
         cp_async<16>(to + i * kRowStep * kTilePitch, bytes ? from : next, bytes);
       }
     } else {
-      load_tile<kTileRows, kTileCols, kThreads, false>(tile, next, ld, rows, cols);
+      load_tile<kTileRows, kTileCols, kThreads>(tile, next, ld, rows, cols);
     }
     next += kTileRows * ld;
   }
@@ -88,12 +88,12 @@ struct LowRows {
     next += kTileRows * ld;
   }
 
-  __device__ __forceinline__ void store(T* tile) const {
+  __device__ __forceinline__ void store(T* tile, const LowScale& scale) const {
     if (!next) return;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       T parts[kParts];
-      split(value[i], parts);
+      split(rescaled<T>(value[i], scale.down), parts);
 #pragma unroll
       for (int p = 0; p < kParts; ++p) tile[p * kPart + (row() + i * kRowStep) * kPitch + rank()] = parts[p];
     }

@@ -82,10 +82,12 @@ __device__ __forceinline__ void multiply(float (&dA)[4][4], const T* low, const 
   }
 }
 
+template <class T>
 __device__ __forceinline__ void write_dA(const XPass& call, const float (&dA)[4][4], const RankTile& tile, int64_t col0,
-                                         int64_t chunk) {
+                                         int64_t chunk, const LowScale& scale) {
   const int lane = lane_index();
   const CudaAdapter& adapter = call.adapters.at[tile.adapter];
+  const float factor = rescaled<T>(adapter.keep.scale, scale.up);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t r = tile.rank + lane / 4 + 8 * half;
@@ -94,7 +96,7 @@ __device__ __forceinline__ void write_dA(const XPass& call, const float (&dA)[4]
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int64_t k = col0 + 8 * j + lane % 4 * 2;
-      const float first = adapter.keep.scale * dA[j][2 * half], second = adapter.keep.scale * dA[j][2 * half + 1];
+      const float first = factor * dA[j][2 * half], second = factor * dA[j][2 * half + 1];
       if (call.K % 2 == 0 && k < call.K) {
         *reinterpret_cast<float2*>(row + k) = {first, second};
       } else {
@@ -107,7 +109,8 @@ __device__ __forceinline__ void write_dA(const XPass& call, const float (&dA)[4]
 
 template <class T, int kParts, int kRankTiles>
 __global__ void __launch_bounds__(kThreads)
-    lora_linear_backward_x_pass_kernel(const __grid_constant__ XPass call, int64_t rows_each, bool vector) {
+    lora_linear_backward_x_pass_kernel(const __grid_constant__ XPass call, int64_t rows_each, bool vector,
+                                       const __grid_constant__ LowScale scale) {
   using Low = typename Shape<T, kParts, kRankTiles>::Low;
   PK_DYNAMIC_SHARED(T, stages);
   T* const lows = stages + kStages * kTileSize;
@@ -139,13 +142,13 @@ __global__ void __launch_bounds__(kThreads)
   Low::clear(lows, 2);
   low.fetch(rows);
   __syncthreads();
-  low.store(lows);
+  low.store(lows, scale);
   low.fetch(rows - kTileRows);
   for (int i = 0; i < tiles; ++i) {
     cp_async_wait<kStages - 2>();
     __syncthreads();  // tile i and its rows of ds are there; of what follows, nobody reads any more what is overwritten
     bring(i + kStages - 1);
-    low.store(lows + (i + 1) % 2 * Low::kSize);
+    low.store(lows + (i + 1) % 2 * Low::kSize, scale);
     low.fetch(rows - (i + 2) * kTileRows);
     const T* const tile = stages + i % kStages * kTileSize + warp * kWarpCols;
     uint32_t right[4][2];
@@ -166,7 +169,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 #pragma unroll
   for (int j = 0; j < kRankTiles; ++j) {
-    if (ranks[j].adapter >= 0) write_dA(call, dA[j], ranks[j], col0, blockIdx.z);
+    if (ranks[j].adapter >= 0) write_dA<T>(call, dA[j], ranks[j], col0, blockIdx.z, scale);
   }
 }
 
@@ -177,7 +180,8 @@ cudaError_t launch_tiles(const XPass& call, int64_t rank_tiles, cudaStream_t str
                   static_cast<unsigned>(ceil_div(call.K, kTileCols)), chunks.count);
   const bool vector = vector_rows(call.x, call.x_stride, sizeof(T));
   return PK_LAUNCH((lora_linear_backward_x_pass_kernel<T, kParts, kRankTiles>), grid, dim3(kThreads),
-                   (Shape<T, kParts, kRankTiles>::kBytes), stream, call, chunks.rows, vector);
+                   (Shape<T, kParts, kRankTiles>::kBytes), stream, call, chunks.rows, vector,
+                   low_scale<T>(call.adapters));
 }
 
 template <class T, int kParts>
@@ -191,7 +195,7 @@ cudaError_t run(const XPass& call, cudaStream_t stream) {
 
 }  // namespace
 
-int x_row_chunks(int64_t M, int64_t K, int64_t) {
+int x_row_chunks(int64_t M, int64_t K) {
   return row_chunks(M, K, kBlocks).count;
 }
 

@@ -69,9 +69,11 @@ class Matrix {
 
   void* data() { return memory_->data() + offset_ * bytes_; }
   float* floats() { return static_cast<float*>(data()); }
-  void fill(Values& values) {
+  void fill(Values& values, double largest = 1) {
     for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < cols; ++j) set(i, j, type_ == Dtype::kFloat32 ? values.fp32() : values.whole_bits());
+      for (int64_t j = 0; j < cols; ++j) {
+        set(i, j, largest * (type_ == Dtype::kFloat32 ? values.fp32() : values.whole_bits()));
+      }
     }
   }
   double at(int64_t i, int64_t j) const {
@@ -117,9 +119,11 @@ class Matrix {
 struct Case {
   int64_t M, N;
   std::vector<int> ranks;
-  double p;            // of the first adapter; the others' are 0, p / 2, 0, p / 3 ...
-  int64_t pad = 0;     // rows of dy and x lie this much further apart
-  int64_t offset = 0;  // and start so many elements into their memory
+  double p;              // of the first adapter; the others' are 0, p / 2, 0, p / 3 ...
+  int64_t pad = 0;       // rows of dy and x lie this much further apart
+  int64_t offset = 0;    // and start so many elements into their memory
+  double low = 1;        // the largest of low
+  float scaling = 0.5f;  // of the first adapter; each of the others' is larger by 1
 };
 
 std::string name_of(const char* what, const Types& types, const Case& c) {
@@ -172,12 +176,12 @@ struct Problem {
       factors.back().fill(values);
       biases.back().fill(values);
       CudaAdapter& adapter = adapters.at[l];
-      adapter = {factors[l].data(), l % 2 ? nullptr : biases[l].data(), rank, R, 0, 0.5f + l, make_keep(p, l + 3)};
+      adapter = {factors[l].data(), l % 2 ? nullptr : biases[l].data(), rank, R, 0, c.scaling + l, make_keep(p, l + 3)};
       R += rank + l % 2;
     }
     R += 1;
     low = std::make_unique<Matrix>(Dtype::kFloat32, c.M, R);
-    low->fill(values);
+    low->fill(values, c.low);
     wide = std::make_unique<Matrix>(types.x, c.M, c.N, c.N + c.pad, c.offset);  // dy or x
     wide->fill(values);
     bias = std::make_unique<Matrix>(types.x, 1, c.N);
@@ -258,7 +262,7 @@ void dy_pass_is_right(const Types& types, const Case& c, bool wants_ds, bool wan
                  {},
                  problem.adapters};
   for (int l = 0; l < call.adapters.count; ++l) {
-    chunks.push_back(dy_row_chunks(c.M, c.N, c.ranks[l]));
+    chunks.push_back(dy_row_chunks(c.M, c.N));
     dB.emplace_back(Dtype::kFloat32, chunks[l] * c.N, c.ranks[l]);
     if (wants_dB && l != 2) call.dB[l] = dB[l].floats();
     if (!wants_ds) call.adapters.at[l].factor = nullptr;
@@ -321,7 +325,7 @@ void x_pass_is_right(const Types& types, const Case& c) {
                 c.p > 0 ? problem.seed.data() : nullptr,
                 problem.adapters};
   for (int l = 0; l < call.adapters.count; ++l) {
-    chunks.push_back(x_row_chunks(c.M, c.N, c.ranks[l]));
+    chunks.push_back(x_row_chunks(c.M, c.N));
     dA.emplace_back(Dtype::kFloat32, chunks[l] * c.ranks[l], c.N);
     call.dA[l] = dA[l].floats();
     call.adapters.at[l].factor = nullptr;
@@ -357,10 +361,15 @@ int main() {
   }
   const Case kExpand[] = {{70, 150, {5}, 0.5}, {1, 8, {1}, 0},          {64, 256, {16}, 0.1}, {65, 131, {16, 33}, 0.3},
                           {33, 96, {70}, 0.2}, {130, 40, {4, 8, 1}, 0}, {20, 24, {}, 0}};
-  const Case kPass[] = {{70, 150, {5}, 0.5, 2, 0},         {1, 8, {1}, 0},
-                        {64, 512, {16}, 0.1, 8, 0},        {150, 530, {16, 33}, 0.3, 6, 0},
-                        {33, 96, {70}, 0.2, 7, 1},         {130, 1032, {4, 8, 1, 3}, 0.4, 0, 0},
-                        {17, 40, {16, 20, 16}, 0.5, 0, 8}, {48, 37, {8, 8}, 0, 0, 3}};
+  const Case kPass[] = {{70, 150, {5}, 0.5, 2, 0},
+                        {1, 8, {1}, 0},
+                        {64, 512, {16}, 0.1, 8, 0},
+                        {150, 530, {16, 33}, 0.3, 6, 0},
+                        {33, 96, {70}, 0.2, 7, 1},
+                        {130, 1032, {4, 8, 1, 3}, 0.4, 0, 0},
+                        {17, 40, {16, 20, 16}, 0.5, 0, 8},
+                        {48, 37, {8, 8}, 0, 0, 3},
+                        {40, 90, {5, 20}, 0.1, 0, 0, 1.3e5, 15.5f}};
   for (const Types& types : kTypes) {
     for (const Case& c : kExpand) {
       Case kept_all = c;

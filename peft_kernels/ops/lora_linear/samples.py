@@ -78,6 +78,17 @@ def _strided_weight(arguments):
     return {"weight": [_inside(w.repeat_interleave(2, 1))[:, ::2] for w in arguments["weight"]]}
 
 
+def _beyond_fp16(arguments):
+    """h of the first adapter and ds of the second exceed 65504, from factors and to results that do not."""
+    (first_A, second_A), (first_B, second_B) = arguments["lora_A"], arguments["lora_B"]
+    return {
+        "x": arguments["x"] * 0.05,
+        "lora_A": [first_A * 1e5, second_A * 0.1],
+        "lora_B": [first_B * 3e-3, second_B * 700],
+        "scaling": [8.0, -8.0],
+    }
+
+
 def samples() -> list[Sample]:
     """Each for an edge that has broken a kernel somewhere, or would."""
     qkv = dict(N=(64, 16, 16), ranks=((8,), (2,), (5,)))
@@ -121,6 +132,17 @@ def samples() -> list[Sample]:
         _plain("rank-70", "more than one tile of ranks", rows=(19,), K=72, N=(80,), ranks=((70,),), p=0.1),
         _plain("stacked-33", "one more than a CUDA launch takes", rows=(5,), K=16, ranks=((1,) * 33,), **everything),
         _plain("group-9", "more members than a CUDA launch takes", rows=(3,), K=16, N=(8,) * 9, ranks=((2,),) * 9),
+        _changed(
+            "beyond-fp16",
+            "s x A^T and s dy B past the largest fp16",
+            _beyond_fp16,
+            ((F16, F16), (F16, F32)),
+            rows=(21,),
+            K=67,
+            N=(131,),
+            ranks=((3, 3),),
+            p=0.1,
+        ),
         _plain("factors", "16-bit factors of another type", ODD_PAIRS, rows=(21,), K=67, N=(40,), ranks=((6,),), p=0.1),
     ]
 

@@ -26,6 +26,7 @@ from peft_kernels.ops.lora_linear.triton_tiles import (
     exact_parts,
     factor_tile,
     input_tile,
+    low_unit,
     product,
     product_of_parts,
     split,
@@ -36,7 +37,7 @@ from peft_kernels.ops.lora_linear.triton_tiles import (
 
 @triton.jit(do_not_specialize=["M", "M_piece"])
 def _factor_kernel(
-    ds_ptr, db_ptr, dy_ptr, b_ptr, h_ptr, M, N, R, M_piece, scaling,
+    ds_ptr, db_ptr, dy_ptr, b_ptr, h_ptr, M, N, R, M_piece, scaling, down, up,
     stride_dym, stride_bn, stride_br, stride_hm, stride_hr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ACCUMULATOR: tl.constexpr,
     NEEDS_DS: tl.constexpr, NEEDS_DB: tl.constexpr, FACTOR: tl.constexpr, PARTS: tl.constexpr,
@@ -65,15 +66,15 @@ def _factor_kernel(
         if NEEDS_DB:
             h_ptrs = h_ptr + rows[:, None] * stride_hm + ranks[None, :] * stride_hr
             h = tl.load(h_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-            db = product_of_parts(tl.trans(dy), h, db, PARTS)
+            db = product_of_parts(tl.trans(dy), h * down, db, PARTS)
     if NEEDS_DB:
         db_ptrs = db_ptr + (piece.to(tl.int64) * N + columns[:, None]) * R + offs_r[None, :]
-        tl.store(db_ptrs, db, mask=mask_n[:, None] & mask_r[None, :])
+        tl.store(db_ptrs, db * up, mask=mask_n[:, None] & mask_r[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "M_piece"])
 def _input_kernel(
-    da_ptr, x_ptr, seed_ptr, adapters, M, K, M_piece, stride_xm, stride_dsm, stride_piece, stride_part,
+    da_ptr, x_ptr, seed_ptr, adapters, M, K, M_piece, up, stride_xm, stride_dsm, stride_piece, stride_part,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, ACCUMULATOR: tl.constexpr,
     DROPOUT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -102,6 +103,7 @@ def _input_kernel(
                     da = product(ds, x, da)
             if DROPOUT:
                 da *= 65536.0 / tl.cast(keep_below, ACCUMULATOR)
+            da *= up
             da_ptrs = da_ptr + piece.to(tl.int64) * stride_piece
             da_ptrs += (offset + offs_r).to(tl.int64)[:, None] * K + offs_k[None, :]
             tl.store(da_ptrs, da, mask=(offs_r < R)[:, None] & (offs_k < K)[None, :])
@@ -109,9 +111,9 @@ def _input_kernel(
 
 def _factor_gradients(
     dy: Tensor, h: Tensor | None, lora_B: Tensor, scaling: float, ds: Tensor | None, ds_parts: Tensor | None,
-    *, needs_db: bool,
+    unit: float, *, needs_db: bool,
 ) -> Tensor | None:  # fmt: skip
-    """Fills ds [M, R] and its parts, where given; returns dB [N, R]. One pass over dy [M, N], for one adapter."""
+    """Fills ds [M, R] and the parts of ds / unit, where given; returns dB [N, R]. One pass over dy [M, N]."""
     (M, N), R, dtype = dy.shape, lora_B.shape[1], accumulator(dy.dtype)
     tile = factor_tile(architecture(dy), dy.dtype, R)
     grid = triton.cdiv(N, tile.N), triton.cdiv(R, tile.K)
@@ -121,7 +123,7 @@ def _factor_gradients(
     double = dtype is torch.float64  # Triton takes a Python float as fp32
     own = exact_parts(dy.dtype, lora_B.dtype)
     _factor_kernel[(*grid, pieces)](
-        partial_ds, partial_db, dy, lora_B, h, M, N, R, M_piece, 1.0 if double else scaling,
+        partial_ds, partial_db, dy, lora_B, h, M, N, R, M_piece, 1.0 if double else scaling, 1 / unit, unit,
         dy.stride(0), *lora_B.stride(), *(h.stride() if needs_db else (0, 0)),
         BLOCK_M=tile.M, BLOCK_N=tile.N, BLOCK_R=tile.K, ACCUMULATOR=tl.float64 if double else tl.float32,
         NEEDS_DS=ds is not None, NEEDS_DB=needs_db, FACTOR=own,
@@ -129,7 +131,7 @@ def _factor_gradients(
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if ds is not None:
-        sum_partials(ds, partial_ds.mul_(scaling) if double else partial_ds, ds_parts)
+        sum_partials(ds, partial_ds.mul_(scaling) if double else partial_ds, ds_parts, unit)
     if not needs_db:
         return None
     db = lora_B.new_empty((N, R))
@@ -138,9 +140,10 @@ def _factor_gradients(
 
 
 def _input_gradients(
-    x: Tensor, ds: list[Tensor], dropout_p: list[float], streams: list[int], seed: Tensor | None, like: list[Tensor]
-) -> list[Tensor]:
-    """dA_l [R_l, K] in the dtype of `like[l]`, from ds_l [parts, M, R_l]; x is read once for all."""
+    x: Tensor, ds: list[Tensor], dropout_p: list[float], streams: list[int], seed: Tensor | None, unit: float,
+    like: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    """dA_l [R_l, K] in the dtype of `like[l]`, from parts of ds_l / unit [parts, M, R_l]; x is read once for all."""
     (M, K), ranks, dtype = x.shape, [d.shape[2] for d in ds], accumulator(x.dtype)
     tile = input_tile(x.dtype, max(ranks))
     grid = triton.cdiv(K, tile.K), triton.cdiv(max(ranks), tile.N)
@@ -151,7 +154,8 @@ def _input_gradients(
         for i, (d, r) in enumerate(zip(ds, ranks, strict=True))
     )
     _input_kernel[(*grid, pieces)](
-        partial, x, seed, adapters, M, K, M_piece, x.stride(0), ds[0].stride(1), partial.stride(0), ds[0].stride(0),
+        partial, x, seed, adapters, M, K, M_piece, unit,
+        x.stride(0), ds[0].stride(1), partial.stride(0), ds[0].stride(0),
         BLOCK_M=tile.M, BLOCK_R=tile.N, BLOCK_K=tile.K,
         ACCUMULATOR=tl.float64 if dtype is torch.float64 else tl.float32,
         DROPOUT=any(threshold(p) < 65536 for p in dropout_p), PARTS=ds[0].shape[0],
@@ -163,8 +167,8 @@ def _input_gradients(
     return out
 
 
-def _low_rank_gradients(dys, x, h, lora_A, lora_B, member, scaling, dropout_p, seed, needs_x, needs_a, needs_b):
-    """(ds_l [parts, M, R_l] or None, dA or None, dB or None) of every adapter; lists of booleans say what is needed."""
+def _low_rank_gradients(dys, x, h, lora_A, lora_B, member, scaling, dropout_p, seed, unit, needs_x, needs_a, needs_b):
+    """(ds_l / unit [parts, M, R_l] or None, dA or None, dB or None) of every adapter; booleans say what is needed."""
     M, L, ranks = dys[0].shape[0], len(lora_A), [a.shape[0] for a in lora_A]
     narrow = dys[0].dtype.itemsize == 2
     wanted = [needs_x or a for a in needs_a]
@@ -181,7 +185,7 @@ def _low_rank_gradients(dys, x, h, lora_A, lora_B, member, scaling, dropout_p, s
             db[i] = _factor_gradients(
                 dys[member[i]], h[:, mine] if needs_b[i] else None, lora_B[i], scaling[i],
                 ds[:, mine] if wanted[i] else None, parts[:, :, mine] if wanted[i] and narrow else None,
-                needs_db=needs_b[i],
+                unit, needs_db=needs_b[i],
             )  # fmt: skip
     if ds is None:
         return [None] * L, [None] * L, db
@@ -190,7 +194,7 @@ def _low_rank_gradients(dys, x, h, lora_A, lora_B, member, scaling, dropout_p, s
     chosen = [i for i in range(L) if needs_a[i]]
     if chosen:
         few = _input_gradients(
-            unit_rows(x), [of[i] for i in chosen], [dropout_p[i] for i in chosen], chosen, seed,
+            unit_rows(x), [of[i] for i in chosen], [dropout_p[i] for i in chosen], chosen, seed, unit,
             [lora_A[i] for i in chosen],
         )  # fmt: skip
         for i, gradient in zip(chosen, few, strict=True):
@@ -226,15 +230,16 @@ def backward(
     needs_w, needs_bias, needs_a, needs_b, needs_c = (
         needs[start : start + len(group)] for start, group in zip(ends, likes, strict=True)
     )
+    unit = low_unit(dy[0].dtype, scaling)
     with torch.cuda.device_of(dy[0]):
         ds, da, db = _low_rank_gradients(
-            dys, rows, h, lora_A, lora_B, member, scaling, dropout_p, seed, needs[0], needs_a, needs_b
+            dys, rows, h, lora_A, lora_B, member, scaling, dropout_p, seed, unit, needs[0], needs_a, needs_b
         )
         dx = None
         if needs[0]:
             dx = dy[0].new_empty((dys[0].shape[0], K))
             low_rank = [LowRank(ds[i], lora_A[i], i, threshold(dropout_p[i])) for i in range(L)]
-            concat_gemm(dx, None, seed, [Base(d, w) for d, w in zip(dys, weight, strict=True)], low_rank)
+            concat_gemm(dx, None, seed, [Base(d, w) for d, w in zip(dys, weight, strict=True)], low_rank, unit)
             dx = dx.view(dx_shape)
     sums = [
         _column_sum(d) if c else None for d, c in zip(dys, _members_to_sum(needs_bias, needs_c, member), strict=True)

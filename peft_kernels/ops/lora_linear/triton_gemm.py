@@ -4,8 +4,8 @@ Forward:  y_g = [x | h_g] [W_g | B_g]^T + b_g         j: one pair (x, W_g^T);   
 Backward: dx  = [dy | ds] [W ; A], A's part masked    j: (dy_g, W_g) for all g;   l: all adapters, with their masks
 An adapter costs r more columns of contraction: no second read of out, no epilogue. Its part comes first, since dropout
 masks it (Philox, dropout.py) before the base is added. S_l is fp32: next to 16-bit operands it comes in as two 16-bit
-parts. Accumulation in fp32 (fp64 for fp64). Grid: BLOCK_M x BLOCK_N tiles of out, row tiles of a GROUP_M next to each
-other so that the right operand stays in the L2 cache.
+parts, for fp16 of S_l / unit (triton_tiles.low_unit). Accumulation in fp32 (fp64 for fp64). Grid: BLOCK_M x BLOCK_N
+tiles of out, row tiles of a GROUP_M next to each other so that the right operand stays in the L2 cache.
 """
 
 from typing import NamedTuple
@@ -93,10 +93,10 @@ def _add_low_rank(acc, pair, offs_m, offs_n, mask_n, BLOCK_R: tl.constexpr, SPLI
 
 @triton.jit(do_not_specialize=["M"])
 def _concat_gemm_kernel(
-    out_ptr, bias_ptr, seed_ptr, base, low_rank, M, N, stride_om,
+    out_ptr, bias_ptr, seed_ptr, base, low_rank, M, N, unit, stride_om,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     ACCUMULATOR: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, SPLIT: tl.constexpr, FACTOR: tl.constexpr,
+    DROPOUT: tl.constexpr, SPLIT: tl.constexpr, FACTOR: tl.constexpr, HAS_UNIT: tl.constexpr,
 ):  # fmt: skip
     """SPLIT: the low-rank left operand has a second part. FACTOR: parts that a factor goes in as."""
     pid, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -125,6 +125,8 @@ def _concat_gemm_kernel(
                 acc += part
         else:
             acc = _add_low_rank(acc, low_rank[i], rows, columns, mask_n, BLOCK_R, SPLIT, FACTOR)
+    if HAS_UNIT:
+        acc *= unit
     for j in tl.static_range(len(base)):
         acc = _add_base(acc, base[j], rows, columns, mask_n, BLOCK_K, EVEN_K, EVEN_N)
     if HAS_BIAS:
@@ -134,7 +136,7 @@ def _concat_gemm_kernel(
 
 
 def concat_gemm(
-    out: Tensor, bias: Tensor | None, seed: Tensor | None, base: list[Base], low_rank: list[LowRank]
+    out: Tensor, bias: Tensor | None, seed: Tensor | None, base: list[Base], low_rank: list[LowRank], unit: float
 ) -> None:
     """out [M, N], contiguous, written whole. Launches one kernel on the current stream."""
     M, N = out.shape
@@ -148,12 +150,12 @@ def concat_gemm(
     _concat_gemm_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(N, tile.N),)](
         out, bias, seed,
         tuple(pair.arguments() for pair in base), tuple(pair.arguments() for pair in low_rank),
-        M, N, out.stride(0),
+        M, N, unit, out.stride(0),
         BLOCK_M=tile.M, BLOCK_N=tile.N, BLOCK_K=tile.K, GROUP_M=8,
         BLOCK_R=min(16 if factor != out.dtype else 32, max(16, triton.next_power_of_2(max(ranks, default=1)))),
         ACCUMULATOR=tl.float64 if out.dtype is torch.float64 else tl.float32,
         EVEN_K=all(pair.right.shape[0] % tile.K == 0 for pair in base), EVEN_N=N % tile.N == 0,
         HAS_BIAS=bias is not None, DROPOUT=dropout,
-        SPLIT=narrow, FACTOR=parts,
+        SPLIT=narrow, FACTOR=parts, HAS_UNIT=out.dtype is torch.float16,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

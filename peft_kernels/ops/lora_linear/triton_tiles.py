@@ -3,10 +3,12 @@ partials in a fixed order, and the table of tile sizes.
 
 An fp32 number v next to 16-bit activations becomes v = v0 + v1 (+ v2), each a 16-bit number, so that products run on
 tensor cores and lose nothing that shows: two parts where the result is rounded to 16 bits; three of bf16 (24 bits) or
-two of fp16 (22 bits) where it stays fp32. Tiles depend on shape, dtype and architecture only, never on a measurement at
-run time, so results are repeatable and nothing is timed at import.
+two of fp16 (22 bits) where it stays fp32. h and ds carry s, and the largest fp16 is 65504: they are cut into fp16 in
+units of `low_unit`, and the sums of their products are multiplied by it. Tiles depend on shape, dtype and architecture
+only, never on a measurement at run time, so results are repeatable and nothing is timed at import.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -35,13 +37,20 @@ def product(a, b, accumulator):
 
 
 @triton.jit
+def rest_of(value, part):
+    """value - part, the part being narrower; 0 beside an infinity or NaN, which is in the part whole."""
+    part = part.to(value.dtype)
+    return tl.where(tl.abs(part) < float("inf"), value - part, 0.0)
+
+
+@triton.jit
 def product_of_parts(a, b, accumulator, PARTS: tl.constexpr):
     """accumulator + a b, where b is wider than a and goes in as PARTS numbers of a's dtype (1: as it is)."""
     part = b.to(a.dtype)
     accumulator = product(a, part, accumulator)
     rest = b.to(accumulator.dtype)
     for _ in tl.static_range(PARTS - 1):
-        rest = rest - part.to(accumulator.dtype)
+        rest = rest_of(rest, part)
         part = rest.to(a.dtype)
         accumulator = product(a, part, accumulator)
     return accumulator
@@ -54,12 +63,12 @@ def store_parts(value, parts_ptrs, stride_part, mask, PARTS: tl.constexpr):
     for i in tl.static_range(PARTS):
         part = rest.to(parts_ptrs.dtype.element_ty)
         tl.store(parts_ptrs + tl.cast(stride_part, tl.int64) * i, part, mask=mask)
-        rest = rest - part.to(value.dtype)
+        rest = rest_of(rest, part)
 
 
 @triton.jit(do_not_specialize=["count", "splits"])
 def _sum_partials_kernel(
-    out_ptr, parts_ptr, partial_ptr, count, splits, columns, stride_partial, stride_out, stride_part,
+    out_ptr, parts_ptr, partial_ptr, count, splits, columns, down, stride_partial, stride_out, stride_part,
     PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[i] = partial[0, i] + partial[1, i] + ..., always in that order."""
@@ -71,18 +80,18 @@ def _sum_partials_kernel(
     where = offs // columns * stride_out + offs % columns
     tl.store(out_ptr + where, total.to(out_ptr.dtype.element_ty), mask=mask)
     if PARTS > 0:
-        store_parts(total, parts_ptr + where, stride_part, mask, PARTS)
+        store_parts(total * down, parts_ptr + where, stride_part, mask, PARTS)
 
 
-def sum_partials(out: Tensor, partial: Tensor, parts: Tensor | None = None) -> None:
-    """out [rows, columns] = the sum of partial [splits, rows, columns] over the splits; also as parts [P, ...].
+def sum_partials(out: Tensor, partial: Tensor, parts: Tensor | None = None, unit: float = 1.0) -> None:
+    """out [rows, columns] = the sum of partial [splits, rows, columns] over the splits; out / unit as parts [P, ...].
 
     out and parts have unit inner stride and the same distance between rows; each plane of partial is contiguous.
     """
     splits, rows, columns = partial.shape
     count = rows * columns
     _sum_partials_kernel[(triton.cdiv(count, 256),)](
-        out, parts, partial, count, splits, columns, partial.stride(0), out.stride(0),
+        out, parts, partial, count, splits, columns, 1 / unit, partial.stride(0), out.stride(0),
         0 if parts is None else parts.stride(0),
         PARTS=0 if parts is None else parts.shape[0], BLOCK=256, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -98,6 +107,12 @@ def exact_parts(narrow: torch.dtype, wide: torch.dtype) -> int:
     if narrow.itemsize > 2 or narrow is wide:
         return 1
     return 3 if narrow is torch.bfloat16 else 2
+
+
+def low_unit(dtype: torch.dtype, scaling: list[float]) -> float:
+    """A power of two, 1 or more, that no |s| exceeds, where h and ds are cut into fp16; bf16 reaches as far as fp32."""
+    largest = max(map(abs, scaling), default=0.0)
+    return 2.0 ** min(126, math.ceil(math.log2(largest))) if dtype is torch.float16 and largest > 1 else 1.0
 
 
 def unit_rows(matrix: Tensor) -> Tensor:
