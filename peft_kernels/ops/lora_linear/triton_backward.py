@@ -19,6 +19,7 @@ from torch import Tensor
 
 from peft_kernels.ops.common.dropout import threshold
 from peft_kernels.ops.common.triton_dropout import keep_tile
+from peft_kernels.ops.lora_linear.op import check_backward
 from peft_kernels.ops.lora_linear.triton_gemm import Base, LowRank, concat_gemm
 from peft_kernels.ops.lora_linear.triton_tiles import (
     MOST_ADAPTERS,
@@ -217,6 +218,7 @@ def backward(
     seed: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor]:
+    check_backward(dy, x, h, weight, lora_A, lora_B, member, scaling, dropout_p, seed, needs)
     G, L, K = len(weight), len(lora_A), weight[0].shape[1]
     likes = [weight, weight, lora_A, lora_B, lora_B]
     like = [dy[0], *chain.from_iterable(likes)]
