@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_kernels import backends
+from peft_kernels import backends, registry
 
 HERE = Path(__file__).parent
 OLDEST = Path(sys.prefix, "triton-3.6")  # the oldest supported Triton, where `make test` puts it beside the pinned one
@@ -49,8 +49,17 @@ def test_every_sample_interpreted():
     assert run.returncode == 0, run.stdout.strip().splitlines()[-1:]
 
 
+def _run(arguments, needs):
+    """One forward and one backward."""
+    from peft_kernels.ops.lora_linear.triton_kernel import FUNCTIONS
+
+    y, h = FUNCTIONS["lora_linear"](*arguments.values())
+    rest = [arguments[n] for n in ("weight", "lora_A", "lora_B", "member", "scaling", "dropout_p", "seed")]
+    FUNCTIONS["lora_linear_backward"](y, arguments["x"], h, *rest, needs)
+
+
 def _call(M, pair, p, ranks, K=4096, N=4096):
-    """One forward and one backward on meta tensors of real size."""
+    """The same on meta tensors of real size, and a mask."""
     from peft_kernels.ops.lora_linear.triton_kernel import FUNCTIONS
 
     def empty(*shape, dtype=pair[0]):
@@ -58,16 +67,20 @@ def _call(M, pair, p, ranks, K=4096, N=4096):
 
     member = [g for g, group in enumerate(ranks) for _ in group]
     flat = [r for group in ranks for r in group]
-    weight = [empty(N, K) for _ in ranks]
-    lora_A = [empty(r, K, dtype=pair[1]) for r in flat]
-    lora_B = [empty(N, r, dtype=pair[1]) for r in flat]
-    numbers = member, [1.5] * len(flat), [p] * len(flat), torch.empty((), dtype=torch.int64, device="meta")
-    bias = [empty(N) for _ in ranks]
-    x = empty(M, K)
-    y, h = FUNCTIONS["lora_linear"](x, weight, bias, lora_A, lora_B, [None] * len(flat), *numbers)
-    needs = [True] + [False] * 2 * len(ranks) + [True] * 2 * len(flat) + [False] * len(flat)
-    FUNCTIONS["lora_linear_backward"](y, x, h, weight, lora_A, lora_B, *numbers, needs)
-    FUNCTIONS["lora_dropout_mask"](numbers[-1], M, K, 0.1, 0)
+    arguments = {
+        "x": empty(M, K),
+        "weight": [empty(N, K) for _ in ranks],
+        "bias": [empty(N) for _ in ranks],
+        "lora_A": [empty(r, K, dtype=pair[1]) for r in flat],
+        "lora_B": [empty(N, r, dtype=pair[1]) for r in flat],
+        "lora_bias": [None] * len(flat),
+        "member": member,
+        "scaling": [1.5] * len(flat),
+        "dropout_p": [p] * len(flat),
+        "seed": torch.empty((), dtype=torch.int64, device="meta"),
+    }
+    _run(arguments, [True] + [False] * 2 * len(ranks) + [True] * 2 * len(flat) + [False] * len(flat))
+    FUNCTIONS["lora_dropout_mask"](arguments["seed"], M, K, 0.1, 0)
 
 
 def _compile(arch, M, case):
@@ -75,15 +88,20 @@ def _compile(arch, M, case):
 
     with Recorder(arch) as compiled:
         _call(M, *case)
+    _check(compiled, arch, f"M={M}, {case}")
+    return compiled
+
+
+def _check(compiled, arch, case):
+    """Every kernel is there, and fits."""
     assert {k.name for k in compiled} >= {"_shrink_kernel", "_concat_gemm_kernel", "_factor_kernel", "_input_kernel"}
     for kernel in compiled:
-        what = f"{kernel.name} for sm_{arch}, M={M}, {case}: {kernel}"
+        what = f"{kernel.name} for sm_{arch}, {case}: {kernel}"
         assert kernel.shared <= SHARED[arch], what
         assert kernel.stack == kernel.local == 0, what
         assert kernel.tensor_memory <= 512, what
         # ptxas before 13.3 may miscompile a pipelined wgmma whose left operand sits in registers (triton issue 9433)
         assert kernel.stages == 1 or not kernel.wgmma_from_registers, what
-    return compiled
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -93,6 +111,17 @@ def test_compiled_ahead_of_time(arch):
     text = "".join(kernel.ptx for kernel in large if kernel.name == "_concat_gemm_kernel")
     assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch] in text
     _compile(arch, 1, TRAINING[0])
+
+
+@pytest.mark.parametrize("id", ["ones", "ragged", "group"])
+def test_odd_sizes_compiled_ahead_of_time(id):
+    """Sizes of 1, which Triton compiles in as constants, and rows and pointers that lie on no 16 bytes."""
+    from triton_compiler import Recorder
+
+    arguments = next(s for s in registry.ops()["lora_linear"].samples() if s.id == id).make("meta", BF16, BF16)
+    with Recorder(90) as compiled:
+        _run(arguments, [True] * (1 + 2 * len(arguments["weight"]) + 3 * len(arguments["lora_A"])))
+    _check(compiled, 90, id)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ before triton is imported.
 """
 
 import math
+import re
 
 import pytest
 import torch
@@ -105,6 +106,33 @@ def test_bad_input_is_refused_in_words(bad):
     with pytest.raises(bad.error) as caught:
         FORWARD(*bad.make("cpu").values())
     assert bad.text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text,changes",
+    [
+        ("dy must have one entry per weight (2), got 1", {"dy": lambda dy: dy[:1]}),
+        ("dy[1] must be of y[1]'s shape, dtype and device", {"dy": lambda dy: [dy[0], dy[1][:, 1:]]}),
+        ("dy[1] must be of y[1]'s shape, dtype and device", {"dy": lambda dy: [dy[0], dy[1][1:]]}),
+        ("dy[0] must be of y[0]'s shape, dtype and device", {"dy": lambda dy: [dy[0].double(), dy[1]]}),
+        ("x must have as many rows as dy", {"x": lambda x: x[1:]}),
+        ("x must be given for gradients of weight or lora_A", {"x": lambda x: None}),
+        ("h must be the contiguous [M, R] that the forward returned", {"h": lambda h: h[:, 1:]}),
+        ("h must be the contiguous [M, R] that the forward returned", {"h": lambda h: h.double()}),
+        ("h must be given for gradients of lora_B", {"h": lambda h: None}),
+        ("needs must have 11 entries, got 10", {"needs": lambda needs: needs[1:]}),
+        ("lora_B[0] must have shape [out_features=24, r=3]", {"lora_B": lambda b: b[::-1]}),
+    ],
+    ids=str,
+)
+def test_bad_input_of_the_backward_is_refused_in_words(text, changes):
+    forward = problem("cpu", F32, F32, rows=(20,), K=40, N=(24, 40), ranks=((3,), (5,)), p=0.1)
+    y, h = FORWARD(*forward.values())
+    rest = {n: forward[n] for n in ("weight", "lora_A", "lora_B", "member", "scaling", "dropout_p", "seed")}
+    good = {"dy": testing.output_gradients(y), "x": forward["x"], "h": h, **rest, "needs": [True] * 11}
+    bad = good | {name: change(good[name]) for name, change in changes.items()}
+    with pytest.raises(ValueError, match=re.escape(text)):
+        BACKWARD(*bad.values())
 
 
 @triton.jit

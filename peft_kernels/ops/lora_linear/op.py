@@ -31,9 +31,9 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # -- check ------------------------------------------------------------------------------------------------------------
 
 
-def _require(condition: bool, text: str, error: type[Exception] = ValueError) -> None:
+def _require(condition: bool, text: str, error: type[Exception] = ValueError, op: str = "lora_linear") -> None:
     if not condition:
-        raise error(f"lora_linear: {text}")
+        raise error(f"{op}: {text}")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -118,6 +118,36 @@ def check(x, weight, bias, lora_A, lora_B, lora_bias, member, scaling, dropout_p
     if seed is not None:  # read even where nothing is dropped
         _check_tensor("seed", seed, x, (torch.int64,), "int64")
         _require(seed.dim() == 0, f"seed must be a 0-d tensor, got shape {list(seed.shape)}")
+
+
+def check_backward(dy, x, h, weight, lora_A, lora_B, member, scaling, dropout_p, seed, needs) -> None:
+    """The same for the backward. x and h may be None where nothing that is needed reads them."""
+
+    def require(condition, text):
+        _require(condition, text, op="lora_linear_backward")
+
+    G, L = len(weight), len(lora_A)
+    require(len(dy) == G and G >= 1, f"dy must have one entry per weight ({G}), got {len(dy)}")
+    count = 1 + 2 * G + 3 * L
+    require(len(needs) == count, f"needs must have {count} entries, got {len(needs)}")
+    # Without x its rows are judged by dy's: weight[0] stands in, whose last size is K and whose dtype is x's.
+    like_x = weight[0] if x is None else x
+    check(like_x, weight, [None] * G, lora_A, lora_B, [None] * L, member, scaling, dropout_p, seed)
+    M = dy[0].numel() // weight[0].shape[0]
+    for g, (d, w) in enumerate(zip(dy, weight, strict=True)):
+        fits = d.device == w.device and d.dtype is w.dtype and d.shape[-1:] == w.shape[:1]
+        require(fits and d.numel() == M * w.shape[0], f"dy[{g}] must be of y[{g}]'s shape, dtype and device")
+    require(x is None or x.numel() == M * weight[0].shape[1], "x must have as many rows as dy")
+    if h is not None:
+        fits = h.device == weight[0].device and h.dtype is _factor_accumulator(weight[0]) and h.is_contiguous()
+        require(
+            fits and tuple(h.shape) == (M, sum(a.shape[0] for a in lora_A)),
+            "h must be the contiguous [M, R] that the forward returned",
+        )
+    reads_x = any(needs[1 : 1 + G]) or any(needs[1 + 2 * G : 1 + 2 * G + L])
+    require(x is not None or not reads_x, "x must be given for gradients of weight or lora_A")
+    reads_h = any(needs[1 + 2 * G + L : 1 + 2 * G + 2 * L])
+    require(h is not None or not reads_h, "h must be given for gradients of lora_B")
 
 
 # -- fake -------------------------------------------------------------------------------------------------------------

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from peft_kernels.ops.common.dropout import threshold
 from peft_kernels.ops.common.triton_dropout import keep_tile
+from peft_kernels.ops.lora_linear.op import check_backward
 from peft_kernels.ops.lora_linear.triton_gemm import Base, LowRank, concat_gemm
 from peft_kernels.ops.lora_linear.triton_tiles import (
+    MOST_ADAPTERS,
     accumulator,
     architecture,
     exact_parts,
@@ -72,13 +74,13 @@ def _factor_kernel(
         tl.store(db_ptrs, db * up, mask=mask_n[:, None] & mask_r[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "M_piece"])
+@triton.jit(do_not_specialize=["first", "M", "M_piece"])
 def _input_kernel(
-    da_ptr, x_ptr, seed_ptr, adapters, M, K, M_piece, up, stride_xm, stride_dsm, stride_piece, stride_part,
+    da_ptr, x_ptr, seed_ptr, adapters, first, M, K, M_piece, up, stride_xm, stride_dsm, stride_piece, stride_part,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, ACCUMULATOR: tl.constexpr,
     DROPOUT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """da [pieces of M, R, K] for each adapter, one after the other in da_ptr, each R K pieces long."""
+    """da [pieces of M, R, K] for each adapter, R rows from `offset` on; its mask's stream counts from `first`."""
     start_k, start_r, piece = tl.program_id(0) * BLOCK_K, tl.program_id(1) * BLOCK_R, tl.program_id(2)
     offs_k = start_k + tl.arange(0, BLOCK_K)
     offs_r = start_r + tl.arange(0, BLOCK_R)
@@ -94,7 +96,7 @@ def _input_kernel(
                 x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k[None, :]
                 x = tl.load(x_ptrs, mask=mask_m[:, None] & (offs_k < K)[None, :], other=0.0)
                 if DROPOUT:
-                    keep = keep_tile(seed_ptr, m, start_k, stream, keep_below, BLOCK_M, BLOCK_K)
+                    keep = keep_tile(seed_ptr, m, start_k, first + stream, keep_below, BLOCK_M, BLOCK_K)
                     x = tl.where(keep, x, 0.0)
                 for p in tl.static_range(PARTS):
                     ds_ptrs = ds_ptr + tl.cast(stride_part, tl.int64) * p
@@ -149,18 +151,19 @@ def _input_gradients(
     grid = triton.cdiv(K, tile.K), triton.cdiv(max(ranks), tile.N)
     pieces, M_piece = split(M, tile.M, grid[0] * grid[1])
     partial = x.new_empty((pieces, sum(ranks), K), dtype=dtype)
-    adapters = tuple(
-        (d, r, sum(ranks[:i]), streams[i], threshold(dropout_p[i]))
-        for i, (d, r) in enumerate(zip(ds, ranks, strict=True))
-    )
-    _input_kernel[(*grid, pieces)](
-        partial, x, seed, adapters, M, K, M_piece, unit,
-        x.stride(0), ds[0].stride(1), partial.stride(0), ds[0].stride(0),
-        BLOCK_M=tile.M, BLOCK_R=tile.N, BLOCK_K=tile.K,
-        ACCUMULATOR=tl.float64 if dtype is torch.float64 else tl.float32,
-        DROPOUT=any(threshold(p) < 65536 for p in dropout_p), PARTS=ds[0].shape[0],
-        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    for start in range(0, len(ds), MOST_ADAPTERS):
+        group, first = range(start, min(start + MOST_ADAPTERS, len(ds))), streams[start]
+        adapters = tuple(
+            (ds[i], ranks[i], sum(ranks[start:i]), streams[i] - first, threshold(dropout_p[i])) for i in group
+        )
+        _input_kernel[(*grid, pieces)](
+            partial[:, sum(ranks[:start]) :], x, seed, adapters, first, M, K, M_piece, unit,
+            x.stride(0), ds[0].stride(1), partial.stride(0), ds[0].stride(0),
+            BLOCK_M=tile.M, BLOCK_R=tile.N, BLOCK_K=tile.K,
+            ACCUMULATOR=tl.float64 if dtype is torch.float64 else tl.float32,
+            DROPOUT=any(threshold(p) < 65536 for p in dropout_p), PARTS=ds[0].shape[0],
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
     out = [tensor.new_empty(tensor.shape) for tensor in like]
     for da, block in zip(out, partial.split(ranks, dim=1), strict=True):
         sum_partials(da, block)
@@ -215,6 +218,7 @@ def backward(
     seed: Tensor | None,
     needs: list[bool],
 ) -> list[Tensor]:
+    check_backward(dy, x, h, weight, lora_A, lora_B, member, scaling, dropout_p, seed, needs)
     G, L, K = len(weight), len(lora_A), weight[0].shape[1]
     likes = [weight, weight, lora_A, lora_B, lora_B]
     like = [dy[0], *chain.from_iterable(likes)]

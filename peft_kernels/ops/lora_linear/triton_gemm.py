@@ -17,6 +17,8 @@ from torch import Tensor
 
 from peft_kernels.ops.common.triton_dropout import keep_tile
 from peft_kernels.ops.lora_linear.triton_tiles import (
+    MOST_ADAPTERS,
+    accumulator,
     architecture,
     gemm_tile,
     has_tensor_memory,
@@ -44,10 +46,11 @@ class LowRank(NamedTuple):
     stream: int
     keep_below: int
 
-    def arguments(self):
+    def arguments(self, first: int):
+        """`first`: the stream that the launch counts from, so that its kernel is the same for all."""
         left, right, stream, keep_below = self
         strides = (*left.stride()[:2], *right.stride())
-        return left, right, *strides, right.shape[0], stream, keep_below
+        return left, right, *strides, right.shape[0], stream - first, keep_below
 
 
 @triton.jit
@@ -91,12 +94,12 @@ def _add_low_rank(acc, pair, offs_m, offs_n, mask_n, BLOCK_R: tl.constexpr, SPLI
     return acc
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["first", "M"])
 def _concat_gemm_kernel(
-    out_ptr, bias_ptr, seed_ptr, base, low_rank, M, N, unit, stride_om,
+    out_ptr, before_ptr, bias_ptr, seed_ptr, base, low_rank, first, M, N, unit, stride_om,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
-    ACCUMULATOR: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, SPLIT: tl.constexpr, FACTOR: tl.constexpr, HAS_UNIT: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, HAS_BEFORE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SPLIT: tl.constexpr, FACTOR: tl.constexpr, HAS_UNIT: tl.constexpr,
 ):  # fmt: skip
     """SPLIT: the low-rank left operand has a second part. FACTOR: parts that a factor goes in as."""
     pid, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -110,13 +113,14 @@ def _concat_gemm_kernel(
     mask_m, mask_n = offs_m < M, offs_n < N
     rows = tl.minimum(offs_m, M - 1).to(tl.int64)  # rows past the end repeat the last one and are not stored
     columns = offs_n.to(tl.int64)
+    where, inside = offs_m.to(tl.int64)[:, None] * stride_om + offs_n[None, :], mask_m[:, None] & mask_n[None, :]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
     for i in tl.static_range(len(low_rank)):
         if DROPOUT:
             part = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
             part = _add_low_rank(part, low_rank[i], rows, columns, mask_n, BLOCK_R, SPLIT, FACTOR)
-            stream, keep_below = low_rank[i][7], low_rank[i][8]
+            stream, keep_below = first + low_rank[i][7], low_rank[i][8]
             keep = keep_tile(seed_ptr, start_m, start_n, stream, keep_below, BLOCK_M, BLOCK_N)
             part = tl.where(keep, part * (65536.0 / tl.cast(keep_below, ACCUMULATOR)), 0.0)
             if i == 0:
@@ -127,35 +131,49 @@ def _concat_gemm_kernel(
             acc = _add_low_rank(acc, low_rank[i], rows, columns, mask_n, BLOCK_R, SPLIT, FACTOR)
     if HAS_UNIT:
         acc *= unit
+    if HAS_BEFORE:
+        acc += tl.load(before_ptr + where, mask=inside, other=0.0)
     for j in tl.static_range(len(base)):
         acc = _add_base(acc, base[j], rows, columns, mask_n, BLOCK_K, EVEN_K, EVEN_N)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(ACCUMULATOR)[None, :]
-    out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * stride_om + offs_n[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def concat_gemm(
     out: Tensor, bias: Tensor | None, seed: Tensor | None, base: list[Base], low_rank: list[LowRank], unit: float
 ) -> None:
-    """out [M, N], contiguous, written whole. Launches one kernel on the current stream."""
+    """out [M, N], contiguous, written whole. One kernel; with many adapters one for every MOST_ADAPTERS of them, which
+    leave the sum so far in the accumulator's dtype."""
+    groups = [low_rank[i : i + MOST_ADAPTERS] for i in range(0, len(low_rank), MOST_ADAPTERS)] or [[]]
+    before = None
+    for group in groups[:-1]:
+        so_far = out.new_empty(out.shape, dtype=accumulator(out.dtype)) if before is None else before
+        _launch(so_far, before, None, seed, [], group, unit, out.dtype)
+        before = so_far
+    _launch(out, before, bias, seed, base, groups[-1], unit, out.dtype)
+
+
+def _launch(out, before, bias, seed, base: list[Base], low_rank: list[LowRank], unit: float, dtype) -> None:
+    """out = before + the two sums + bias, the activations being of `dtype`; out may be `before`."""
     M, N = out.shape
     dropout = any(pair.keep_below < 65536 for pair in low_rank)
-    factor = low_rank[0].right.dtype if low_rank else out.dtype
-    narrow = out.dtype.itemsize == 2
-    parts, arch = 2 if narrow and factor != out.dtype else 1, architecture(out)
+    factor = low_rank[0].right.dtype if low_rank else dtype
+    narrow = dtype.itemsize == 2
+    parts, arch = 2 if narrow and factor != dtype else 1, architecture(out)
     several = (dropout and len(low_rank) > 1) or (parts > 1 and has_tensor_memory(arch))
-    tile = gemm_tile(arch, out.dtype, M, N, 2 if several else 1)
+    tile = gemm_tile(arch, dtype, M, N, 2 if several else 1)
+    first = low_rank[0].stream if low_rank else 0
     ranks = [pair.right.shape[0] for pair in low_rank]
     _concat_gemm_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(N, tile.N),)](
-        out, bias, seed,
-        tuple(pair.arguments() for pair in base), tuple(pair.arguments() for pair in low_rank),
+        out, before, bias, seed,
+        tuple(pair.arguments() for pair in base), tuple(pair.arguments(first) for pair in low_rank), first,
         M, N, unit, out.stride(0),
         BLOCK_M=tile.M, BLOCK_N=tile.N, BLOCK_K=tile.K, GROUP_M=8,
-        BLOCK_R=min(16 if factor != out.dtype else 32, max(16, triton.next_power_of_2(max(ranks, default=1)))),
-        ACCUMULATOR=tl.float64 if out.dtype is torch.float64 else tl.float32,
+        BLOCK_R=min(16 if factor != dtype else 32, max(16, triton.next_power_of_2(max(ranks, default=1)))),
+        ACCUMULATOR=tl.float64 if dtype is torch.float64 else tl.float32,
         EVEN_K=all(pair.right.shape[0] % tile.K == 0 for pair in base), EVEN_N=N % tile.N == 0,
-        HAS_BIAS=bias is not None, DROPOUT=dropout,
-        SPLIT=narrow, FACTOR=parts, HAS_UNIT=out.dtype is torch.float16,
+        HAS_BEFORE=before is not None, HAS_BIAS=bias is not None, DROPOUT=dropout,
+        SPLIT=narrow, FACTOR=parts, HAS_UNIT=dtype is torch.float16,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from peft_kernels.ops.lora_linear.op import check
 from peft_kernels.ops.lora_linear.triton_backward import backward
 from peft_kernels.ops.lora_linear.triton_gemm import Base, LowRank, concat_gemm
 from peft_kernels.ops.lora_linear.triton_tiles import (
+    MOST_ADAPTERS,
     accumulator,
     exact_parts,
     low_unit,
@@ -30,13 +31,14 @@ from peft_kernels.ops.lora_linear.triton_tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["M", "K_piece"])
+@triton.jit(do_not_specialize=["first", "M", "K_piece"])
 def _shrink_kernel(
-    h_ptr, parts_ptr, x_ptr, seed_ptr, adapters, M, K, K_piece, down, stride_xm, stride_hm, stride_piece, stride_part,
+    h_ptr, parts_ptr, x_ptr, seed_ptr, adapters, first, M, K, K_piece, down,
+    stride_xm, stride_hm, stride_piece, stride_part,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, ACCUMULATOR: tl.constexpr,
     EVEN_K: tl.constexpr, DROPOUT: tl.constexpr, FACTOR: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """h[:, offset : offset + R] = scaling drop(x) A^T for each adapter; of one piece of K, if there are several."""
+    """h[:, offset : offset + R] = scaling drop(x) A^T for each adapter from `first` on; of one piece of K, if cut."""
     start_m = tl.program_id(0) * BLOCK_M
     start_r = tl.program_id(1) * BLOCK_R
     begin = tl.program_id(2) * K_piece
@@ -59,7 +61,7 @@ def _shrink_kernel(
                     x = tl.load(x_ptrs, mask=(offs_k < end)[None, :], other=0.0)
                     a = tl.load(a_ptrs, mask=(offs_k < end)[:, None] & (offs_r < R)[None, :], other=0.0)
                 if DROPOUT:
-                    keep = keep_tile(seed_ptr, start_m, k, i, keep_below, BLOCK_M, BLOCK_K)
+                    keep = keep_tile(seed_ptr, start_m, k, first + i, keep_below, BLOCK_M, BLOCK_K)
                     x = tl.where(keep, x, 0.0)
                 acc = product_of_parts(x, a, acc, FACTOR)
             if DROPOUT:
@@ -86,17 +88,22 @@ def _shrink(
     direct = pieces == 1
     out = h[None] if direct else x.new_empty((pieces, M, R), dtype=dtype)
     double = dtype is torch.float64  # Triton takes a Python float as fp32
-    adapters = tuple(
-        (a, *a.stride(), a.shape[0], sum(ranks[:i]), 1.0 if double else scaling[i], threshold(dropout_p[i]))
-        for i, a in enumerate(lora_A)
-    )
-    _shrink_kernel[(*grid, pieces)](
-        out, parts if direct else None, x, seed, adapters, M, K, K_piece, 1 / unit, x.stride(0), R, M * R, M * R,
-        BLOCK_M=tile.M, BLOCK_R=tile.N, BLOCK_K=tile.K, ACCUMULATOR=tl.float64 if double else tl.float32,
-        EVEN_K=K % tile.K == 0, DROPOUT=dropout, FACTOR=exact_parts(x.dtype, lora_A[0].dtype),
-        PARTS=2 if direct and parts is not None else 0,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    for first in range(0, len(lora_A), MOST_ADAPTERS):
+        group = range(first, min(first + MOST_ADAPTERS, len(lora_A)))
+        columns = slice(sum(ranks[:first]), None)
+        adapters = tuple(
+            (lora_A[i], *lora_A[i].stride(), ranks[i], sum(ranks[first:i]), 1.0 if double else scaling[i],
+             threshold(dropout_p[i]))
+            for i in group
+        )  # fmt: skip
+        _shrink_kernel[(*grid, pieces)](
+            out[..., columns], parts[..., columns] if direct and parts is not None else None, x, seed, adapters, first,
+            M, K, K_piece, 1 / unit, x.stride(0), R, M * R, M * R,
+            BLOCK_M=tile.M, BLOCK_R=tile.N, BLOCK_K=tile.K, ACCUMULATOR=tl.float64 if double else tl.float32,
+            EVEN_K=K % tile.K == 0, DROPOUT=dropout, FACTOR=exact_parts(x.dtype, lora_A[0].dtype),
+            PARTS=2 if direct and parts is not None else 0,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
     if not direct:
         sum_partials(h, out, parts, unit)
     if double:

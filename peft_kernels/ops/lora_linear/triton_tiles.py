@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
+MOST_ADAPTERS = 8  # of one launch: a kernel has code for each, and 33 compile for minutes
 PROGRAMS = 264  # what split work aims at: two programs for each of an H200's 132 processors
 
 
