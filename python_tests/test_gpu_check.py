@@ -33,13 +33,13 @@ def check(tmp_path, monkeypatch, capsys):
 
     def run(scripts, *arguments, machine=lambda: dict(FACTS), **changes):
         stages = []
-        for name, (limit, sources) in scripts.items():
+        for name, (limit, sources, *fields) in scripts.items():
             commands = []
             for i, source in enumerate(sources):
                 path = tmp_path / f"{name}_{i}.py"
                 path.write_text(source)
                 commands.append(f"{{python}} {path}")
-            stages.append(Stage(name, limit, f"what {name} does", tuple(commands), **changes))
+            stages.append(Stage(name, limit, f"what {name} does", tuple(commands), **changes, **dict(*fields)))
         monkeypatch.setenv("OUT", str(tmp_path / "out"))
         code = gpu_check.main(list(arguments), tuple(stages), machine)
         return code, capsys.readouterr().out, tmp_path / "out"
@@ -95,6 +95,26 @@ def test_the_budget_is_shared(check):
     code, printed, out = check(stages, "--budget", "1")
     assert code == 1 and "no time was left" in printed
     assert results(out) == {"first": "TIMED OUT", "second": "NOT RUN"}
+
+
+def test_time_is_kept_for_later_stages(check):
+    sleeps = "import time; time.sleep(60)"
+    stages = {"slow": (60, [sleeps]), "short": (60, [sleeps], {"least": 1}), "last": (60, ["pass"], {"least": 20})}
+    code, printed, out = check(stages, "--budget", "23")
+    assert code == 1 and results(out) == {"slow": "TIMED OUT", "short": "TIMED OUT", "last": "passed"}
+    seconds = {stage["stage"]: stage["seconds"] for stage in json.loads((out / "summary.json").read_text())["stages"]}
+    assert seconds["slow"] < 5 and seconds["short"] < 5 and "last: what last does (at most 2" in printed
+
+
+def test_too_little_time_is_shared_in_proportion():
+    a, b, c = (Stage(name, 100, "", (), least=least) for name, least in (("a", 30), ("b", 10), ("c", 60)))
+    assert [gpu_check.seconds_for(a, [b, c], left) for left in (1000, 100, 90, 50, 0)] == [100, 30, 27, 15, 0]
+    assert gpu_check.seconds_for(c, [], 7) == 7 and gpu_check.seconds_for(b, [a], -1) == 0
+
+
+def test_every_stage_gets_what_it_needs_at_least():
+    assert sum(stage.least for stage in gpu_check.STAGES) <= gpu_check.BUDGET
+    assert all(0 < stage.least <= stage.limit for stage in gpu_check.STAGES)
 
 
 def test_one_stage_alone(check):
