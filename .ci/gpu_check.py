@@ -240,16 +240,16 @@ def commit() -> str:
 
 
 def words_for(facts: dict[str, str], out: Path) -> dict[str, str]:
-    """What stands for the words in braces."""
+    """What stands for the words in braces, as a shell would want it: some are two words, and paths may have spaces."""
     return {
-        "python": sys.executable,
-        "out": str(out),
+        "python": shlex.quote(sys.executable),
+        "out": shlex.quote(str(out)),
         "native": "build/gpu-check-native",
         "arch": ARCHS[int(facts["capability"].split(".")[0])],
         "cores": str(os.cpu_count()),
-        "cmake": find_tool("cmake"),
+        "cmake": shlex.quote(find_tool("cmake")),
         "generator": "-G Ninja" if shutil.which("ninja") else "",
-        "sanitizer": find_tool("compute-sanitizer"),
+        "sanitizer": shlex.quote(find_tool("compute-sanitizer")),
         "xdist": f"-n {min(8, os.cpu_count() or 1)}" if importlib.util.find_spec("xdist") else "",
     }
 
@@ -258,6 +258,8 @@ def environment_for(facts: dict[str, str], words: dict[str, str]) -> dict[str, s
     """The checkout is the package; both builds take this GPU's machine code."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PK_CUDA": "1", "PK_CUDA_ARCHS": words["arch"]}
     environment |= {"PK_REVISION": facts["commit"], "CUDACXX": find_tool("nvcc")}
+    # torch asks for it where algorithms are to be deterministic, as the tests do to poison memory
+    environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     if words["xdist"]:  # else every worker would start a thread per core
         environment.setdefault("OMP_NUM_THREADS", "2")
@@ -323,8 +325,6 @@ def parse(arguments: list[str], stages: tuple[Stage, ...]) -> argparse.Namespace
     return parser.parse_args(arguments)
 
 
-def without_library(stage: Stage) -> Stage:
-    return dataclasses.replace(stage, commands=tuple(c for c in stage.commands if "setup.py" not in c))
 def seconds_for(stage: Stage, later: list[Stage], left: float) -> float:
     """How long a stage may take: what is left, less what the later ones need at least; in proportion, if too little."""
     if left <= 0:
@@ -335,6 +335,8 @@ def seconds_for(stage: Stage, later: list[Stage], left: float) -> float:
     return min(stage.limit, left - kept)
 
 
+def without_library(stage: Stage) -> Stage:
+    return dataclasses.replace(stage, commands=tuple(c for c in stage.commands if "setup.py" not in c))
 
 
 def main(

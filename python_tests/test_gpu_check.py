@@ -29,7 +29,7 @@ Stage = gpu_check.Stage
 
 @pytest.fixture
 def check(tmp_path, monkeypatch, capsys):
-    """Runs gpu_check on stages given as {name: (limit, [source of a script, ...])}."""
+    """Runs gpu_check on stages given as {name: (limit, [source of a script, ...], {field: value} of the stage)}."""
 
     def run(scripts, *arguments, machine=lambda: dict(FACTS), **changes):
         stages = []
@@ -129,6 +129,29 @@ def test_commands_side_by_side(check):
     began = time.monotonic()
     assert check({"wide": (20, waits)}, workers=4)[0] == 0
     assert time.monotonic() - began < 8
+
+
+def test_a_stage_adds_to_the_environment(check, monkeypatch):
+    monkeypatch.delenv("PEFT_KERNELS_BACKEND", raising=False)
+    source = "import os; print(os.environ.get('PEFT_KERNELS_BACKEND'), os.environ['CUBLAS_WORKSPACE_CONFIG'])"
+    with_it = {"environment": {"PEFT_KERNELS_BACKEND": "cuda"}}
+    _, _, out = check({"one": (20, [source]), "two": (20, [source], with_it)})
+    stages = json.loads((out / "summary.json").read_text())["stages"]
+    assert [stage["detail"] for stage in stages] == ["None :4096:8", "cuda :4096:8"]
+    bench = next(stage for stage in gpu_check.STAGES if stage.name == "bench")
+    assert bench.environment == {"PEFT_KERNELS_BACKEND": "cuda"}
+
+
+def test_paths_may_have_spaces(monkeypatch, tmp_path):
+    python, out = tmp_path / "a b" / "python", tmp_path / "out of it"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setenv("OUT", str(out))
+    (tmp_path / "touch.py").write_text("import pathlib, sys; pathlib.Path(sys.argv[1]).touch()")
+    stage = Stage("s", 20, "", (f"{{python}} {tmp_path}/touch.py {{out}}/made",))
+    assert gpu_check.main([], (stage,), lambda: dict(FACTS)) == 0
+    assert (out / "made").exists()
 
 
 def test_a_tool_that_is_missing_is_named(check, monkeypatch, tmp_path, capsys):
