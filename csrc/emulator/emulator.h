@@ -46,8 +46,7 @@ struct Site {
   static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 };
 
-// -- what the primitives are made of (block.cpp, warp.cpp, memory.cpp)
-// ------------------------------------------------------
+// What the primitives are made of (machine.cpp, warp.cpp, memory.cpp).
 
 enum class Format { kBFloat16, kFloat16, kTf32 };
 
@@ -100,8 +99,7 @@ struct Plain {  // keeps the second argument of an atomic out of template deduct
 
 }  // namespace emulator
 
-// -- CUDA's own words
-// --------------------------------------------------------------------------------------------------
+// CUDA's own words.
 
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
