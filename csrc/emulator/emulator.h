@@ -50,7 +50,7 @@ struct Site {
 
 enum class Format { kBFloat16, kFloat16, kTf32 };
 
-cudaError_t run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, bool overlapped,
+cudaError_t run(const char* kernel, const void* entry, dim3 grid, dim3 block, size_t shared_bytes, bool overlapped,
                 const std::function<void()>& thread);
 void barrier(Site site);
 void warp_barrier(unsigned mask, Site site);
@@ -73,7 +73,8 @@ template <class... Parameters, class... Arguments>
 cudaError_t launch(const char* name, bool overlapped, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                    size_t shared_bytes, cudaStream_t, Arguments&&... arguments) {
   const std::tuple<Parameters...> held(std::forward<Arguments>(arguments)...);
-  return run(name, grid, block, shared_bytes, overlapped, [&] { std::apply(kernel, held); });
+  const void* const entry = reinterpret_cast<const void*>(kernel);
+  return run(name, entry, grid, block, shared_bytes, overlapped, [&] { std::apply(kernel, held); });
 }
 
 template <class T, class Update>
