@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -44,7 +44,8 @@ class Stage:
     """Commands that pass together: each with exit code 0, all within `limit` seconds.
 
     Words in braces are filled in from the machine; " && " joins steps of one command; a command that names {each} is
-    run once for every file that the pattern `each` matches; `workers` commands run side by side.
+    run once for every file that the pattern `each` matches; `workers` commands run side by side. `least` seconds are
+    kept for the stage while those before it run.
     """
 
     name: str
@@ -53,6 +54,8 @@ class Stage:
     commands: tuple[str, ...]
     each: str = ""
     workers: int = 1
+    least: float = 0
+    environment: dict[str, str] = field(default_factory=dict)  # beside what every stage has
 
 
 CONFIGURE = (
@@ -69,14 +72,16 @@ STAGES = (
             CONFIGURE + " && {cmake} --build {native} --target gpu_check --parallel {cores}",
         ),
         workers=2,
+        least=90,
     ),
     Stage(
         "primitives",
         30,
         "emulator == GPU: the same expected values in both",
         ("{native}/test_emulator_plain", "{native}/test_primitives_cuda_plain", "{native}/test_primitives_cuda_gpu"),
+        least=10,
     ),
-    Stage("cpp", 90, "the C++ tests on the GPU", ("{each}",), each="{native}/test_*_cuda_gpu"),
+    Stage("cpp", 90, "the C++ tests on the GPU", ("{each}",), each="{native}/test_*_cuda_gpu", least=30),
     Stage(
         "python",
         200,
@@ -85,6 +90,7 @@ STAGES = (
             "{python} -m pytest -q --timeout=150 -p no:cacheprovider {xdist} -m 'not slow' python_tests/test_ops.py"
             " python_tests/test_cuda.py python_tests/test_peft.py python_tests/test_patching.py",
         ),
+        least=90,
     ),
     Stage(
         "sanitizer",
@@ -96,6 +102,7 @@ STAGES = (
         ),
         each="{native}/test_*_cuda_gpu",
         workers=4,
+        least=40,
     ),
     Stage(
         "bench",
@@ -106,6 +113,8 @@ STAGES = (
             "{python} benchmarks/run.py --op lora_linear --device cuda --grid gpu --graphs"
             " --out {out}/lora_linear_cuda.csv",
         ),
+        least=150,
+        environment={"PEFT_KERNELS_BACKEND": "cuda"},  # the arm `patched` is to be what is measured, not the definition
     ),
 )
 
@@ -231,16 +240,16 @@ def commit() -> str:
 
 
 def words_for(facts: dict[str, str], out: Path) -> dict[str, str]:
-    """What stands for the words in braces."""
+    """What stands for the words in braces, as a shell would want it: some are two words, and paths may have spaces."""
     return {
-        "python": sys.executable,
-        "out": str(out),
+        "python": shlex.quote(sys.executable),
+        "out": shlex.quote(str(out)),
         "native": "build/gpu-check-native",
         "arch": ARCHS[int(facts["capability"].split(".")[0])],
         "cores": str(os.cpu_count()),
-        "cmake": find_tool("cmake"),
+        "cmake": shlex.quote(find_tool("cmake")),
         "generator": "-G Ninja" if shutil.which("ninja") else "",
-        "sanitizer": find_tool("compute-sanitizer"),
+        "sanitizer": shlex.quote(find_tool("compute-sanitizer")),
         "xdist": f"-n {min(8, os.cpu_count() or 1)}" if importlib.util.find_spec("xdist") else "",
     }
 
@@ -249,6 +258,8 @@ def environment_for(facts: dict[str, str], words: dict[str, str]) -> dict[str, s
     """The checkout is the package; both builds take this GPU's machine code."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PK_CUDA": "1", "PK_CUDA_ARCHS": words["arch"]}
     environment |= {"PK_REVISION": facts["commit"], "CUDACXX": find_tool("nvcc")}
+    # torch asks for it where algorithms are to be deterministic, as the tests do to poison memory
+    environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     if words["xdist"]:  # else every worker would start a thread per core
         environment.setdefault("OMP_NUM_THREADS", "2")
@@ -275,7 +286,7 @@ def run_stage(stage: Stage, words: dict[str, str], environment: dict[str, str], 
         pattern = stage.each.format(**words)
         return Outcome(stage.name, "FAILED", 0.0, f"nothing to run: no {pattern}; --stage build makes them")
     with ThreadPoolExecutor(stage.workers) as pool:
-        list(pool.map(lambda run: run.start(began + seconds, environment), runs))
+        list(pool.map(lambda run: run.start(began + seconds, environment | stage.environment), runs))
     with log.open("a") as file:
         for run in runs:
             code = "not finished" if run.code is None else f"exit code {run.code}"
@@ -314,6 +325,16 @@ def parse(arguments: list[str], stages: tuple[Stage, ...]) -> argparse.Namespace
     return parser.parse_args(arguments)
 
 
+def seconds_for(stage: Stage, later: list[Stage], left: float) -> float:
+    """How long a stage may take: what is left, less what the later ones need at least; in proportion, if too little."""
+    if left <= 0:
+        return 0
+    kept = sum(other.least for other in later)
+    if left < stage.least + kept:
+        kept *= left / (stage.least + kept)
+    return min(stage.limit, left - kept)
+
+
 def without_library(stage: Stage) -> Stage:
     return dataclasses.replace(stage, commands=tuple(c for c in stage.commands if "setup.py" not in c))
 
@@ -342,10 +363,10 @@ def main(
     if asked.prebuilt and (ROOT / "peft_kernels/_ops.abi3.so").exists():
         chosen = [without_library(stage) for stage in chosen]
     outcomes: list[Outcome] = []
-    for stage in chosen:
-        left = min(stage.limit, asked.budget - (time.monotonic() - began))
-        print(f"{stage.name}: {stage.what} (at most {max(left, 0):.0f} s)", flush=True)
-        outcomes.append(run_stage(stage, words, environment_for(facts, words), left, out / "log.txt"))
+    for i, stage in enumerate(chosen):
+        seconds = seconds_for(stage, chosen[i + 1 :], asked.budget - (time.monotonic() - began))
+        print(f"{stage.name}: {stage.what} (at most {max(seconds, 0):.0f} s)", flush=True)
+        outcomes.append(run_stage(stage, words, environment_for(facts, words), seconds, out / "log.txt"))
         print(f"  {outcomes[-1].result}, {outcomes[-1].seconds:.1f} s: {outcomes[-1].detail}", flush=True)
         write_summary(out, facts, outcomes)  # after each stage: a run that is cut short keeps what it knows
     print("\n" + table(facts, outcomes), flush=True)

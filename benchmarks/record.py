@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import os
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def _cpu_name() -> str:
 
 
 def commit() -> str:
-    """Revision of the tree that is measured, "-dirty" where tracked files differ from it; "unknown" outside git."""
+    """Revision of the tree that is measured, "-dirty" where tracked files differ from it; outside git PK_REVISION."""
 
     def git(*words: str) -> str:
         return subprocess.run(("git", "-C", ROOT, *words), capture_output=True, text=True, check=True).stdout.strip()
@@ -88,7 +89,7 @@ def commit() -> str:
     try:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("PK_REVISION") or "unknown"
 
 
 def _driver() -> str:

@@ -265,6 +265,15 @@ def test_csv_columns_say_where_a_number_is_from(tmp_path):
         record.read(path)
 
 
+def test_a_tree_without_git_is_named_by_pk_revision(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setenv("PK_REVISION", "1234567")
+    assert record.commit() == "1234567"
+    monkeypatch.delenv("PK_REVISION")
+    assert record.commit() == "unknown"
+
+
 def test_a_csv_from_before_there_were_graphs_is_eager(tmp_path):
     path = tmp_path / "a.csv"
     row = made_up("frozen")

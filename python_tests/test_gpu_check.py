@@ -29,17 +29,17 @@ Stage = gpu_check.Stage
 
 @pytest.fixture
 def check(tmp_path, monkeypatch, capsys):
-    """Runs gpu_check on stages given as {name: (limit, [source of a script, ...])}."""
+    """Runs gpu_check on stages given as {name: (limit, [source of a script, ...], {field: value} of the stage)}."""
 
     def run(scripts, *arguments, machine=lambda: dict(FACTS), **changes):
         stages = []
-        for name, (limit, sources) in scripts.items():
+        for name, (limit, sources, *fields) in scripts.items():
             commands = []
             for i, source in enumerate(sources):
                 path = tmp_path / f"{name}_{i}.py"
                 path.write_text(source)
                 commands.append(f"{{python}} {path}")
-            stages.append(Stage(name, limit, f"what {name} does", tuple(commands), **changes))
+            stages.append(Stage(name, limit, f"what {name} does", tuple(commands), **changes, **dict(*fields)))
         monkeypatch.setenv("OUT", str(tmp_path / "out"))
         code = gpu_check.main(list(arguments), tuple(stages), machine)
         return code, capsys.readouterr().out, tmp_path / "out"
@@ -97,6 +97,26 @@ def test_the_budget_is_shared(check):
     assert results(out) == {"first": "TIMED OUT", "second": "NOT RUN"}
 
 
+def test_time_is_kept_for_later_stages(check):
+    sleeps = "import time; time.sleep(60)"
+    stages = {"slow": (60, [sleeps]), "short": (60, [sleeps], {"least": 1}), "last": (60, ["pass"], {"least": 20})}
+    code, printed, out = check(stages, "--budget", "23")
+    assert code == 1 and results(out) == {"slow": "TIMED OUT", "short": "TIMED OUT", "last": "passed"}
+    seconds = {stage["stage"]: stage["seconds"] for stage in json.loads((out / "summary.json").read_text())["stages"]}
+    assert seconds["slow"] < 5 and seconds["short"] < 5 and "last: what last does (at most 2" in printed
+
+
+def test_too_little_time_is_shared_in_proportion():
+    a, b, c = (Stage(name, 100, "", (), least=least) for name, least in (("a", 30), ("b", 10), ("c", 60)))
+    assert [gpu_check.seconds_for(a, [b, c], left) for left in (1000, 100, 90, 50, 0)] == [100, 30, 27, 15, 0]
+    assert gpu_check.seconds_for(c, [], 7) == 7 and gpu_check.seconds_for(b, [a], -1) == 0
+
+
+def test_every_stage_gets_what_it_needs_at_least():
+    assert sum(stage.least for stage in gpu_check.STAGES) <= gpu_check.BUDGET
+    assert all(0 < stage.least <= stage.limit for stage in gpu_check.STAGES)
+
+
 def test_one_stage_alone(check):
     stages = {name: (20, [f"print('{name}')"]) for name in ("a", "b", "c")}
     assert list(results(check(stages, "--stage", "c", "--stage", "a")[2])) == ["a", "c"]
@@ -109,6 +129,29 @@ def test_commands_side_by_side(check):
     began = time.monotonic()
     assert check({"wide": (20, waits)}, workers=4)[0] == 0
     assert time.monotonic() - began < 8
+
+
+def test_a_stage_adds_to_the_environment(check, monkeypatch):
+    monkeypatch.delenv("PEFT_KERNELS_BACKEND", raising=False)
+    source = "import os; print(os.environ.get('PEFT_KERNELS_BACKEND'), os.environ['CUBLAS_WORKSPACE_CONFIG'])"
+    with_it = {"environment": {"PEFT_KERNELS_BACKEND": "cuda"}}
+    _, _, out = check({"one": (20, [source]), "two": (20, [source], with_it)})
+    stages = json.loads((out / "summary.json").read_text())["stages"]
+    assert [stage["detail"] for stage in stages] == ["None :4096:8", "cuda :4096:8"]
+    bench = next(stage for stage in gpu_check.STAGES if stage.name == "bench")
+    assert bench.environment == {"PEFT_KERNELS_BACKEND": "cuda"}
+
+
+def test_paths_may_have_spaces(monkeypatch, tmp_path):
+    python, out = tmp_path / "a b" / "python", tmp_path / "out of it"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setenv("OUT", str(out))
+    (tmp_path / "touch.py").write_text("import pathlib, sys; pathlib.Path(sys.argv[1]).touch()")
+    stage = Stage("s", 20, "", (f"{{python}} {tmp_path}/touch.py {{out}}/made",))
+    assert gpu_check.main([], (stage,), lambda: dict(FACTS)) == 0
+    assert (out / "made").exists()
 
 
 def test_a_tool_that_is_missing_is_named(check, monkeypatch, tmp_path, capsys):

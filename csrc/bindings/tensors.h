@@ -1,5 +1,6 @@
-// Tensors through torch's stable ABI: allocation, views, the library GEMM, parallel loops. Nothing here goes through
-// the dispatcher except the copy of a tensor that has to be made contiguous.
+// Tensors through torch's stable ABI: allocation, views, the library GEMM, parallel loops. On the CPU nothing of it
+// goes through PyTorch's dispatcher but the copy of a tensor that has to be made contiguous; on CUDA (cuda_device.h)
+// the allocation and the GEMM do, below autograd.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>

@@ -7,25 +7,45 @@
 #include <cstddef>
 #include <cstdint>
 
+namespace pk {
+
+// Static and dynamic shared memory of a block: what sm_86, 89 and 120 have. The emulator refuses more, so a file that
+// is for sm_90 alone will need a limit of its own.
+constexpr size_t kMostSharedEverywhere = 99 * 1024;
+
+}  // namespace pk
+
 #ifdef __CUDACC__
 
 namespace pk {
 
-// Asks for more than 48 KiB of dynamic shared memory where that is needed, and returns the launch's own error.
-// overlapped: the blocks may start before the launch before them in the stream has ended (Hopper and later; elsewhere
-// ignored); the kernel calls wait_for_previous_launch() before it touches what that launch reads or writes.
+// Lets a kernel have all the dynamic shared memory that its static kind leaves. Always to the same size: another thread
+// may be about to launch it with another one.
+inline cudaError_t allow_most_shared(const void* kernel, size_t static_bytes) {
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              most - static_cast<int>(static_bytes));
+}
+
+// Returns the launch's own error. overlapped: the blocks may start before the launch before them in the stream has
+// ended; the kernel calls wait_for_previous_launch() before it touches what that launch reads or writes. Ignored where
+// that is no instruction: what counts is the architecture that the kernel was compiled for (ptxVersion), not the
+// device's, which may have compiled an older one's PTX.
 template <class... Parameters, class... Arguments>
 inline cudaError_t launch(bool overlapped, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                           cudaStream_t stream, Arguments&&... arguments) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shared_bytes));
+  cudaFuncAttributes compiled = {};
+  if (overlapped || shared_bytes > 0) {
+    const void* const entry = reinterpret_cast<const void*>(kernel);
+    cudaError_t error = cudaFuncGetAttributes(&compiled, entry);
+    // At first 48 KiB less the static kind.
+    if (error == cudaSuccess && shared_bytes > static_cast<size_t>(compiled.maxDynamicSharedSizeBytes)) {
+      error = allow_most_shared(entry, compiled.sharedSizeBytes);
+    }
     if (error != cudaSuccess) return error;
-  }
-  int device = 0, major = 0;
-  if (overlapped && cudaGetDevice(&device) == cudaSuccess) {
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   }
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -36,7 +56,7 @@ inline cudaError_t launch(bool overlapped, void (*kernel)(Parameters...), dim3 g
   shape.dynamicSmemBytes = shared_bytes;
   shape.stream = stream;
   shape.attrs = &attribute;
-  shape.numAttrs = major >= 9 ? 1 : 0;
+  shape.numAttrs = overlapped && compiled.ptxVersion >= 90 ? 1 : 0;
   return cudaLaunchKernelEx(&shape, kernel, static_cast<Arguments&&>(arguments)...);
 }
 

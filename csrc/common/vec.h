@@ -35,7 +35,7 @@ typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));
 typedef float vf_unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef uint16_t vh_unaligned __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
 
-// -- whole vectors ----------------------------------------------------------------------------------------------------
+// Whole vectors.
 
 PK_INLINE vf load(const float* p) {
   return *reinterpret_cast<const vf_unaligned*>(p);
@@ -91,8 +91,7 @@ PK_INLINE void store(fp16* p, vf v) {
 }
 #endif
 
-// -- the first n lanes, n >= 1; lanes past n load as zero and are not touched in memory
-// ----------------------------------
+// The first n lanes, n >= 1; lanes past n load as zero and are not touched in memory.
 
 #if defined(__AVX512F__)
 PK_INLINE uint32_t first_lanes(int64_t n) {
@@ -146,7 +145,7 @@ PK_INLINE vf keep(vf v, uint32_t bits) {
 #endif
 }
 
-// -- across vectors ---------------------------------------------------------------------------------------------------
+// Across vectors.
 
 // Interleaves the low or the high halves of a and b: a0 b0 a1 b1 ...
 template <bool kHigh>

@@ -46,12 +46,11 @@ struct Site {
   static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 };
 
-// -- what the primitives are made of (block.cpp, warp.cpp, memory.cpp)
-// ------------------------------------------------------
+// What the primitives are made of (machine.cpp, warp.cpp, memory.cpp).
 
 enum class Format { kBFloat16, kFloat16, kTf32 };
 
-cudaError_t run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, bool overlapped,
+cudaError_t run(const char* kernel, const void* entry, dim3 grid, dim3 block, size_t shared_bytes, bool overlapped,
                 const std::function<void()>& thread);
 void barrier(Site site);
 void warp_barrier(unsigned mask, Site site);
@@ -74,7 +73,8 @@ template <class... Parameters, class... Arguments>
 cudaError_t launch(const char* name, bool overlapped, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                    size_t shared_bytes, cudaStream_t, Arguments&&... arguments) {
   const std::tuple<Parameters...> held(std::forward<Arguments>(arguments)...);
-  return run(name, grid, block, shared_bytes, overlapped, [&] { std::apply(kernel, held); });
+  const void* const entry = reinterpret_cast<const void*>(kernel);
+  return run(name, entry, grid, block, shared_bytes, overlapped, [&] { std::apply(kernel, held); });
 }
 
 template <class T, class Update>
@@ -100,8 +100,7 @@ struct Plain {  // keeps the second argument of an atomic out of template deduct
 
 }  // namespace emulator
 
-// -- CUDA's own words
-// --------------------------------------------------------------------------------------------------
+// CUDA's own words.
 
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;

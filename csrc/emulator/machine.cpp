@@ -10,6 +10,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "common/launch.h"
 #include "emulator/race.h"
 
 uint3 threadIdx, blockIdx;
@@ -228,7 +229,7 @@ int lane() {
   return machine.running->lane;
 }
 
-cudaError_t run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, bool overlapped,
+cudaError_t run(const char* kernel, const void* entry, dim3 grid, dim3 block, size_t shared_bytes, bool overlapped,
                 const std::function<void()>& thread) {
   const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;
   const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
@@ -236,7 +237,7 @@ cudaError_t run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, 
       grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
-  if (shared_bytes > kMaxShared) return cudaErrorInvalidValue;
+  if (static_shared_of(entry) + shared_bytes > pk::kMostSharedEverywhere) return cudaErrorInvalidValue;
   machine.kernel = kernel;
   machine.body = &thread;
   machine.overlapped = overlapped;

@@ -17,7 +17,6 @@ extern "C" void __asan_storeN(void* place, size_t bytes);
 namespace emulator {
 
 constexpr int kMaxThreads = 1024;
-constexpr size_t kMaxShared = 227 * 1024;
 
 struct Copy {  // a cp.async that no wait has covered yet
   char* shared;
@@ -84,6 +83,7 @@ Range dynamic_range();        // of this launch
 const Range& shared_arena();  // it and the forbidden zones around it
 const Range& static_range();  // empty with AddressSanitizer, where static shared memory is like any global
 void poison_shared();         // what the block before has left becomes NaN
+size_t static_shared_of(const void* kernel);
 void check_access(const void* place, int bytes, bool write);
 void check_shared(const void* place, int bytes, int alignment, const char* what, Site site);
 

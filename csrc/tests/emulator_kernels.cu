@@ -144,6 +144,16 @@ __global__ void ordered_sum_kernel(const float* x, float* parts, int* tickets, f
   }
 }
 
+__global__ void both_kinds_kernel(const int* x, int* y) {
+  __shared__ int fixed[kStaticBytes / sizeof(int)];
+  PK_DYNAMIC_SHARED(int, slots);
+  const int t = static_cast<int>(threadIdx.x);
+  fixed[t] = x[t];
+  slots[t] = 2 * x[t];
+  __syncwarp();
+  y[t] = fixed[31 - t] + slots[t];
+}
+
 // Calls launch(std::integral_constant) with the one of `kBugs` that is asked for, or with none of them.
 template <Bug... kBugs, class Launch>
 cudaError_t with_bug(Bug bug, Launch launch) {
@@ -195,6 +205,10 @@ cudaError_t stencil_twice(Bug bug, const int* x, int* between, int* y, int n, cu
   return with_bug<Bug::kNoLaunchWait>(bug, [&](auto planted) {
     return PK_LAUNCH_OVERLAPPED((stencil_kernel<planted.value>), grid, dim3(kStencilThreads), 0, stream, between, y, n);
   });
+}
+
+cudaError_t both_kinds_of_shared(size_t dynamic_bytes, const int* x, int* y, cudaStream_t stream) {
+  return PK_LAUNCH(both_kinds_kernel, dim3(1), dim3(32), dynamic_bytes, stream, x, y);
 }
 
 }  // namespace pk::test

@@ -45,4 +45,8 @@ cudaError_t ordered_sum(Bug bug, const float* x, float* parts, int* tickets, flo
 // y = stencil(stencil(x)) by two launches, the second overlapped with the first.
 cudaError_t stencil_twice(Bug bug, const int* x, int* between, int* y, int n, cudaStream_t stream);
 
+// y[i] = x[31 - i] + 2 x[i], 32 of them, by way of 1 KiB of static and some dynamic shared memory.
+constexpr size_t kStaticBytes = 1024;
+cudaError_t both_kinds_of_shared(size_t dynamic_bytes, const int* x, int* y, cudaStream_t stream);
+
 }  // namespace pk::test

@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/launch.h"
 #include "emulator/emulator.h"
 #include "tests/emulator_kernels.h"
 
@@ -228,12 +229,28 @@ void impossible_launches_are_refused() {
   expect(stencil(Bug::kNone, &x, &x, 0, nullptr) == cudaErrorInvalidConfiguration, "an empty grid", {}, "");
 }
 
+// 99 KiB of both kinds together, and not a byte more.
+void shared_memory_is_that_of_the_smallest_gpu() {
+  const std::vector<int> x = integers(32);
+  std::vector<int> y(32, -1);
+  const auto with = [&](size_t bytes) {
+    return both_kinds_of_shared(bytes - kStaticBytes, x.data(), y.data(), nullptr);
+  };
+  expect(with(kMostSharedEverywhere + 1) == cudaErrorInvalidValue, "99 KiB and a byte", {}, "");
+  expect(y[0] == -1, "a refused kernel that runs", {}, "");
+  expect(with(kMostSharedEverywhere) == cudaSuccess, "99 KiB", {}, "");
+  bool right = true;
+  for (int i = 0; i < 32; ++i) right = right && y[i] == x[31 - i] + 2 * x[i];
+  expect(right, "both kinds of shared memory", {}, "");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   right_kernels_pass();
   planted_bugs_are_caught(argc > 1 && strcmp(argv[1], "--verbose") == 0);
   impossible_launches_are_refused();
+  shared_memory_is_that_of_the_smallest_gpu();
   printf("%s: %d failures\n", kBuild, failures);
   return failures != 0;
 }

@@ -63,11 +63,12 @@ class Matrix {
       : rows(rows), cols(cols), stride(stride), type_(type), bytes_(type == Dtype::kFloat32 ? 4 : 2), offset_(offset) {
     const size_t size = (offset + (rows > 0 ? (rows - 1) * stride + cols : 0)) * bytes_;
     memory_ = std::make_unique<Array<unsigned char>>(size);
-    memset(memory_->data(), 0xFF, size);
+    memset(memory_->host(), 0xFF, size);
   }
   Matrix(Dtype type, int64_t rows, int64_t cols) : Matrix(type, rows, cols, cols) {}
 
   void* data() { return memory_->data() + offset_ * bytes_; }
+  void* host() { return place(0, 0); }
   float* floats() { return static_cast<float*>(data()); }
   void fill(Values& values, double largest = 1) {
     for (int64_t i = 0; i < rows; ++i) {
@@ -108,7 +109,7 @@ class Matrix {
   int64_t rows, cols, stride;
 
  private:
-  unsigned char* place(int64_t i, int64_t j) const { return memory_->data() + (offset_ + i * stride + j) * bytes_; }
+  unsigned char* place(int64_t i, int64_t j) const { return memory_->host() + (offset_ + i * stride + j) * bytes_; }
   Dtype type_;
   size_t bytes_;
   int64_t offset_;
@@ -143,8 +144,9 @@ class Compare {
     ++failures;
     printf("FAILED %s: %d wrong, the first %s\n", name_.c_str(), wrong_, first_);
   }
-  void launched(cudaError_t error) {
-    if (!finished(error)) fail("launch", static_cast<int>(error), 0, 0, 0);
+  template <class Launch>
+  void launched(const Launch& launch) {
+    if (!ran(launch)) fail("launch", 0, 0, 0, 0);
   }
   void close(const char* what, int64_t i, int64_t j, double got, double expected, double allowed) {
     const bool right = std::isnan(expected) ? std::isnan(got) : std::fabs(got - expected) <= allowed;
@@ -207,14 +209,20 @@ void expand_is_right(const Types& types, const Case& c, bool across, bool accumu
   Matrix out(types.x, c.M, c.N), before(types.x, c.M, c.N);
   Values values(7);
   before.fill(values);
-  if (accumulate) memcpy(out.data(), before.data(), c.M * c.N * 2);
+  if (accumulate) memcpy(out.host(), before.host(), c.M * c.N * 2);
   for (int l = 0; !with_bias && l < problem.adapters.count; ++l) problem.adapters.at[l].bias = nullptr;
   next_schedule();
-  compare.launched(
-      expand(types.x, types.factors,
-             {out.data(), c.M, c.N, problem.low->floats(), problem.R, with_bias ? problem.bias->data() : nullptr,
-              across, accumulate, c.p > 0 ? problem.seed.data() : nullptr, problem.adapters},
-             nullptr));
+  const Expand call{out.data(),
+                    c.M,
+                    c.N,
+                    problem.low->floats(),
+                    problem.R,
+                    with_bias ? problem.bias->data() : nullptr,
+                    across,
+                    accumulate,
+                    c.p > 0 ? problem.seed.data() : nullptr,
+                    problem.adapters};
+  compare.launched([&] { return expand(types.x, types.factors, call, nullptr); });
   for (int64_t m = 0; m < c.M; ++m) {
     for (int64_t n = 0; n < c.N; ++n) {
       double sum = (accumulate ? before.at(m, n) : 0) + (with_bias ? problem.bias->at(0, n) : 0), size = std::fabs(sum);
@@ -268,7 +276,7 @@ void dy_pass_is_right(const Types& types, const Case& c, bool wants_ds, bool wan
     if (!wants_ds) call.adapters.at[l].factor = nullptr;
   }
   next_schedule();
-  compare.launched(dy_pass(types.x, types.factors, call, nullptr));
+  compare.launched([&] { return dy_pass(types.x, types.factors, call, nullptr); });
   std::vector<int> owner(problem.R, -1);
   for (int l = 0; l < call.adapters.count; ++l) {
     for (int r = 0; r < c.ranks[l]; ++r) owner[call.adapters.at[l].rank0 + r] = l;
@@ -331,7 +339,7 @@ void x_pass_is_right(const Types& types, const Case& c) {
     call.adapters.at[l].factor = nullptr;
   }
   next_schedule();
-  compare.launched(x_pass(types.x, types.factors, call, nullptr));
+  compare.launched([&] { return x_pass(types.x, types.factors, call, nullptr); });
   const bool fp32 = types.factors == Dtype::kFloat32;
   for (int l = 0; l < call.adapters.count; ++l) {
     const CudaAdapter& adapter = call.adapters.at[l];

@@ -12,7 +12,7 @@
 using namespace pk;
 using namespace pk::lora_linear;
 using pk::test::Array;
-using pk::test::finished;
+using pk::test::ran;
 
 namespace {
 
@@ -82,14 +82,14 @@ struct Matrix {
         by_columns(by_columns),
         type(type),
         memory(static_cast<size_t>(outer * (by_columns ? cols : rows) * bytes_of(type))) {
-    memset(memory.data(), 0xFF, static_cast<size_t>(outer * (by_columns ? cols : rows) * bytes_of(type)));
+    memset(memory.host(), 0xFF, static_cast<size_t>(outer * (by_columns ? cols : rows) * bytes_of(type)));
     for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < cols; ++j) write(memory.data(), type, place(i, j), exact_value(first + i * cols + j));
+      for (int64_t j = 0; j < cols; ++j) write(memory.host(), type, place(i, j), exact_value(first + i * cols + j));
     }
   }
   int64_t place(int64_t i, int64_t j) const { return by_columns ? j * outer + i : i * outer + j; }
-  double at(int64_t i, int64_t j) { return read(memory.data(), type, place(i, j)); }
-  void set(int64_t i, int64_t j, double value) { write(memory.data(), type, place(i, j), value); }
+  double at(int64_t i, int64_t j) { return read(memory.host(), type, place(i, j)); }
+  void set(int64_t i, int64_t j, double value) { write(memory.host(), type, place(i, j), value); }
   Strided strided() { return {memory.data(), type, by_columns ? 1 : outer, by_columns ? outer : 1}; }
 };
 
@@ -116,10 +116,10 @@ void product_is_a_product(const Case& c) {
   const Dtype type = wide ? Dtype::kFloat64 : Dtype::kFloat32;
   const int64_t out_row = c.J + 2, out_split = c.I * out_row + 1;
   Array<char> out(static_cast<size_t>(c.splits * out_split * bytes_of(type)));
-  for (int64_t i = 0; i < c.splits * out_split; ++i) write(out.data(), type, i, 3);
+  for (int64_t i = 0; i < c.splits * out_split; ++i) write(out.host(), type, i, 3);
   const Product call{c.I,       c.J,      c.K,          left.strided(), right.strided(), out.data(), out_row,
                      out_split, c.splits, c.accumulate, scale,          c.masked,        keep,       seed.data()};
-  bool right_result = finished(product(call, nullptr));
+  bool right_result = ran([&] { return product(call, nullptr); });
   const double scale_of_kept = wide ? 65536. / keep.threshold : keep.scale;
   const auto drop = [&](Masked where, int64_t row, int64_t col, double value) {
     if (c.masked != where) return value;
@@ -134,11 +134,11 @@ void product_is_a_product(const Case& c) {
         size += std::fabs(term);
       }
       sum = drop(Masked::kOut, i, j, scale * sum) + (c.accumulate ? 3 : 0);
-      for (int s = 0; s < c.splits; ++s) got += read(out.data(), type, s * out_split + i * out_row + j);
+      for (int s = 0; s < c.splits; ++s) got += read(out.host(), type, s * out_split + i * out_row + j);
       const double bound = (wide ? 0x1p-50 : 0x1p-21) * (2 * size + 4);  // a rounding here and there: see `scale`
       right_result = right_result && std::fabs(got - sum) <= bound;
     }
-    right_result = right_result && read(out.data(), type, i * out_row + c.J) == 3;  // nothing written between rows
+    right_result = right_result && read(out.host(), type, i * out_row + c.J) == 3;  // nothing written between rows
   }
   expect(right_result, "product", cases);
 }
@@ -168,17 +168,18 @@ void sums_are_in_order() {
       const int64_t rows = 9, cols = 37, in_row = 41, in_split = 400, out_row = 50;
       Array<char> in(static_cast<size_t>(5 * in_split * bytes_of(in_type)));
       Array<char> out(static_cast<size_t>(rows * out_row * bytes_of(type)));
-      for (int64_t i = 0; i < 5 * in_split; ++i) write(in.data(), in_type, i, exact_value(i));
+      for (int64_t i = 0; i < 5 * in_split; ++i) write(in.host(), in_type, i, exact_value(i));
+      memset(out.host(), 0xFF, static_cast<size_t>(rows * out_row * bytes_of(type)));
       Matrix first(1, cols, Dtype::kBFloat16, false, 3), second(1, cols, in_type, false, 9);
       Sum call{in.data(), in_split, in_row, splits, out.data(), type, out_row, rows, cols, 0.5, 2, {}};
       call.vector[0] = {first.memory.data(), first.type, 1};
       call.vector[1] = {second.memory.data(), second.type, -2};
-      bool right = finished(sum(call, nullptr));
+      bool right = ran([&] { return sum(call, nullptr); });
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < cols; ++j) {
           double wanted = first.at(0, j) - 2 * second.at(0, j);
-          for (int p = 0; p < splits; ++p) wanted += 0.5 * read(in.data(), in_type, p * in_split + i * in_row + j);
-          const double got = read(out.data(), type, i * out_row + j);
+          for (int p = 0; p < splits; ++p) wanted += 0.5 * read(in.host(), in_type, p * in_split + i * in_row + j);
+          const double got = read(out.host(), type, i * out_row + j);
           right = right && std::fabs(got - wanted) <= (type == Dtype::kBFloat16 ? 0x1p-8 * std::fabs(wanted) : 0);
         }
       }
@@ -187,7 +188,8 @@ void sums_are_in_order() {
   }
   Array<float> parts(2 * 700), whole(700);  // rows side by side, taken for one
   for (int i = 0; i < 2 * 700; ++i) parts[i] = static_cast<float>(exact_value(i));
-  bool right = finished(sum({parts.data(), 700, 7, 2, whole.data(), Dtype::kFloat32, 7, 100, 7, 1, 0, {}}, nullptr));
+  const Sum call{parts.data(), 700, 7, 2, whole.data(), Dtype::kFloat32, 7, 100, 7, 1, 0, {}};
+  bool right = ran([&] { return sum(call, nullptr); });
   for (int i = 0; i < 700; ++i) right = right && whole[i] == parts[i] + parts[700 + i];
   expect(right, "sum of neighbouring rows", 0);
 }
@@ -198,11 +200,11 @@ void column_sums() {
       Matrix in(rows, 70, type, false, 2);
       const Dtype out_type = type == Dtype::kFloat64 ? type : Dtype::kFloat32;
       Array<char> out(static_cast<size_t>(70 * bytes_of(out_type)));
-      bool right = finished(column_sum(in.strided(), rows, 70, 0.25, out.data(), out_type, nullptr));
+      bool right = ran([&] { return column_sum(in.strided(), rows, 70, 0.25, out.data(), out_type, nullptr); });
       for (int64_t j = 0; j < 70; ++j) {
         double wanted = 0;
         for (int64_t i = 0; i < rows; ++i) wanted += in.at(i, j);
-        right = right && read(out.data(), out_type, j) == 0.25 * wanted;
+        right = right && read(out.host(), out_type, j) == 0.25 * wanted;
       }
       expect(right, "column_sum", static_cast<int>(rows));
     }
@@ -215,7 +217,8 @@ void masks_are_bit_equal() {
   for (const int64_t cols : {1, 32, 71}) {
     const int64_t rows = 5;
     Array<uint8_t> out(static_cast<size_t>(rows * cols));
-    bool right = finished(dropout_mask(out.data(), rows, cols, make_keep(0.4, 3), seed.data(), nullptr));
+    const Keep keep = make_keep(0.4, 3);
+    bool right = ran([&] { return dropout_mask(out.data(), rows, cols, keep, seed.data(), nullptr); });
     const Dropout dropout = make_dropout(0.4, kSeed, 3);
     for (int64_t i = 0; i < rows * cols; ++i) {
       const bool wanted = kept(dropout, static_cast<uint32_t>(i / cols), static_cast<uint32_t>(i % cols));

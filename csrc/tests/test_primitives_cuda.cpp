@@ -31,11 +31,11 @@ uint16_t bits(Type type, int value) {
 
 void ldmatrix_follows_the_manual() {
   Array<uint16_t> matrices(4 * 64);
-  Array<uint32_t> out(4 * 32);
   for (int i = 0; i < 4 * 64; ++i) matrices[i] = static_cast<uint16_t>(i * 251 + 17);
   for (const int count : {1, 2, 4}) {
     for (const bool transposed : {false, true}) {
-      bool right = finished(load_matrices(count, transposed, matrices.data(), out.data()));
+      Array<uint32_t> out(count * 32);
+      bool right = ran([&] { return load_matrices(count, transposed, matrices.data(), out.data()); });
       for (int i = 0; i < count * 32; ++i) {
         const int m = i / 32, r = i % 32 / 4, c = i % 4 * 2;
         const uint32_t low = matrices[m * 64 + (transposed ? c * 8 + r : r * 8 + c)];
@@ -55,7 +55,7 @@ void products_are_products() {
       for (int i = 0; i < 16 * 16; ++i) a[i] = bits(type, whole(i));
       for (int i = 0; i < 16 * 8; ++i) b[i] = bits(type, whole(i + 5));
       for (int i = 0; i < 16 * 8; ++i) d[i] = static_cast<float>(whole(i + 9));
-      bool right = finished(multiply(type, transposed, a.data(), b.data(), d.data()));
+      bool right = ran([&] { return multiply(type, transposed, a.data(), b.data(), d.data()); });
       for (int i = 0; i < 16 * 8; ++i) {
         int sum = whole(i + 9);
         for (int k = 0; k < 16; ++k)
@@ -72,7 +72,7 @@ void tf32_drops_thirteen_bits() {
   for (int i = 0; i < 16 * 8; ++i) a[i] = static_cast<float>(whole(i)) * (1.f + 0x1p-11f);  // the last part is dropped
   for (int i = 0; i < 8 * 8; ++i) b[i] = static_cast<float>(whole(i + 5));
   for (int i = 0; i < 16 * 8; ++i) d[i] = static_cast<float>(whole(i + 9));
-  bool right = finished(multiply_tf32(a.data(), b.data(), d.data()));
+  bool right = ran([&] { return multiply_tf32(a.data(), b.data(), d.data()); });
   for (int i = 0; i < 16 * 8; ++i) {
     int sum = whole(i + 9);
     for (int k = 0; k < 8; ++k) sum += whole(i / 8 * 8 + k) * whole(k * 8 + i % 8 + 5);
@@ -82,10 +82,11 @@ void tf32_drops_thirteen_bits() {
 }
 
 void copies_fill_with_zeros() {
-  Array<uint8_t> from(32 * 16), to(32 * 16);
+  Array<uint8_t> from(32 * 16);
   for (int i = 0; i < 32 * 16; ++i) from[i] = static_cast<uint8_t>(i % 255 + 1);
   for (const int size : {4, 8, 16}) {
-    bool right = finished(copy(size, from.data(), to.data()));
+    Array<uint8_t> to(32 * size);
+    bool right = ran([&] { return copy(size, from.data(), to.data()); });
     for (int i = 0; i < 32 * size; ++i) {
       const int lane = i / size, valid = lane % (size + 1);
       right = right && to[i] == (i % size < valid ? from[i] : 0);
@@ -104,7 +105,7 @@ void lanes_exchange() {
     most = x[l] > most ? x[l] : most;
     positive |= static_cast<unsigned>(x[l] > 0) << l;
   }
-  expect(finished(exchange(x.data(), out.data())), "exchange runs");
+  expect(ran([&] { return exchange(x.data(), out.data()); }), "exchange runs");
   for (int l = 0; l < 32; ++l) {
     const int first = l / 4 * 4;
     const int expected[kExchanges] = {x[l ^ 5],
