@@ -12,6 +12,8 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define PK_INLINE inline __attribute__((always_inline))
@@ -132,6 +134,20 @@ PK_INLINE void store_n(T* p, vf v, int64_t n) {
   T lanes[kLanes];
   store(lanes, v);
   __builtin_memcpy(p, lanes, n * sizeof(T));
+}
+
+// a b + c, rounded once wherever the instruction set can, never left to the compiler to fuse or not: for results whose
+// bits must not depend on the shape of the loop around them.
+PK_INLINE vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;  // no instruction to fuse them into
+#endif
 }
 
 // Lane i survives if bit i is set, else becomes +0 (whatever it was: a dropped NaN is gone).
