@@ -184,7 +184,7 @@ std::tuple<std::vector<Tensor>, Tensor> forward(const Tensor& x, const std::vect
   call.make_slices(true);
   const int64_t outputs = p.M * sum_of_N(p), base = p.base ? outputs * p.K : 0;
   const int64_t slices = lora_linear::stream_y_units(p);
-  call.run(call.kernels->shrink, lora_linear::row_units(p) * p.L, p.M * p.K * p.R);
+  call.run(call.kernels->shrink, lora_linear::row_units(p.M) * p.L, p.M * p.K * p.R);
   call.run(call.kernels->stream_y, slices, base);
   call.run(call.kernels->expand, lora_linear::member_units(p), outputs * p.R + (slices ? slices * outputs : base));
   for (size_t g = 0; !p.base && g < weight.size(); ++g) {
@@ -267,6 +267,19 @@ void set_outputs(Call& call, const std::vector<Tensor>& gradients, const std::ve
   }
 }
 
+// The pass over dy, a panel of rows at a time: the parts of ds need room for one panel only.
+void run_dy_panels(Call& call, int64_t N) {
+  Problem& p = call.problem;
+  const int64_t parts = lora_linear::ds_parts(p), panel = parts > 1 ? lora_linear::kPanelRows : p.M;
+  p.ds_part = p.ds && parts > 1 ? p.ds + p.M * p.R : p.ds;
+  for (p.panel0 = 0; p.panel0 < p.M; p.panel0 = p.panel1) {
+    p.panel1 = std::min(p.M, p.panel0 + panel);
+    const int64_t rows = p.panel1 - p.panel0;
+    call.run(call.kernels->dy_pass, lora_linear::member_units(p), 2 * N * rows * p.R);
+    if (p.ds_part != p.ds) call.run(call.kernels->sum_ds, lora_linear::row_units(rows), parts * rows * p.R);
+  }
+}
+
 // All gradients but the weights', which are a GEMM, and the base part of dx of many rows, which is another.
 void run_backward(Call& call) {
   Problem& p = call.problem;
@@ -277,17 +290,14 @@ void run_backward(Call& call) {
     any_dA = any_dA || adapter.dA;
   }
   const bool reads_x = p.dx || any_dA;
-  int64_t parts = 0;  // of ds
-  for (const Member& m : call.members) parts = std::max(parts, lora_linear::blocks(m.N));
   const int64_t sums = std::max(lora_linear::member_scratch(p), lora_linear::x_pass_scratch(p));
-  p.scratch = call.scratch(sums + (reads_x ? parts * p.M * p.R : 0));
+  p.scratch = call.scratch(sums + (reads_x ? lora_linear::ds_scratch(p) : 0));
   if (reads_x) p.ds = p.scratch + sums;
 
   const Kernels& kernels = *call.kernels;
   const int64_t N = sum_of_N(p), low_rank = p.M * p.R;
-  if (reads_x || reads_dy) call.run(kernels.dy_pass, lora_linear::member_units(p), 2 * N * low_rank);
+  if (reads_x || reads_dy) run_dy_panels(call, N);
   if (!reads_x) return;
-  if (parts > 1) call.run(kernels.sum_ds, lora_linear::row_units(p), parts * low_rank);
   if (p.dx) call.make_slices(false);
   const int64_t base = p.base && p.dx ? p.M * N * p.K : 0;
   const int64_t slices = lora_linear::stream_dx_units(p);

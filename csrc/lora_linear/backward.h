@@ -16,7 +16,8 @@ void store_ds_part(const Problem& p, const Adapter& adapter, const T* dy, int64_
   for (int64_t i = 0; i < rows; ++i) fill(part[i], adapter.R, vf{});
   const F* b = static_cast<const F*>(adapter.B) + n0 * adapter.R;
   outer_rows(part[0], kPart, rows, adapter.R, dy, dy_stride, b, adapter.R, cols);
-  float* ds = p.ds + (n0 / kBlock * p.M + row0) * p.R + adapter.rank0;
+  const int64_t panel_rows = p.panel1 - p.panel0;
+  float* ds = p.ds_part + (n0 / kBlock * panel_rows + row0 - p.panel0) * p.R + adapter.rank0;
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t r = 0; r < adapter.R; r += kLanes) {
       store_n(ds + i * p.R + r, load(part[i] + r) * scaling(adapter), adapter.R - r);
@@ -38,64 +39,58 @@ void store_row(To* out, const float* row, int64_t cols, float scale) {
   for (int64_t j = 0; j < cols; j += kLanes) store_n(out + j, load(row + j) * scale, cols - j);
 }
 
-// One pass over dy in columns n0 ... n0 + kBlock of member g, kRowBlock rows at a time while they are in L1:
-//   the block's part of ds;  dB = dy^T h  (h carries s);  bias gradients, sums over the rows.
-// db_t: room for dB^T of the member's adapters, [R_g][kPitch].
+// One pass over dy in the rows of the panel and columns n0 ... n0 + kBlock of member g, kRowBlock rows at a time while
+// they are in L1: the block's part of ds;  dB = dy^T h  (h carries s);  bias gradients, sums over the rows.
+// sums: room for the sums of dy's columns and dB^T of the member's adapters, [1 + R_g][kPitch], kept between panels.
 template <class T, class F>
-void dy_pass_unit(const Problem& p, int64_t g, int64_t n0, float* db_t) {
+void dy_pass_unit(const Problem& p, int64_t g, int64_t n0, float* sums) {
   const Member& member = p.member[g];
   const int64_t cols = min(kBlock, member.N - n0), stride = member.dy_stride;
+  float* const db_t = sums + kPitch;
   bool wants_sums = member.dbias;
-  for (int64_t l = 0; l < p.L; ++l) wants_sums = wants_sums || (p.adapter[l].member == g && p.adapter[l].dbias);
-  float sums[kPitch];
-  fill(sums, cols, vf{});
-  fill(db_t, member.R * kPitch, vf{});
-  for (int64_t row0 = 0; row0 < p.M; row0 += kRowBlock) {
-    const int64_t rows = min(kRowBlock, p.M - row0);
+  each_adapter(p, g, db_t, [&](const Adapter& adapter, float*) { wants_sums = wants_sums || adapter.dbias; });
+  if (p.panel0 == 0) fill(sums, (1 + member.R) * kPitch, vf{});
+  for (int64_t row0 = p.panel0; row0 < p.panel1; row0 += kRowBlock) {
+    const int64_t rows = min(kRowBlock, p.panel1 - row0);
     const T* dy = static_cast<const T*>(member.dy) + row0 * stride + n0;
-    prefetch_rows(dy + rows * stride, min(kRowBlock, p.M - row0 - rows), cols, stride);
-    float* rank_rows = db_t;
-    for (int64_t l = 0; l < p.L; ++l) {
-      const Adapter& adapter = p.adapter[l];
-      if (adapter.member != g) continue;
+    prefetch_rows(dy + rows * stride, min(kRowBlock, p.panel1 - row0 - rows), cols, stride);
+    each_adapter(p, g, db_t, [&](const Adapter& adapter, float* rank_rows) {
       if (p.ds) store_ds_part<T, F>(p, adapter, dy, stride, n0, cols, row0, rows);
       if (adapter.dB) {
         const float* h = static_cast<const float*>(p.h) + row0 * p.R + adapter.rank0;
         outer<false>(rank_rows, kPitch, adapter.R, cols, h, p.R, 1, dy, stride, rows);
       }
-      rank_rows += adapter.R * kPitch;
-    }
+    });
     if (wants_sums) add_rows(sums, dy, rows, stride, cols);
   }
-  for (int64_t l = 0; l < p.L; ++l) {
-    const Adapter& adapter = p.adapter[l];
-    if (adapter.member != g) continue;
+  if (p.panel1 < p.M) return;
+  each_adapter(p, g, db_t, [&](const Adapter& adapter, const float* rank_rows) {
     if (adapter.dB) {
-      transpose(db_t, kPitch, adapter.R, cols, static_cast<F*>(adapter.dB) + n0 * adapter.R, adapter.R);
+      transpose(rank_rows, kPitch, adapter.R, cols, static_cast<F*>(adapter.dB) + n0 * adapter.R, adapter.R);
     }
     if (adapter.dbias) store_row(static_cast<F*>(adapter.dbias) + n0, sums, cols, scaling(adapter));
-    db_t += adapter.R * kPitch;
-  }
+  });
   if (member.dbias) store_row(static_cast<T*>(member.dbias) + n0, sums, cols, 1.f);
 }
 
 template <class T, class F>
 void dy_pass(const Problem& p, int64_t begin, int64_t end) {
   each_member_unit(p, begin, end,
-                   [&](int64_t g, int64_t block, float* db_t) { dy_pass_unit<T, F>(p, g, block * kBlock, db_t); });
+                   [&](int64_t g, int64_t block, float* sums) { dy_pass_unit<T, F>(p, g, block * kBlock, sums); });
 }
 
-// ds of rows = the sum of the blocks' parts, in order.
+// ds of the panel's rows = the sum of the blocks' parts, in order.
 static void sum_ds(const Problem& p, int64_t begin, int64_t end) {
-  const int64_t first = begin * kRowBlock, last = min(end * kRowBlock, p.M);
+  const int64_t first = begin * kRowBlock, panel_rows = p.panel1 - p.panel0, last = min(end * kRowBlock, panel_rows);
   for (int64_t l = 0; l < p.L; ++l) {
     const Adapter& adapter = p.adapter[l];
     for (int64_t row = first; row < last; ++row) {
-      float* ds = p.ds + row * p.R + adapter.rank0;
+      const float* part = p.ds_part + row * p.R + adapter.rank0;
+      float* ds = p.ds + (p.panel0 + row) * p.R + adapter.rank0;
       for (int64_t r = 0; r < adapter.R; r += kLanes) {
-        vf sum = load_n(ds + r, adapter.R - r);
+        vf sum = load_n(part + r, adapter.R - r);
         for (int64_t block = 1; block < blocks(p.member[adapter.member].N); ++block) {
-          sum += load_n(ds + block * p.M * p.R + r, adapter.R - r);
+          sum += load_n(part + block * panel_rows * p.R + r, adapter.R - r);
         }
         store_n(ds + r, sum, adapter.R - r);
       }

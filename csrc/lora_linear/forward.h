@@ -58,10 +58,10 @@ void bias_row(float* row, const Problem& p, int64_t g, int64_t n0, int64_t cols)
   const T* bias = static_cast<const T*>(p.member[g].bias);
   for (int64_t j = 0; j < cols; j += kLanes) {
     vf sum = bias ? load_n(bias + n0 + j, cols - j) : vf{};
-    for (int64_t l = 0; l < p.L; ++l) {
-      const F* lora_bias = static_cast<const F*>(p.adapter[l].bias);
-      if (p.adapter[l].member == g && lora_bias) sum += load_n(lora_bias + n0 + j, cols - j) * scaling(p.adapter[l]);
-    }
+    each_adapter(p, g, nullptr, [&](const Adapter& adapter, float*) {
+      const F* lora_bias = static_cast<const F*>(adapter.bias);
+      if (lora_bias) sum += load_n(lora_bias + n0 + j, cols - j) * scaling(adapter);
+    });
     store(row + j, sum);
   }
 }
@@ -74,27 +74,19 @@ void expand_unit(const Problem& p, int64_t g, int64_t n0, float* b_t) {
   const int64_t cols = min(kBlock, member.N - n0);
   float bias[kPitch];
   bias_row<T, F>(bias, p, g, n0, cols);
-  float* block = b_t;
-  for (int64_t l = 0; l < p.L; ++l) {
-    const Adapter& adapter = p.adapter[l];
-    if (adapter.member != g) continue;
-    transpose(static_cast<const F*>(adapter.B) + n0 * adapter.R, adapter.R, cols, adapter.R, block, kPitch);
-    block += adapter.R * kPitch;
-  }
+  each_adapter(p, g, b_t, [&](const Adapter& adapter, float* rank_rows) {
+    transpose(static_cast<const F*>(adapter.B) + n0 * adapter.R, adapter.R, cols, adapter.R, rank_rows, kPitch);
+  });
   for (int64_t row0 = 0; row0 < p.M; row0 += kRowBlock) {
     const int64_t rows = min(kRowBlock, p.M - row0);
     Tile tile;
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < cols; j += kLanes) store(tile.at[i] + j, load(bias + j));
     }
-    block = b_t;
-    for (int64_t l = 0; l < p.L; ++l) {
-      const Adapter& adapter = p.adapter[l];
-      if (adapter.member != g) continue;
+    each_adapter(p, g, b_t, [&](const Adapter& adapter, const float* rank_rows) {
       const float* h = static_cast<const float*>(p.h) + row0 * p.R + adapter.rank0;
-      outer<false>(tile.at[0], kPitch, rows, cols, h, 1, p.R, block, kPitch, adapter.R);
-      block += adapter.R * kPitch;
-    }
+      outer<false>(tile.at[0], kPitch, rows, cols, h, 1, p.R, rank_rows, kPitch, adapter.R);
+    });
     if (p.base) {
       const T* x = static_cast<const T*>(p.x) + row0 * p.x_stride;
       const T* w = static_cast<const T*>(member.weight) + n0 * member.weight_n;

@@ -19,6 +19,7 @@ constexpr int64_t kBlock = 256;          // columns of y, dy, x or dx in one uni
 constexpr int64_t kRowBlock = 16;        // rows at a time inside a unit; rows of one unit of the shrink
 constexpr int64_t kFewRows = 16;         // the most rows that stream W instead of calling a GEMM
 constexpr int64_t kPitch = kBlock + 16;  // floats from row to row of a tile: off the powers of two, which thrash L1
+constexpr int64_t kPanelRows = 2048;     // rows whose parts of ds are held at a time: 4 ceil(N / kBlock) R bytes each
 
 constexpr int64_t blocks(int64_t columns) {
   return (columns + kBlock - 1) / kBlock;
@@ -71,11 +72,13 @@ struct Problem {
   const Adapter* adapter;  // [L]
   const void* x;           // [M, K], rows x_stride apart
   int64_t x_stride;
-  void* h;         // [M, R] = s drop(x) A^T, side by side; fp32 (fp64 for fp64)
-  float* ds;       // [units of a member][M, R]: parts of s dy B, then their sum in the first
-  void* dx;        // [M, K] or null
-  bool base;       // few rows: the kernels add x W^T to y, or dy W to dx
-  float* scratch;  // member_scratch(), or x_pass_scratch() floats if that is more
+  void* h;                 // [M, R] = s drop(x) A^T, side by side; fp32 (fp64 for fp64)
+  float* ds;               // [M, R] = s dy B, or null: not wanted
+  float* ds_part;          // [units of a member][panel rows, R]: parts of the panel's ds
+  int64_t panel0, panel1;  // rows of the dy pass and of the sum of ds that follows it
+  void* dx;                // [M, K] or null
+  bool base;               // few rows: the kernels add x W^T to y, or dy W to dx
+  float* scratch;          // member_scratch(), or x_pass_scratch() floats if that is more
 };
 
 // A range of units [begin, end) of one phase.
@@ -85,8 +88,8 @@ struct Kernels {
   Phase shrink;     // unit: kRowBlock rows and one adapter         -> h
   Phase stream_y;   // unit: a slice of x W^T of one member          -> its sums
   Phase expand;     // unit: kBlock columns of one member           -> y, with the base if few rows
-  Phase dy_pass;    // unit: kBlock columns of one member           -> ds (a part per unit), dB, bias gradients
-  Phase sum_ds;     // unit: kRowBlock rows                         -> ds, parts added in order
+  Phase dy_pass;    // unit: kBlock columns of one member           -> the panel's ds (a part per unit), dB, bias sums
+  Phase sum_ds;     // unit: kRowBlock rows of the panel            -> ds, parts added in order
   Phase stream_dx;  // unit: a slice of dy W of one member           -> its sums
   Phase x_pass;     // unit: kBlock columns of x                    -> dx, with the base if few rows, and dA
 };
@@ -122,15 +125,26 @@ inline int64_t stream_dx_units(const Problem& p) {
   for (int64_t g = 0; g < p.G; ++g) units += p.member[g].streamed ? slices(p.member[g].N) : 0;
   return units;
 }
-inline int64_t row_units(const Problem& p) {
-  return (p.M + kRowBlock - 1) / kRowBlock;
+inline int64_t row_units(int64_t rows) {
+  return (rows + kRowBlock - 1) / kRowBlock;
 }
 
-// Per member unit: B^T of its adapters, [R_g][kPitch]; in the backward dB^T, of the same size.
+// Per member unit: B^T of its adapters, [R_g][kPitch]; in the backward dB^T and the sums of dy's columns, which grow
+// from panel to panel.
 inline int64_t member_scratch(const Problem& p) {
   int64_t floats = 0;
-  for (int64_t g = 0; g < p.G; ++g) floats += blocks(p.member[g].N) * p.member[g].R * kPitch;
+  for (int64_t g = 0; g < p.G; ++g) floats += blocks(p.member[g].N) * (p.member[g].R + 1) * kPitch;
   return floats;
+}
+// ds, and its parts for one panel where there is more than one.
+inline int64_t ds_parts(const Problem& p) {
+  int64_t parts = 1;
+  for (int64_t g = 0; g < p.G; ++g) parts = blocks(p.member[g].N) > parts ? blocks(p.member[g].N) : parts;
+  return parts;
+}
+inline int64_t ds_scratch(const Problem& p) {
+  const int64_t panel = p.M < kPanelRows ? p.M : kPanelRows;
+  return (p.M + (ds_parts(p) > 1 ? ds_parts(p) * panel : 0)) * p.R;
 }
 // Per unit of the x pass: dA, [R][kPitch].
 inline int64_t x_pass_scratch(const Problem& p) {

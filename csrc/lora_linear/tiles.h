@@ -94,6 +94,16 @@ PK_INLINE void add_slices(Tile& tile, int64_t rows, int64_t cols, const float* s
   }
 }
 
+// Calls f(adapter, its rank rows in the block's scratch) for the adapters of a member.
+template <class F>
+PK_INLINE void each_adapter(const Problem& p, int64_t g, float* rank_rows, F f) {
+  for (int64_t l = 0; l < p.L; ++l) {
+    if (p.adapter[l].member != g) continue;
+    f(p.adapter[l], rank_rows);
+    rank_rows += p.adapter[l].R * kPitch;
+  }
+}
+
 // Calls f(member, block of its columns, scratch of the block) for the units [begin, end).
 template <class F>
 PK_INLINE void each_member_unit(const Problem& p, int64_t begin, int64_t end, F f) {
@@ -102,7 +112,7 @@ PK_INLINE void each_member_unit(const Problem& p, int64_t begin, int64_t end, F 
   for (int64_t g = 0; g < p.G; ++g) {
     for (int64_t block = 0; block < blocks(p.member[g].N); ++block, ++unit) {
       if (unit >= begin && unit < end) f(g, block, scratch);
-      scratch += p.member[g].R * kPitch;
+      scratch += (p.member[g].R + 1) * kPitch;
     }
   }
 }

@@ -20,8 +20,8 @@ Plan plan(int64_t M, int64_t N, int64_t K, int64_t R, int64_t dtype_size) {
   if (dtype_size == 8) return {"loops", kBlock, kRowBlock, {{"loops", 1}}, {{"loops", 1}}, 0, 0};
   const bool fused = M <= kFewRows;
   Plan plan{fused ? "fused" : "gemm", kBlock, kRowBlock, {}, {}, 0, 0};
-  plan.forward = {{"shrink", row_units(p) * p.L}, {"expand", member_units(p)}};
-  plan.backward = {{"dy_pass", member_units(p)}, {"sum_ds", row_units(p)}, {"x_pass", blocks(K)}};
+  plan.forward = {{"shrink", row_units(M) * p.L}, {"expand", member_units(p)}};
+  plan.backward = {{"dy_pass", member_units(p)}, {"sum_ds", row_units(M)}, {"x_pass", blocks(K)}};
   if (blocks(N) == 1) plan.backward.erase(plan.backward.begin() + 1);  // one part of ds is its own sum
   const int64_t slices_of_dx = fused && K > 1 ? slices(N) : 0;         // dy W sums across the rows of W
   if (slices_of_dx) plan.backward.insert(plan.backward.end() - 1, {"stream_dx", slices_of_dx});
@@ -29,10 +29,9 @@ Plan plan(int64_t M, int64_t N, int64_t K, int64_t R, int64_t dtype_size) {
     plan.forward.push_back({"gemm", 1});
     plan.backward.push_back({"gemm", 1});
   }
-  const int64_t parts_of_ds = blocks(N) * M * R;
   plan.forward_scratch = sizeof(float) * member_scratch(p);
   plan.backward_scratch =
-      sizeof(float) * (std::max(member_scratch(p), x_pass_scratch(p)) + parts_of_ds + slices_of_dx * M * pitch(K));
+      sizeof(float) * (std::max(member_scratch(p), x_pass_scratch(p)) + ds_scratch(p) + slices_of_dx * M * pitch(K));
   return plan;
 }
 

@@ -2,6 +2,7 @@
 // few and many rows, both layouts of W, dropout, two adapters on one member; and Philox's known answers.
 #include "lora_linear/lora_linear.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -148,20 +149,25 @@ struct Bench {
     problem.base = c.M <= kFewRows;
     h.resize(c.M * problem.R);
     problem.h = h.data();
-    ds.resize(blocks(c.N) * c.M * problem.R);
+    ds.resize(ds_scratch(problem));
     problem.ds = ds.data();
+    problem.ds_part = ds_parts(problem) > 1 ? problem.ds + c.M * problem.R : problem.ds;
     scratch.resize(member_scratch(problem) + x_pass_scratch(problem));
     problem.scratch = scratch.data();
   }
 
   void run(const Case& c) {
     const Kernels& k = *kernels(c.type, c.factors);
-    k.shrink(problem, 0, row_units(problem) * problem.L);
+    k.shrink(problem, 0, row_units(c.M) * problem.L);
     make_slices(problem.base && member.weight_k != 1, c.K, c.N);
     k.stream_y(problem, 0, stream_y_units(problem));
     k.expand(problem, 0, member_units(problem));
-    k.dy_pass(problem, 0, member_units(problem));
-    k.sum_ds(problem, 0, row_units(problem));
+    const int64_t panel = ds_parts(problem) > 1 ? 2 * kRowBlock : c.M;  // small, so that there are several
+    for (problem.panel0 = 0; problem.panel0 < c.M; problem.panel0 = problem.panel1) {
+      problem.panel1 = std::min(c.M, problem.panel0 + panel);
+      k.dy_pass(problem, 0, member_units(problem));
+      if (problem.ds_part != problem.ds) k.sum_ds(problem, 0, row_units(problem.panel1 - problem.panel0));
+    }
     make_slices(problem.base && member.weight_n != 1, c.N, c.K);
     k.stream_dx(problem, 0, stream_dx_units(problem));
     k.x_pass(problem, 0, blocks(c.K));
@@ -312,8 +318,8 @@ void test_kernels() {
                                    {D::kBFloat16, D::kFloat32}};
   struct {
     int64_t M, K, N, R;
-  } const sizes[] = {{1, 1, 1, 1},     {1, 70, 300, 8},  {3, 33, 35, 16},  {5, 300, 67, 3},
-                     {16, 67, 31, 17}, {17, 40, 270, 5}, {37, 131, 70, 9}, {16, 1100, 24, 4}};
+  } const sizes[] = {{1, 1, 1, 1},     {1, 70, 300, 8},  {3, 33, 35, 16},   {5, 300, 67, 3}, {16, 67, 31, 17},
+                     {17, 40, 270, 5}, {37, 131, 70, 9}, {16, 1100, 24, 4}, {67, 35, 300, 3}};
   for (const auto& [type, factors] : pairs) {
     for (const auto& s : sizes) {
       for (double p : {0.0, 0.3}) {

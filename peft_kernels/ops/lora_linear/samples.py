@@ -49,8 +49,8 @@ def problem(
     }
 
 
-def _plain(id: str, why: str, dtypes=PAIRS, **sizes) -> Sample:
-    return Sample(id, why, lambda device, dtype, factor: problem(device, dtype, factor, **sizes), dtypes)
+def _plain(id: str, why: str, dtypes=PAIRS, busy=False, **sizes) -> Sample:
+    return Sample(id, why, lambda device, dtype, factor: problem(device, dtype, factor, **sizes), dtypes, busy)
 
 
 def _changed(id: str, why: str, change, dtypes=PAIRS, **sizes) -> Sample:
@@ -81,6 +81,7 @@ def _strided_weight(arguments):
 def samples() -> list[Sample]:
     """About twenty, each for an edge that has broken a kernel somewhere."""
     qkv = dict(N=(64, 16, 16), ranks=((8,), (2,), (5,)))
+    wide = dict(K=1000, N=(1024, 300), ranks=((16, 3), (8,)), p=0.1, biased=True)
     return [
         _plain("ones", "every size is 1", rows=(1,), K=1, N=(1,), ranks=((1,),)),
         _plain("aligned", "every size fills whole tiles", rows=(64,), K=128, N=(256,), ranks=((16,),)),
@@ -114,6 +115,8 @@ def samples() -> list[Sample]:
         _plain("group-frozen", "a member without an adapter", rows=(21,), N=(24, 40, 24), ranks=((3,), (), (5,))),
         _plain("stacked", "two active adapters on one layer", rows=(21,), ranks=((3, 6),), p=0.2, lora_biased=True),
         _plain("factors", "16-bit factors of another type", ODD_PAIRS, rows=(21,), K=67, N=(40,), ranks=((6,),), p=0.1),
+        _plain("busy-row", "few rows, work for several threads", ((BF16, BF16),), busy=True, rows=(16,), **wide),
+        _plain("busy", "a GEMM, work for several threads", ((BF16, BF16),), busy=True, rows=(200,), **wide),
     ]
 
 
