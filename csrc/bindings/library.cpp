@@ -2,6 +2,7 @@
 // the schemas first and then binds the kernels of a device under a namespace of its choice.
 #include <cstring>
 
+#include "bindings/batched_lora.h"
 #include "bindings/lora_linear.h"
 #include "common/instruction_set.h"
 
@@ -14,6 +15,7 @@ PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
   // Registrations last as long as this object: until the process ends.
   auto* library = new StableLibrary(StableLibrary::Kind::IMPL, ns, device, __FILE__, __LINE__);
   pk::bind_lora_linear_cpu(*library);
+  pk::bind_batched_lora_pool_cpu(*library);
 }
 
 // The instruction set that the CPU kernels use: "default", "avx2", "avx512" or "avx512_bf16".

@@ -1,5 +1,6 @@
 """The op families. Importing one registers it; nothing else happens here."""
 
+from peft_kernels.ops import batched_lora  # noqa: F401
 from peft_kernels.ops.common.dropout import lora_dropout_mask, new_seed
 from peft_kernels.ops.lora_linear import lora_linear, lora_linear_group
 

@@ -1,0 +1,3 @@
+"""batched_lora: many LoRA adapters in one batch, each row with its own."""
+
+from peft_kernels.ops.batched_lora import pooled  # noqa: F401
