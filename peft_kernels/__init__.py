@@ -5,7 +5,14 @@ report = peft_kernels.patch(model)      # the PEFT model that is there trains an
 """
 
 from peft_kernels import backends, registry
-from peft_kernels.ops import lora_dropout_mask, lora_linear, lora_linear_group, new_seed
+from peft_kernels.ops import (
+    batched_lora,
+    batched_lora_route,
+    lora_dropout_mask,
+    lora_linear,
+    lora_linear_group,
+    new_seed,
+)
 
 registry.link()
 
@@ -14,6 +21,8 @@ __all__ = [
     "PatchReport",
     "PeftKernelsCallback",
     "backends",
+    "batched_lora",
+    "batched_lora_route",
     "lora_dropout_mask",
     "lora_linear",
     "lora_linear_group",
