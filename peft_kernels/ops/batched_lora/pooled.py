@@ -11,6 +11,7 @@ from peft_kernels.ops.batched_lora import pooled_reference
 from peft_kernels.ops.batched_lora.pooled_reference import PAGE, tiles
 from peft_kernels.ops.batched_lora.pooled_samples import bad_inputs, evaluate, samples
 from peft_kernels.ops.batched_lora.route import length
+from peft_kernels.ops.common.projections import FLOATS, check_tensor, require
 from peft_kernels.registry import Cost, Function, Op, register
 
 NAME = "batched_lora_"
@@ -18,27 +19,13 @@ SCHEMA = (
     "(Tensor(a!)[] y, Tensor x, Tensor route, Tensor pages_in, Tensor[] pages_out, Tensor[] table, Tensor[] scaling)"
     " -> ()"
 )
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 # -- check ------------------------------------------------------------------------------------------------------------
 
 
-def _require(condition: bool, text: str, error: type[Exception] = ValueError) -> None:
-    if not condition:
-        raise error(f"{NAME}: {text}")
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _check_tensor(name: str, tensor: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...], rule: str) -> None:
-    """Type, layout, dtype and device of one tensor; `rule` names the dtypes allowed."""
-    _require(isinstance(tensor, Tensor), f"{name} must be a Tensor, got {type(tensor).__name__}", TypeError)
-    _require(tensor.layout is torch.strided, f"{name} must be a dense (strided) tensor, got {tensor.layout}", TypeError)
-    _require(tensor.dtype in dtypes, f"{name} must have dtype {rule}, got {_name(tensor.dtype)}", TypeError)
-    _require(tensor.device == x.device, f"{name} must be on x's device {x.device}, got {tensor.device}", TypeError)
 
 
 def _unit_stride(matrix: Tensor) -> bool:
@@ -46,7 +33,8 @@ def _unit_stride(matrix: Tensor) -> bool:
 
 
 def _check_pages(name: str, pages: Tensor, width: int, words: str) -> None:
-    _require(
+    require(
+        NAME,
         pages.dim() == 3 and pages.shape[1:] == (PAGE, width) and pages.is_contiguous(),
         f"{name} must be contiguous, of shape [pages, {PAGE}, {words}={width}], got {list(pages.shape)}",
     )
@@ -55,28 +43,32 @@ def _check_pages(name: str, pages: Tensor, width: int, words: str) -> None:
 def _check_slice(g: int, y, x, pages_in, pages_out, table, scaling, slots) -> None:
     """One y and what is added to it."""
     M = x.shape[0]
-    _check_tensor(f"y[{g}]", y, x, (x.dtype,), f"{_name(x.dtype)}, as x")
-    _require(
+    check_tensor(NAME, f"y[{g}]", y, x, (x.dtype,), f"{_name(x.dtype)}, as x")
+    require(
+        NAME,
         y.dim() == 2 and y.shape[0] == M and y.shape[1] >= 1,
         f"y[{g}] must have shape [M={M}, out_features], got {list(y.shape)}",
     )
-    _require(
+    require(
+        NAME,
         _unit_stride(y) and (M <= 1 or y.stride(0) >= y.shape[1]),
         f"y[{g}] must have unit stride along out_features and rows that do not overlap, got strides {list(y.stride())}",
     )
     name = f"pages_out[{g}]"
-    _check_tensor(name, pages_out, x, (pages_in.dtype,), f"{_name(pages_in.dtype)}, as pages_in")
+    check_tensor(NAME, name, pages_out, x, (pages_in.dtype,), f"{_name(pages_in.dtype)}, as pages_in")
     _check_pages(name, pages_out, y.shape[1], "out_features")
-    _check_tensor(f"table[{g}]", table, x, (torch.int32,), "int32")
-    _require(
+    check_tensor(NAME, f"table[{g}]", table, x, (torch.int32,), "int32")
+    require(
+        NAME,
         table.dim() == 2 and table.shape[0] == slots and table.shape[1] >= 4 and table.shape[1] % 2 == 0
         and table.is_contiguous(),
         f"table[{g}] must be contiguous, of shape [slots, 2 + 2 T], T >= 1, slots as in table[0], "
         f"got {list(table.shape)}",
     )  # fmt: skip
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    _check_tensor(f"scaling[{g}]", scaling, x, (wide,), _name(wide))
-    _require(
+    check_tensor(NAME, f"scaling[{g}]", scaling, x, (wide,), _name(wide))
+    require(
+        NAME,
         scaling.dim() == 1 and scaling.shape[0] == slots and scaling.is_contiguous(),
         f"scaling[{g}] must be contiguous, of shape [slots={slots}], got {list(scaling.shape)}",
     )
@@ -85,23 +77,24 @@ def _check_slice(g: int, y, x, pages_in, pages_out, table, scaling, slots) -> No
 def check(y, x, route, pages_in, pages_out, table, scaling) -> None:
     """Refuses what the op cannot take, in words. The C++ bindings repeat the rules and the texts, and check the numbers
     inside route and table too, where they lie on the CPU."""
-    _check_tensor("x", x, x, FLOATS, "float32, float16, bfloat16 or float64")
-    _require(x.dim() == 2 and x.shape[1] >= 1, f"x must have shape [M, in_features], got {list(x.shape)}")
-    _require(_unit_stride(x), f"x must have unit stride along in_features, got stride {x.stride(1)}")
-    _require(len(y) >= 1, "y must name at least one output, got none")
+    check_tensor(NAME, "x", x, x, FLOATS, "float32, float16, bfloat16 or float64")
+    require(NAME, x.dim() == 2 and x.shape[1] >= 1, f"x must have shape [M, in_features], got {list(x.shape)}")
+    require(NAME, _unit_stride(x), f"x must have unit stride along in_features, got stride {x.stride(1)}")
+    require(NAME, len(y) >= 1, "y must name at least one output, got none")
     for name, entries in {"pages_out": pages_out, "table": table, "scaling": scaling}.items():
-        _require(len(entries) == len(y), f"{name} must have one entry per y ({len(y)}), got {len(entries)}")
+        require(NAME, len(entries) == len(y), f"{name} must have one entry per y ({len(y)}), got {len(entries)}")
     M, K = x.shape
     rule = f"{_name(x.dtype)}, as x" + ("" if x.dtype is torch.float64 else ", or float32")
     allowed = (x.dtype,) if x.dtype is torch.float64 else (x.dtype, torch.float32)
-    _check_tensor("pages_in", pages_in, x, allowed, rule)
+    check_tensor(NAME, "pages_in", pages_in, x, allowed, rule)
     _check_pages("pages_in", pages_in, K, "in_features")
     slots = table[0].shape[0] if table[0].dim() else 0
     for g, slice in enumerate(zip(y, pages_out, table, scaling, strict=True)):
         _check_slice(g, slice[0], x, pages_in, *slice[1:], slots)
-    _check_tensor("route", route, x, (torch.int32,), "int32")
+    check_tensor(NAME, "route", route, x, (torch.int32,), "int32")
     size = length(M, slots)
-    _require(
+    require(
+        NAME,
         tuple(route.shape) == (size,) and route.is_contiguous(),
         f"route must be contiguous, of shape [{size}] for M={M} and adapters={slots}, got {list(route.shape)}",
     )
