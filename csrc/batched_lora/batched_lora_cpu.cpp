@@ -7,13 +7,10 @@ namespace {
 template <class T, class F>
 void shrink(const Problem& p, int64_t begin, int64_t end) {
   const Piece* piece = piece_of(p, begin, &Piece::shrink);
-  int64_t q = (begin - piece->shrink) / p.parts, part = (begin - piece->shrink) % p.parts;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const Piece& now = *piece;
-    const int64_t now_q = q, now_part = part;
-    if (++part == p.parts) part = 0, ++q;
-    if (q == now.pages()) q = 0, ++piece;
-    shrink_unit<T, F>(p, now, now_q, now_part, unit + 1 < end ? first_of_A<F>(p, *piece, q, part) : Ahead<F>{});
+    while (unit >= piece->shrink + piece->pages() * p.parts) ++piece;
+    const int64_t within = unit - piece->shrink;
+    shrink_unit<T, F>(p, *piece, within / p.parts, within % p.parts);
   }
 }
 
@@ -24,13 +21,9 @@ void sum(const Problem& p, int64_t begin, int64_t end) {
 template <class T, class F>
 void expand(const Problem& p, int64_t begin, int64_t end) {
   const Piece* piece = piece_of(p, begin, &Piece::expand);
-  int64_t n0 = (begin - piece->expand) * kBlock;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const Piece& now = *piece;
-    const int64_t now_n0 = n0;
-    n0 += kBlock;
-    if (n0 >= p.slice[now.slice].N) n0 = 0, ++piece;
-    expand_unit<T, F>(p, now, now_n0, unit + 1 < end ? first_of_B<F>(p, *piece, 0, n0) : Ahead<F>{});
+    while ((unit - piece->expand) * piece->block >= p.slice[piece->slice].N) ++piece;
+    expand_unit<T, F>(p, *piece, (unit - piece->expand) * piece->block);
   }
 }
 

@@ -29,30 +29,15 @@ PK_INLINE const F* page(const void* pages, int64_t number, int64_t width) {
   return static_cast<const F*>(pages) + number * kPageRows * width;
 }
 
-// What is read next: `rows` rows that are `pitch` elements apart. It is fetched while the rows before it are worked on:
-// the factors of a batch of many adapters come from memory, in runs too short for the processor to see where they lead.
-template <class F>
-struct Ahead {
-  const F* at;
-  int64_t rows, pitch;
-
-  static constexpr int64_t kLine = 64 / sizeof(F);
-  PK_INLINE void fetch(int64_t column) const {
-    for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(at + r * pitch + column);
-  }
-};
-
 // sums[i * NJ + j] = sum_k x[i][k] a[j][k], k < n.
 template <int MI, int NJ, class T, class F>
-PK_INLINE void chunk_tile(const T* const* x, const F* a, int64_t lda, int64_t n, const Ahead<F>& ahead,
-                          float (&sums)[MI * NJ]) {
+PK_INLINE void chunk_tile(const T* const* x, const F* a, int64_t lda, int64_t n, float (&sums)[MI * NJ]) {
   vf acc[MI * NJ] = {};
-  int64_t k = 0, fetched = ahead.rows ? 0 : n;  // columns of what is ahead
+  int64_t k = 0;
 #if defined(__AVX512BF16__)
   if constexpr (kPairs<T, F>) {
     for (; k < n; k += 32) {
       const __mmask32 within = n - k >= 32 ? ~0u : (1u << (n - k)) - 1;
-      if (k == fetched) ahead.fetch(k), fetched += ahead.kLine;
       __m512bh b[NJ];
       PK_UNROLL
       for (int j = 0; j < NJ; ++j) b[j] = (__m512bh)_mm512_maskz_loadu_epi16(within, a + j * lda + k);
@@ -77,7 +62,6 @@ PK_INLINE void chunk_tile(const T* const* x, const F* a, int64_t lda, int64_t n,
     }
   };
   for (; k + kLanes <= n; k += kLanes) {
-    if (k == fetched) ahead.fetch(k), fetched += ahead.kLine;
     step([](const auto* p) __attribute__((always_inline)) { return load(p); });
   }
   if (k < n) step([&](const auto* p) __attribute__((always_inline)) { return load_n(p, n - k); });
@@ -93,13 +77,12 @@ PK_INLINE void chunk_tile(const T* const* x, const F* a, int64_t lda, int64_t n,
 // h[i * ldh + j] += sum over k < n <= kChunk of x[i][k] a[j][k], i < rows, j < ranks <= kPageRows.
 template <class T, class F>
 __attribute__((noinline)) void add_chunk(float* h, int64_t ldh, const T* const* x, int64_t rows, const F* a,
-                                         int64_t lda, int64_t ranks, int64_t n, Ahead<F> ahead) {
+                                         int64_t lda, int64_t ranks, int64_t n) {
   constexpr int kMost = kLanes == 16 ? 16 : 8;  // accumulators: half of the registers
   const auto tile = [&](auto mi, auto nj, int64_t i0, int64_t j0) __attribute__((always_inline)) {
     constexpr int MI = decltype(mi)::value, NJ = decltype(nj)::value;
     float sums[MI * NJ];
-    chunk_tile<MI, NJ>(x + i0, a + j0 * lda, lda, n, ahead, sums);
-    ahead.rows = 0;
+    chunk_tile<MI, NJ>(x + i0, a + j0 * lda, lda, n, sums);
     PK_UNROLL
     for (int i = 0; i < MI; ++i) {
       PK_UNROLL
@@ -136,20 +119,10 @@ __attribute__((noinline)) void add_chunk(float* h, int64_t ldh, const T* const* 
   }
 }
 
-PK_INLINE int64_t ranks_of(const Piece& piece, int64_t q) {
-  return min(kPageRows, piece.rank - q * kPageRows);
-}
-
-// Where unit (page q, chunk `part`) of a piece begins to read A.
-template <class F>
-PK_INLINE Ahead<F> first_of_A(const Problem& p, const Piece& piece, int64_t q, int64_t part) {
-  return {page<F>(p.pages_in, piece.pages_A[q], p.K) + part * kChunk, ranks_of(piece, q), p.K};
-}
-
 // h of one piece for the rank rows of its page q; of all chunks, or of chunk `part` alone where h has parts.
 template <class T, class F>
-void shrink_unit(const Problem& p, const Piece& piece, int64_t q, int64_t part, const Ahead<F>& next) {
-  const int64_t ldh = piece.pages() * kPageRows, ranks = ranks_of(piece, q);
+void shrink_unit(const Problem& p, const Piece& piece, int64_t q, int64_t part) {
+  const int64_t ldh = piece.pages() * kPageRows, ranks = min(kPageRows, piece.rank - q * kPageRows);
   float* h = p.h + piece.h + part * piece.count * ldh + q * kPageRows;
   const F* a = page<F>(p.pages_in, piece.pages_A[q], p.K);
   const T* x[kTile];
@@ -159,9 +132,7 @@ void shrink_unit(const Problem& p, const Piece& piece, int64_t q, int64_t part, 
   const int64_t begin = part * kChunk, end = p.parts == 1 ? p.K : min(p.K, begin + kChunk);
   for (int64_t k = begin; k < end; k += kChunk) {
     for (int64_t i = 0; i < piece.count; ++i) x[i] = static_cast<const T*>(p.x) + piece.rows[i] * p.x_stride + k;
-    const bool last = k + kChunk >= end;
-    add_chunk(h, ldh, x, piece.count, a + k, p.K, ranks, min(kChunk, end - k),
-              last ? next : Ahead<F>{a + k + kChunk, ranks, p.K});
+    add_chunk(h, ldh, x, piece.count, a + k, p.K, ranks, min(kChunk, end - k));
   }
 }
 
@@ -193,24 +164,23 @@ PK_INLINE void expand_tile(float* acc, int64_t ld, const float* h, int64_t ldh, 
   }
 }
 
-constexpr int64_t kTilePitch = kBlock + 16;  // floats from row to row: off the powers of two, which thrash L1
+constexpr int64_t kGap = 16;  // floats between two rows of acc: powers of two would thrash L1
 
 // acc[i] += h[i] of one page times its rows of B^T.
 template <class F>
-__attribute__((noinline)) void add_page(float* acc, int64_t rows, int64_t cols, const float* h, int64_t ldh, const F* b,
-                                        int64_t ldb, int64_t ranks, const Ahead<F>& ahead) {
+__attribute__((noinline)) void add_page(float* acc, int64_t ld, int64_t rows, int64_t cols, const float* h, int64_t ldh,
+                                        const F* b, int64_t ldb, int64_t ranks) {
   constexpr int kWide = 4, kTall = kLanes == 16 ? 4 : 2;  // kTall x kWide accumulators: half of the registers
   for (int64_t j = 0; j < cols;) {
     const bool wide = cols - j >= kWide * kLanes;
-    for (int64_t k = j; k < j + (wide ? kWide * kLanes : kLanes); k += ahead.kLine) ahead.fetch(k);
     for (int64_t i = 0; i < rows;) {
       const auto tile = [&](auto mi) __attribute__((always_inline)) {
         constexpr int MI = decltype(mi)::value;
-        float* at = acc + i * kTilePitch + j;
+        float* at = acc + i * ld + j;
         if (wide) {
-          expand_tile<MI, kWide>(at, kTilePitch, h + i * ldh, ldh, b + j, ldb, ranks, 0);
+          expand_tile<MI, kWide>(at, ld, h + i * ldh, ldh, b + j, ldb, ranks, 0);
         } else {
-          expand_tile<MI, 1>(at, kTilePitch, h + i * ldh, ldh, b + j, ldb, ranks, cols - j);
+          expand_tile<MI, 1>(at, ld, h + i * ldh, ldh, b + j, ldb, ranks, cols - j);
         }
         i += MI;
       };
@@ -235,34 +205,27 @@ inline void sum_unit(const Problem& p, const Piece& piece) {
   }
 }
 
-// Where unit (columns from n0, page q) of a piece begins to read B^T.
-template <class F>
-PK_INLINE Ahead<F> first_of_B(const Problem& p, const Piece& piece, int64_t q, int64_t n0) {
-  const Slice& slice = p.slice[piece.slice];
-  return {page<F>(slice.pages_out, piece.pages_B[q], slice.N) + n0, ranks_of(piece, q), slice.N};
-}
-
-// y[rows of the piece, n0 ... n0 + kBlock] += s (h B^T + b).
+// y[rows of the piece, n0 ... n0 + its block] += s (h B^T + b).
 template <class T, class F>
-void expand_unit(const Problem& p, const Piece& piece, int64_t n0, const Ahead<F>& next) {
+void expand_unit(const Problem& p, const Piece& piece, int64_t n0) {
   const Slice& slice = p.slice[piece.slice];
-  const int64_t cols = min(kBlock, slice.N - n0), ldh = piece.pages() * kPageRows;
+  const int64_t cols = min(piece.block, slice.N - n0), ldh = piece.pages() * kPageRows, ld = piece.block + kGap;
   const float* h = p.h + piece.h;
   const float scaling = static_cast<const float*>(slice.scaling)[piece.slot];
   const F* bias = static_cast<const F*>(slice.pages_out) + piece.bias * slice.N + n0;
-  alignas(64) float acc[kTile][kTilePitch];
+  alignas(64) float acc[kTile * (kBlock + kGap)];
   for (int64_t i = 0; i < piece.count; ++i) {
-    for (int64_t j = 0; j < cols; j += kLanes) store(acc[i] + j, vf{});
+    for (int64_t j = 0; j < cols; j += kLanes) store(acc + i * ld + j, vf{});
   }
   for (int64_t q = 0; q < piece.pages(); ++q) {
-    const Ahead<F> now = first_of_B<F>(p, piece, q, n0);
-    add_page(acc[0], piece.count, cols, h + q * kPageRows, ldh, now.at, now.pitch, now.rows,
-             q + 1 < piece.pages() ? first_of_B<F>(p, piece, q + 1, n0) : next);
+    const F* b = page<F>(slice.pages_out, piece.pages_B[q], slice.N) + n0;
+    add_page(acc, ld, piece.count, cols, h + q * kPageRows, ldh, b, slice.N,
+             min(kPageRows, piece.rank - q * kPageRows));
   }
   for (int64_t i = 0; i < piece.count; ++i) {
     T* y = static_cast<T*>(slice.y) + piece.rows[i] * slice.y_stride + n0;
     for (int64_t j = 0; j < cols; j += kLanes) {
-      vf sum = load(acc[i] + j);
+      vf sum = load(acc + i * ld + j);
       if (piece.bias >= 0) sum += load_n(bias + j, cols - j);
       store_n(y + j, fma(vf{} + scaling, sum, load_n(y + j, cols - j)), cols - j);
     }
