@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "bindings/lora_linear_check.h"
+#include "bindings/lora_linear_gradients.h"
 #include "lora_linear/lora_linear.h"
 
 namespace pk {
@@ -71,7 +71,7 @@ class Call {
 
   // Memory of a parameter: contiguous, and widened to fp32 where no kernel takes its type.
   const void* factor(const Tensor& tensor) {
-    Tensor contiguous = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+    Tensor contiguous = dense(tensor);
     if (widened_) {
       const Tensor wide = empty({contiguous.numel()}, aoti_torch_dtype_float32());
       lora_linear::table().convert(*widened_, contiguous.const_data_ptr(), Dtype::kFloat32, wide.mutable_data_ptr(),
@@ -83,7 +83,7 @@ class Call {
   }
 
   const void* vector(const Tensor& tensor) {
-    alive_.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+    alive_.push_back(dense(tensor));
     return alive_.back().const_data_ptr();
   }
 
@@ -195,75 +195,19 @@ std::tuple<std::vector<Tensor>, Tensor> forward(const Tensor& x, const std::vect
   return {y, h};
 }
 
-// Uninitialised gradients in the order of `needs`: x, weights, biases, lora_As, lora_Bs, lora_biases.
-std::vector<Tensor> new_gradients(const std::vector<Tensor>& dy, const std::vector<Tensor>& weight,
-                                  const std::vector<Tensor>& lora_A, const std::vector<Tensor>& lora_B,
-                                  const std::vector<bool>& needs) {
-  std::vector<Tensor> all;
-  all.reserve(needs.size());
-  const int32_t dtype = dtype_code(weight[0]), factor_dtype = dtype_code(lora_A[0]);
-  const auto add = [&](std::initializer_list<int64_t> sizes, int32_t code) {
-    all.push_back(needs[all.size()] ? empty(sizes, code) : empty({0}, code));
-  };
-  all.push_back(needs[0] ? empty_rows(dy[0], weight[0].size(1), dtype) : empty({0}, dtype));
-  for (const Tensor& w : weight) add({w.size(0), w.size(1)}, dtype);
-  for (const Tensor& w : weight) add({w.size(0)}, dtype);
-  for (const Tensor& a : lora_A) add({a.size(0), a.size(1)}, factor_dtype);
-  for (const Tensor& b : lora_B) add({b.size(0), b.size(1)}, factor_dtype);
-  for (const Tensor& b : lora_B) add({b.size(0)}, factor_dtype);
-  return all;
-}
-
-void check_backward(const std::vector<Tensor>& dy, const OptionalTensor& x, const OptionalTensor& h,
-                    const std::vector<Tensor>& weight, const std::vector<Tensor>& lora_A,
-                    const std::vector<Tensor>& lora_B, const std::vector<int64_t>& member,
-                    const std::vector<double>& scaling, const std::vector<double>& dropout_p,
-                    const OptionalTensor& seed, const std::vector<bool>& needs) {
-  const size_t G = weight.size(), L = lora_A.size();
-  STD_TORCH_CHECK(dy.size() == G && G >= 1, "lora_linear_backward: dy must have one entry per weight (", G, "), got ",
-                  dy.size());
-  STD_TORCH_CHECK(needs.size() == 1 + 2 * G + 3 * L, "lora_linear_backward: needs must have ", 1 + 2 * G + 3 * L,
-                  " entries, got ", needs.size());
-  const std::vector<OptionalTensor> no_bias(G), no_lora_bias(L);
-  // Without x its rows are judged by dy's: weight[0] stands in, whose last size is K and whose dtype is x's.
-  const Tensor& like_x = x ? *x : weight[0];
-  LoraLinearCheck({like_x, weight, no_bias, lora_A, lora_B, no_lora_bias, member, scaling, dropout_p, seed}).run();
-  const int64_t M = dy[0].numel() / weight[0].size(0);
-  for (size_t g = 0; g < G; ++g) {
-    const bool fits = dy[g].is_cpu() && dtype_code(dy[g]) == dtype_code(weight[g]) && dy[g].dim() >= 1 &&
-                      dy[g].size(dy[g].dim() - 1) == weight[g].size(0) && dy[g].numel() == M * weight[g].size(0);
-    STD_TORCH_CHECK(fits, "lora_linear_backward: dy[", g, "] must be of y[", g, "]'s shape and dtype");
-  }
-  STD_TORCH_CHECK(!x || x->numel() == M * weight[0].size(1), "lora_linear_backward: x must have as many rows as dy");
-  int64_t R = 0;
-  for (const Tensor& a : lora_A) R += a.size(0);
-  const int32_t h_dtype =
-      dtype_of(dtype_code(weight[0])) == Dtype::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-  STD_TORCH_CHECK(!h || (h->is_cpu() && h->is_contiguous() && dtype_code(*h) == h_dtype && h->numel() == M * R),
-                  "lora_linear_backward: h must be the contiguous [M, R] that the forward returned");
-  bool reads_x = false, reads_h = false;
-  for (size_t g = 0; g < G; ++g) reads_x = reads_x || needs[1 + g];
-  for (size_t l = 0; l < L; ++l) {
-    reads_x = reads_x || needs[1 + 2 * G + l];
-    reads_h = reads_h || needs[1 + 2 * G + L + l];
-  }
-  STD_TORCH_CHECK(x || !reads_x, "lora_linear_backward: x must be given for gradients of weight or lora_A");
-  STD_TORCH_CHECK(h || !reads_h, "lora_linear_backward: h must be given for gradients of lora_B");
-}
-
 // Gives the phases their outputs; an output that is not needed stays null.
 void set_outputs(Call& call, const std::vector<Tensor>& gradients, const std::vector<bool>& needs) {
   const size_t G = call.members.size(), L = call.adapters.size();
+  const GradientOrder at{G, L};
   if (needs[0]) call.problem.dx = gradients[0].mutable_data_ptr();
   for (size_t g = 0; g < G; ++g) {
-    if (needs[1 + G + g]) call.members[g].dbias = gradients[1 + G + g].mutable_data_ptr();
+    if (needs[at.bias(g)]) call.members[g].dbias = gradients[at.bias(g)].mutable_data_ptr();
   }
   for (size_t l = 0; l < L; ++l) {
     Adapter& adapter = call.adapters[l];
-    const size_t dA = 1 + 2 * G + l, dB = dA + L, dbias = dB + L;
-    if (needs[dA]) adapter.dA = call.factor_gradient(gradients[dA]);
-    if (needs[dB]) adapter.dB = call.factor_gradient(gradients[dB]);
-    if (needs[dbias]) adapter.dbias = call.factor_gradient(gradients[dbias]);
+    if (needs[at.lora_A(l)]) adapter.dA = call.factor_gradient(gradients[at.lora_A(l)]);
+    if (needs[at.lora_B(l)]) adapter.dB = call.factor_gradient(gradients[at.lora_B(l)]);
+    if (needs[at.lora_bias(l)]) adapter.dbias = call.factor_gradient(gradients[at.lora_bias(l)]);
   }
 }
 
@@ -336,14 +280,15 @@ std::vector<Tensor> backward(const std::vector<Tensor>& dy, const OptionalTensor
   } else {
     run_backward(call);
   }
+  const GradientOrder at{G, lora_A.size()};
   for (size_t g = 0; g < G; ++g) {
     const Member& m = call.members[g];
     const Tensor dy_g = matrix(dy_rows[g].tensor, p.M, m.N, m.dy_stride, 1);
     if (p.dx && !p.base) {
       gemm(matrix(gradients[0], p.M, p.K, p.K, 1), dy_g, matrix(weight[g], m.N, p.K, m.weight_n, m.weight_k), true);
     }
-    if (needs[1 + g]) {
-      gemm(gradients[1 + g], matrix(dy_rows[g].tensor, m.N, p.M, 1, m.dy_stride),
+    if (needs[at.weight(g)]) {
+      gemm(gradients[at.weight(g)], matrix(dy_rows[g].tensor, m.N, p.M, 1, m.dy_stride),
            matrix(x_rows->tensor, p.M, p.K, p.x_stride, 1), false);
     }
   }
@@ -352,12 +297,7 @@ std::vector<Tensor> backward(const std::vector<Tensor>& dy, const OptionalTensor
 }
 
 Tensor dropout_mask(const Tensor& seed, int64_t rows, int64_t cols, double p, int64_t stream) {
-  STD_TORCH_CHECK(seed.dim() == 0 && dtype_code(seed) == aoti_torch_dtype_int64(),
-                  "lora_dropout_mask: seed must be a 0-d int64 tensor");
-  STD_TORCH_CHECK(rows >= 0 && cols >= 0 && 0 <= p && p < 1,
-                  "lora_dropout_mask: rows and cols must be 0 or more and p "
-                  "in [0, 1), got ",
-                  rows, ", ", cols, ", ", p);
+  check_dropout_mask(seed, rows, cols, p);
   const Tensor mask = empty({rows, cols}, aoti_torch_dtype_bool());
   const uint64_t key = *static_cast<const uint64_t*>(seed.const_data_ptr());
   lora_linear::table().mask(static_cast<uint8_t*>(mask.mutable_data_ptr()), rows, cols,
