@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.ops.batched_lora.op import check
+from peft_kernels.ops.batched_lora.route import check as check_ids
 
 
 def batched_lora_route(adapter_ids: Tensor, adapters: int) -> Tensor:
@@ -29,7 +30,11 @@ def batched_lora_route(adapter_ids: Tensor, adapters: int) -> Tensor:
     """
     if isinstance(adapter_ids, Tensor):
         adapter_ids = adapter_ids.reshape(-1)
-    route = torch.ops.peft_kernels.batched_lora_route.default(adapter_ids, adapters)
+    try:
+        route = torch.ops.peft_kernels.batched_lora_route.default(adapter_ids, adapters)
+    except (RuntimeError, TypeError):
+        check_ids(adapter_ids, adapters)  # says in words what the operator refused
+        raise
     if route.is_cpu and not torch.compiler.is_compiling() and int(route[2]):
         outside = [i for i in adapter_ids.tolist() if not -1 <= i < adapters]
         raise ValueError(
