@@ -114,11 +114,11 @@ __device__ __forceinline__ void multiply_tiles(Acc (&sum)[kEach][kEach], const A
 }
 
 template <class Acc>
-__global__ __launch_bounds__(kThreads) void lora_linear_product_kernel(const Product call, int64_t share) {
+__global__ __launch_bounds__(kThreads, 3) void lora_linear_product_kernel(const Product call, int64_t share) {
   __shared__ Acc left[kDepth * kPitch], right[kDepth * kPitch];
   __shared__ uint8_t bits[kTile * kTile / 8];
-  const int64_t tiles_j = (call.J + kTile - 1) / kTile;
-  const int64_t i0 = blockIdx.x / tiles_j * kTile, j0 = blockIdx.x % tiles_j * kTile;
+  const auto tiles_j = static_cast<uint32_t>((call.J + kTile - 1) / kTile);
+  const int64_t i0 = int64_t{blockIdx.x / tiles_j} * kTile, j0 = int64_t{blockIdx.x % tiles_j} * kTile;
   const int64_t k_begin = blockIdx.y * share, k_end = k_begin + share < call.K ? k_begin + share : call.K;
   const bool mask_left = call.masked == Masked::kLeft, mask_right = call.masked == Masked::kRight;
   const uint64_t seed = call.masked == Masked::kNone ? 0 : *call.seed;
