@@ -1,4 +1,4 @@
-"""batched_lora: many LoRA adapters in one batch, each row with its own, over frozen projections; a pool for inference."""
+"""batched_lora: many LoRA adapters in one batch, each row with its own: for training, and over a pool for inference."""
 
 from collections.abc import Sequence
 
