@@ -112,8 +112,12 @@ def test_disabled_adapters_are_disabled():
     with model.disable_adapter():
         expected = model(**inputs(rows=4)).logits
         assert torch.equal(model(**batch()).logits, expected)
-        with peft_kernels.adapter_ids([0, 1, -1, 1], adapters=["default", "other"]):
+    with torch.no_grad(), peft_kernels.adapter_ids([0, 1, -1, 1], adapters=["default", "other"]):
+        mixed = model(**inputs(rows=4)).logits
+        assert not torch.equal(mixed, expected)
+        with model.disable_adapter():
             assert torch.equal(model(**inputs(rows=4)).logits, expected)
+        assert torch.equal(model(**inputs(rows=4)).logits, mixed)
 
 
 def test_a_compiled_module_leaves_the_graph_for_the_adapters():

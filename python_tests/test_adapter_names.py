@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+from accelerate.utils.dataclasses import get_module_class_from_name
 from models import (
     GENERATING,
     MODELS,
@@ -30,6 +31,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_kernels
+from peft_kernels.integrations import peft
 from peft_kernels.integrations.peft import INACTIVE
 
 
@@ -98,6 +100,19 @@ def test_generate_gives_the_same_tokens(name, beams):
     assert report.fused > calls_per_forward(report) and set(report.fallbacks) <= {INACTIVE}
     assert operators.calls["batched_lora"] == report.fused and operators.calls["batched_lora_route"] <= 6
     assert nothing_is_left(model)
+
+
+def test_a_generation_gathers_once(monkeypatch):
+    model = two_adapters().eval()
+    report = peft_kernels.patch(model, strict=True)
+    entries, gather = [], peft._add_adapter
+    monkeypatch.setattr(peft, "_add_adapter", lambda *a: entries.append(a) or gather(*a))
+    with torch.no_grad():
+        model(**batch())
+    once = len(entries)
+    search = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    model.generate(input_ids=inputs(rows=4)["input_ids"], adapter_names=NAMES, **search)
+    assert len(entries) == 2 * once > 0 and report.fused == 6 * calls_per_forward(report)
 
 
 def test_generate_returns_several_sequences_of_each_row():
@@ -246,6 +261,18 @@ def test_a_state_without_a_kernel_runs_as_in_peft():
     ids = torch.tensor([0, 1, -1, 1])[:, None].expand(4, 7)
     with peft_kernels.adapter_ids(ids, adapters=["default", "other"]):
         assert_as_close_as_peft(results(model, **inputs(rows=4)), plain, exact)
+
+
+def test_others_still_know_the_layers():
+    """FSDP, accelerate and pickle find a decoder layer by the name of its class, transformers by isinstance."""
+    model = two_adapters()
+    layer = model.base_model.model.model.layers[0]
+    kind = type(layer)
+    peft_kernels.patch(model)
+    assert type(layer) is not kind and isinstance(layer, kind) and type(layer).__name__ == kind.__name__
+    assert get_module_class_from_name(model, "LlamaDecoderLayer") is type(layer)
+    peft_kernels.unpatch(model)
+    assert type(layer) is kind
 
 
 def test_what_peft_refuses_is_refused():

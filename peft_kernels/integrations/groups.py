@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_kernels.integrations.counts import count_fallback, count_fused
-from peft_kernels.integrations.peft import INACTIVE, PLAIN, Call, FusedLinear, add_base, add_layer, intercepted
+from peft_kernels.integrations.peft import INACTIVE, PLAIN, Call, FusedLinear, add_base, add_layer, intercepted, kept
 from peft_kernels.integrations.rows import OUTSIDE, current, outside_graph
 from peft_kernels.integrations.targets import GROUPS, Group
 
@@ -36,15 +36,18 @@ def project(owner: nn.Module, x: Tensor) -> list[Tensor] | None:
     rows = current(owner)
     if rows is OUTSIDE:
         return outside_graph(project, owner, x)
-    call = Call(rows)
-    modules = owner._modules
-    for name in owner.group.projections:
-        if reason := add_member(call, modules[name], x):
-            count_fallback(owner, f"{name}: {reason}")
+    call = kept(rows, owner, x)
+    if call is None:
+        call = Call(rows)
+        modules = owner._modules
+        for name in owner.group.projections:
+            if reason := add_member(call, modules[name], x):
+                count_fallback(owner, f"{name}: {reason}")
+                return None
+        if not call.lora_A:
+            count_fallback(owner, INACTIVE)
             return None
-    if not call.lora_A:
-        count_fallback(owner, INACTIVE)
-        return None
+        call.keep(owner, x)
     count_fused(owner)
     return call.run(x)
 

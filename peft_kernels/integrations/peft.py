@@ -53,6 +53,15 @@ class Call:
         self.member, self.scaling, self.dropout_p = [], [], []
         self.drops = False
 
+    def keep(self, module: nn.Module, x: Tensor) -> None:
+        """Keeps the call of a module for the other tokens of a generation: gathering costs as much as computing.
+
+        Not a view that somebody makes anew for each forward (FSDP1's), only parameters."""
+        tensors = (*self.weight, *self.bias, *self.lora_A, *self.lora_B, *self.lora_bias)
+        generating = self.rows is not None and self.rows.calls is not None and not torch.is_grad_enabled()
+        if generating and all(t is None or type(t) is nn.Parameter for t in tensors):
+            self.rows.calls[module, x.dtype] = self
+
     def run(self, x: Tensor) -> list[Tensor]:
         seed = new_seed(x.device) if self.drops else None
         if self.rows is not None:
@@ -64,6 +73,11 @@ class Call:
             x, self.weight, self.bias, self.lora_A, self.lora_B, self.lora_bias,
             self.member, self.scaling, self.dropout_p, seed,
         )[0]  # fmt: skip
+
+
+def kept(rows: RowAdapters | None, module: nn.Module, x: Tensor) -> Call | None:
+    """What `Call.keep` kept."""
+    return rows.calls.get((module, x.dtype)) if rows is not None and rows.calls else None
 
 
 def intercepted(module: nn.Module, x: Tensor) -> bool:
@@ -224,12 +238,15 @@ class FusedLinear(Linear):
                 return by_peft(Linear.forward, self, rows, x)
             count_fallback(self, DISABLED if disabled else MERGED)
             return self._modules["base_layer"](x)
-        call = Call(rows)
-        if reason := add_layer(call, self, x):
-            count_fallback(self, reason)
-            return by_peft(Linear.forward, self, rows, x)
-        if not call.lora_A:
-            count_fallback(self, INACTIVE)
-            return self._modules["base_layer"](x)
+        call = kept(rows, self, x)
+        if call is None:
+            call = Call(rows)
+            if reason := add_layer(call, self, x):
+                count_fallback(self, reason)
+                return by_peft(Linear.forward, self, rows, x)
+            if not call.lora_A:
+                count_fallback(self, INACTIVE)
+                return self._modules["base_layer"](x)
+            call.keep(self, x)
         count_fused(self)
         return call.run(x)[0]

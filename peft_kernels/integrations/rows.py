@@ -31,11 +31,12 @@ class RowAdapters:
 
     ids [B], one per sequence, or [B, S], one per token. `source` is what the user gave, for messages. `expand`: so many
     times generate may repeat each sequence (beams). `seen`: whether a layer has asked. `found`: the ids of the adapters
-    that some layer has, or None where no layer has looked for any.
+    that some layer has, or None where no layer has looked for any. `calls`: by module, what a generation gathered for
+    its first token and calls again with for the others; None where the model may change between two forwards.
     """
 
-    def __init__(self, source: str, ids: Tensor, adapters: tuple[str, ...], expand: int = 1):
-        self.source, self.ids, self.adapters, self.expand = source, ids, adapters, expand
+    def __init__(self, source: str, ids: Tensor, adapters: tuple[str, ...], expand: int = 1, calls: dict | None = None):
+        self.source, self.ids, self.adapters, self.expand, self.calls = source, ids, adapters, expand, calls
         self.seen = False
         self.found: set[int] | None = None
         self._routes: dict[tuple, Tensor] = {}
@@ -188,7 +189,7 @@ def from_names(names: Sequence[str], known: set[str], expand: int) -> RowAdapter
             f"adapter_names: the model has no adapter {', '.join(map(repr, strangers))}; it has "
             f"{', '.join(map(repr, sorted(known)))}, and {BASE!r} stands for none"
         )
-    return RowAdapters("adapter_names", torch.tensor(ids, dtype=torch.int32), tuple(index), expand)
+    return RowAdapters("adapter_names", torch.tensor(ids, dtype=torch.int32), tuple(index), expand, {})
 
 
 @contextlib.contextmanager
