@@ -3,7 +3,8 @@ what is refused, in words; checkpointing by hand; torch.compile."""
 
 import pytest
 import torch
-from models import batch, inputs, nothing_is_left, results, two_adapters
+from models import batch, calls_per_forward, in_double, inputs, nothing_is_left, results, two_adapters
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels
@@ -104,6 +105,27 @@ def test_ids_per_token(name):
         for layer, x, y in seen:
             alone = layer(x) if active else layer.base_layer(x)
             torch.testing.assert_close(y[rows], alone[rows])
+
+
+def test_training_together_is_training_each_alone():
+    """Every adapter's loss is the mean over its own rows; their sum is trained in one batch. In fp64."""
+    model = in_double(two_adapters()).eval()
+    ids, tokens = torch.tensor([0, 1, 0, 1, 1]), inputs(rows=5)["input_ids"]
+    alone = {}
+    for adapter, name in enumerate(["default", "other"]):
+        model.set_adapter(name)
+        own = tokens[ids == adapter]
+        alone |= {n: grad for n, grad in results(model, input_ids=own, labels=own).items() if f".{name}." in n}
+    model.set_requires_grad(["default", "other"])
+    model.zero_grad()
+    report = peft_kernels.patch(model, strict=True)
+    with peft_kernels.adapter_ids(ids, adapters=["default", "other"]):
+        logits = model(input_ids=tokens).logits
+    each = nn.functional.cross_entropy(logits[:, :-1].mT, tokens[:, 1:], reduction="none")  # [B, S - 1]
+    sum(each[ids == adapter].mean() for adapter in (0, 1)).backward()
+    together = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(together, alone)
+    assert report.fused == calls_per_forward(report)
 
 
 def test_disabled_adapters_are_disabled():

@@ -1,8 +1,8 @@
 """Which adapter each row of a call has: one object per call, found by every layer that the call reaches.
 
-A context variable carries it, so threads and generators do not see each other's. Checkpointed layers take it along into
-the backward (`keeping`). Nothing is left on a module. The routing of a batch is worked out once per shape of the rows,
-by the first layer that needs it, for all of them.
+A context variable carries it, so threads and asynchronous tasks do not see each other's. Checkpointed layers take it
+along into the backward (`keeping`). Nothing is left on a module. The routing of a batch is worked out once per shape of
+the rows, by the first layer that needs it, for all of them.
 """
 
 import contextlib
