@@ -24,6 +24,7 @@ __all__ = [
     "PatchReport",
     "PeftKernelsCallback",
     "Site",
+    "adapter_ids",
     "backends",
     "batched_lora",
     "batched_lora_route",
@@ -36,12 +37,12 @@ __all__ = [
     "unpatch",
 ]
 
-_FROM_INTEGRATIONS = {"patch", "unpatch", "PatchReport", "PeftKernelsCallback"}
+_FROM_INTEGRATIONS = {"adapter_ids", "patch", "unpatch", "PatchReport", "PeftKernelsCallback"}
 
 
 def __getattr__(name):  # transformers and peft are imported when patching is asked for, not before
     if name in _FROM_INTEGRATIONS:
-        from peft_kernels.integrations import transformers
+        from peft_kernels.integrations import rows, transformers
 
-        return getattr(transformers, name)
+        return getattr(rows if name == "adapter_ids" else transformers, name)
     raise AttributeError(f"module 'peft_kernels' has no attribute '{name}'")

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import peft_kernels
+from peft_kernels.integrations import rows
 
 VOCAB, HIDDEN, INNER, LAYERS, HEADS = 64, 32, 48, 2, 4
 
@@ -150,6 +151,32 @@ def assert_as_close_as_peft(patched: dict[str, Tensor], plain: dict[str, Tensor]
         if not error <= 2 * max(error_peft, usual) + 1:
             failed.append(f"{name}: {error:.3g} roundings, PEFT {error_peft:.3g}, {usual:.3g} in nine of ten tensors")
     assert not failed, "; ".join(failed)
+
+
+NAMES = ["default", "other", "__base__", "other"]
+# layers with one row of input per sequence, which PEFT asks for
+TARGETS = {"opt": ["q_proj", "k_proj", "v_proj", "out_proj"]}
+
+
+def two_adapters(name: str = "llama", base_changes: dict | None = None, **changes) -> nn.Module:
+    """A second adapter of other rank and scaling on some of the layers of the first; both trained."""
+    targets = TARGETS.get(name, "all-linear")
+    model = peft_model(name, base_changes, **{"target_modules": targets} | changes)
+    touched = sorted(model.targeted_module_names)[::2]
+    model.add_adapter("other", lora_config(**{"r": 3, "lora_alpha": 5, "target_modules": touched} | changes))
+    model.set_requires_grad(["default", "other"])
+    return randomise(model)
+
+
+def batch(names=NAMES, **more) -> dict:
+    """Inputs with a row for each name of an adapter."""
+    return inputs(rows=len(names)) | {"adapter_names": names} | more
+
+
+def nothing_is_left(model: nn.Module) -> bool:
+    """No hook on a module, no adapters of rows in this thread."""
+    hooked = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    return not hooked and rows._CURRENT.get() is None and not rows._ENTERED
 
 
 class Mask(nn.Module):

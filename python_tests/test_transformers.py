@@ -150,17 +150,6 @@ def test_merge_and_unmerge():
         assert not any(isinstance(m, lora.Linear) for m in model.merge_and_unload().modules())
 
 
-def test_adapter_names_are_left_to_peft():
-    model = peft_model("llama").eval()
-    names = ["default", "__base__"]
-    with torch.no_grad():
-        plain = model(input_ids=inputs()["input_ids"], adapter_names=names).logits
-        report = peft_kernels.patch(model, strict=True)
-        assert torch.equal(model(input_ids=inputs()["input_ids"], adapter_names=names).logits, plain)
-        assert report.fused == 0 and any("adapter_names" in reason for reason in report.fallbacks)
-        report.verify(**inputs())
-
-
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_with_dropout(use_reentrant):
     model = peft_model("llama", lora_dropout=0.3)

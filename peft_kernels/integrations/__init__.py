@@ -1,5 +1,6 @@
 """The library inside other people's models: HF PEFT's layers and transformers' families.
 
 `transformers.py` patches and unpatches, `peft.py` is the layer, `groups.py` the modules that own several projections of
-one input, `targets.py` the rows of data that say which, `counts.py` and `report.py` what happened.
+one input, `targets.py` the rows of data that say which, `counts.py` and `report.py` what happened. `rows.py` carries
+the adapters of the rows of one call, `named.py` is what else has to know them.
 """

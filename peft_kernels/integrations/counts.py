@@ -17,6 +17,7 @@ from torch.compiler import is_compiling
 class Calls:
     fused: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)  # reason -> calls
+    trained_by_row: bool = False  # was ever called in training with an adapter for each row
 
     def __sub__(self, earlier: "Calls") -> "Calls":
         return Calls(self.fused - earlier.fused, self.fallbacks - earlier.fallbacks)
@@ -42,6 +43,15 @@ def count_fused(module: nn.Module) -> None:
 def count_fallback(module: nn.Module, reason: str) -> None:
     if not is_compiling():
         _of(module).fallbacks[reason] += 1
+
+
+def mark_trained_by_row(module: nn.Module) -> None:
+    _of(module).trained_by_row = True
+
+
+def was_trained_by_row(module: nn.Module) -> bool:
+    found = _CALLS.get(module)
+    return found is not None and found.trained_by_row
 
 
 def calls(module: nn.Module) -> Calls:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_kernels.integrations.counts import count_fallback, count_fused
-from peft_kernels.integrations.peft import INACTIVE, PLAIN, Call, FusedLinear, add_base, add_layer, intercepted
+from peft_kernels.integrations.peft import INACTIVE, PLAIN, Call, FusedLinear, add_base, add_layer, intercepted, kept
+from peft_kernels.integrations.rows import OUTSIDE, current, outside_graph
 from peft_kernels.integrations.targets import GROUPS, Group
 
 PREFIX = "Fused"
@@ -22,7 +23,7 @@ PREFIX = "Fused"
 def add_member(call: Call, member: nn.Module, x: Tensor, types=PLAIN) -> str:
     """Adds a projection, with LoRA or without, to a call; returns why it cannot be added, or nothing."""
     if intercepted(member, x):
-        return "hook"  # it has to be called as a module; PEFT's adapter_names come this way
+        return "hook"  # it has to be called as a module
     adapted = type(member) is FusedLinear or type(member) is Linear  # Linear: an adapter that came after patch
     return add_layer(call, member, x, types) if adapted else add_base(call, member, x, types)
 
@@ -32,15 +33,21 @@ def project(owner: nn.Module, x: Tensor) -> list[Tensor] | None:
     if type(x) not in PLAIN:
         count_fallback(owner, f"x is a {type(x).__name__}")
         return None
-    call = Call()
-    modules = owner._modules
-    for name in owner.group.projections:
-        if reason := add_member(call, modules[name], x):
-            count_fallback(owner, f"{name}: {reason}")
+    rows = current(owner)
+    if rows is OUTSIDE:
+        return outside_graph(project, owner, x)
+    call = kept(rows, owner, x)
+    if call is None:
+        call = Call(rows)
+        modules = owner._modules
+        for name in owner.group.projections:
+            if reason := add_member(call, modules[name], x):
+                count_fallback(owner, f"{name}: {reason}")
+                return None
+        if not call.lora_A:
+            count_fallback(owner, INACTIVE)
             return None
-    if not call.lora_A:
-        count_fallback(owner, INACTIVE)
-        return None
+        call.keep(owner, x)
     count_fused(owner)
     return call.run(x)
 

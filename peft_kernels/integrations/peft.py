@@ -17,9 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_kernels import backends
 from peft_kernels.integrations.counts import count_fallback, count_fused
+from peft_kernels.integrations.rows import OUTSIDE, RowAdapters, by_peft, current, outside_graph
 from peft_kernels.ops import new_seed
 
 LORA_LINEAR = torch.ops.peft_kernels.lora_linear.default
+BATCHED_LORA = torch.ops.peft_kernels.batched_lora.default
 MAX_RANK = 512
 PLAIN = frozenset({nn.Parameter, Tensor, FakeTensor})  # not DTensor, not a quantised subclass
 HALVES = (torch.float16, torch.bfloat16)
@@ -33,6 +35,7 @@ WITHOUT_KERNEL = {d: why for d in backends.all_backends()["reference"].devices i
 
 DISABLED = "adapters disabled: the base layer alone"
 MERGED = "merged: the base layer alone"
+MERGED_ROWS = "merged, and rows with adapters of their own: PEFT refuses"
 INACTIVE = "no active adapter here: the base layer alone"
 UNMERGES = "disabled while merged: PEFT unmerges"
 NAMED = "arguments of the call (adapter_names, alora_offsets)"
@@ -41,20 +44,44 @@ HOOKED_BASE = "hook on base_layer"
 
 
 class Call:
-    """The arguments of one `lora_linear` call, as they are gathered from one or several layers."""
+    """The arguments of one op call, as they are gathered from one or several layers.
 
-    def __init__(self):
+    `lora_linear` for the active adapters; `batched_lora` where `rows` says which adapter each row has.
+    """
+
+    def __init__(self, rows: RowAdapters | None = None):
+        self.rows = rows
+        self.adapter = []  # by entry, where there are rows
         self.weight, self.bias = [], []
         self.lora_A, self.lora_B, self.lora_bias = [], [], []
         self.member, self.scaling, self.dropout_p = [], [], []
         self.drops = False
 
+    def keep(self, module: nn.Module, x: Tensor) -> None:
+        """Keeps the call of a module for the other tokens of a generation: gathering costs as much as computing.
+
+        Not a view that somebody makes anew for each forward (FSDP1's), only parameters."""
+        tensors = (*self.weight, *self.bias, *self.lora_A, *self.lora_B, *self.lora_bias)
+        generating = self.rows is not None and self.rows.calls is not None and not torch.is_grad_enabled()
+        if generating and all(t is None or type(t) is nn.Parameter for t in tensors):
+            self.rows.calls[module, x.dtype] = self
+
     def run(self, x: Tensor) -> list[Tensor]:
         seed = new_seed(x.device) if self.drops else None
+        if self.rows is not None:
+            return BATCHED_LORA(
+                x, self.rows.route(x), self.weight, self.bias, self.lora_A, self.lora_B, self.lora_bias,
+                self.member, self.adapter, self.scaling, self.dropout_p, seed,
+            )[0]  # fmt: skip
         return LORA_LINEAR(
             x, self.weight, self.bias, self.lora_A, self.lora_B, self.lora_bias,
             self.member, self.scaling, self.dropout_p, seed,
         )[0]  # fmt: skip
+
+
+def kept(rows: RowAdapters | None, module: nn.Module, x: Tensor) -> Call | None:
+    """What `Call.keep` kept."""
+    return rows.calls.get((module, x.dtype)) if rows is not None and rows.calls else None
 
 
 def intercepted(module: nn.Module, x: Tensor) -> bool:
@@ -119,7 +146,8 @@ def add_base(call: Call, base: nn.Module, x: Tensor, types=PLAIN) -> str:
 
 
 def add_layer(call: Call, layer: Linear, x: Tensor, types=PLAIN) -> str:
-    """Adds a LoRA layer in its present state: its base as the next projection, and those adapters that are active."""
+    """Adds a LoRA layer in its present state: its base as the next projection, and the adapters that are active, or
+    those that the rows have."""
     modules = layer._modules
     base = modules["base_layer"]
     if reason := add_base(call, base, x, types):
@@ -127,12 +155,24 @@ def add_layer(call: Call, layer: Linear, x: Tensor, types=PLAIN) -> str:
     if layer._disable_adapters:
         return UNMERGES if layer.merged_adapters else ""
     if layer.merged_adapters:
-        return ""
-    active = layer._active_adapter
+        return MERGED_ROWS if call.rows else ""
     known = modules["lora_A"]._modules
+    if call.rows:
+        return _add_rows_adapters(call, layer, known, x, types)
+    active = layer._active_adapter
     for name in (active,) if type(active) is str else active:
         if name in known and (reason := _add_adapter(call, layer, name, x, types)):
             return reason
+    return ""
+
+
+def _add_rows_adapters(call: Call, layer: Linear, known: dict, x: Tensor, types) -> str:
+    call.rows.look(known)
+    for i, name in enumerate(call.rows.adapters):
+        if name in known:
+            if reason := _add_adapter(call, layer, name, x, types):
+                return reason
+            call.adapter.append(i)
     return ""
 
 
@@ -191,22 +231,28 @@ class FusedLinear(Linear):
     """`peft.tuners.lora.Linear` whose forward is one op; `peft_kernels.patch` gives the class to instances."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        rows = current(self)
+        if rows is OUTSIDE:
+            return outside_graph(FusedLinear.forward, self, x, *args, **kwargs)
         if args or kwargs or type(x) not in PLAIN:
             count_fallback(self, NAMED if args or kwargs else f"x is a {type(x).__name__}")
-            return super().forward(x, *args, **kwargs)
+            return by_peft(Linear.forward, self, rows, x, *args, **kwargs)
         disabled, merged = self._disable_adapters, self.merged_adapters
         if disabled or merged:
-            if disabled and merged:
-                count_fallback(self, UNMERGES)
-                return super().forward(x)
+            if merged and (disabled or rows):
+                count_fallback(self, UNMERGES if disabled else MERGED_ROWS)
+                return by_peft(Linear.forward, self, rows, x)
             count_fallback(self, DISABLED if disabled else MERGED)
             return self._modules["base_layer"](x)
-        call = Call()
-        if reason := add_layer(call, self, x):
-            count_fallback(self, reason)
-            return super().forward(x)
-        if not call.lora_A:
-            count_fallback(self, INACTIVE)
-            return self._modules["base_layer"](x)
+        call = kept(rows, self, x)
+        if call is None:
+            call = Call(rows)
+            if reason := add_layer(call, self, x):
+                count_fallback(self, reason)
+                return by_peft(Linear.forward, self, rows, x)
+            if not call.lora_A:
+                count_fallback(self, INACTIVE)
+                return self._modules["base_layer"](x)
+            call.keep(self, x)
         count_fused(self)
         return call.run(x)[0]

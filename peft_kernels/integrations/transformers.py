@@ -3,7 +3,8 @@
 `patch` decides for each layer whether the op can ever compute it; each call then looks at PEFT's switches and hooks. A
 layer with no kernel keeps its class and gets a reason in the report; one that is only in a state without a kernel
 (merged, a DoRA adapter is active) changes class, with that state as a note. Modules that own several projections of
-one input (`targets.py`) change class as well, so that the projections become one call.
+one input (`targets.py`) change class as well, so that the projections become one call, and so does what has to know
+which adapter each row of a call has (`named.py`).
 """
 
 import contextlib
@@ -14,15 +15,23 @@ from types import MethodType
 from weakref import ref
 
 import torch
-from peft.tuners.lora import Linear, LoraLayer, ParamWrapper
+from peft.tuners.lora import Linear, LoraLayer, LoraModel, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peft_kernels import backends
 from peft_kernels.integrations.groups import add_member, fused_class
+from peft_kernels.integrations.named import (
+    FusedLoraModel,
+    asking_class,
+    asks_for_rows,
+    keeping_class,
+    takes_names,
+)
 from peft_kernels.integrations.peft import (
     HOOKED_BASE,
     MERGED,
@@ -37,6 +46,7 @@ from peft_kernels.integrations.report import PatchReport, Row
 from peft_kernels.integrations.targets import forward_is_known, group_of
 
 SHARDABLE = PLAIN | {DTensor}  # a layer-wise FSDP unit holds plain parameters again when its forward runs
+PLAIN_CLASS = {FusedLinear: Linear, FusedLoraModel: LoraModel}
 OWN_FORWARD = "the instance has a forward of its own"
 
 
@@ -71,7 +81,8 @@ def patch(model: nn.Module, strict: bool = False) -> PatchReport:
         reasons = "\n  ".join(f"{row.name} ({row.kind}): {row.reason}" for row in rows if row.reason)
         raise RuntimeError(f"patch(strict=True): nothing was changed, for these would not run fused:\n  {reasons}")
     rows, group_swaps, notes = _plan_groups(model, rows)
-    return PatchReport(model, rows, notes, _swap([*swaps, *group_swaps]))
+    row_swaps = _plan_rows_adapters(model, {id(module) for module, _ in swaps})
+    return PatchReport(model, rows, notes, _swap([*swaps, *group_swaps, *row_swaps]))
 
 
 def unpatch(model: nn.Module) -> contextlib.AbstractContextManager:
@@ -87,15 +98,18 @@ def unpatch(model: nn.Module) -> contextlib.AbstractContextManager:
     swaps = []
     for name, module in model.named_modules():
         kind = type(module)
-        if kind is FusedLinear:
-            swaps.append((module, Linear))
-        elif "family_class" in kind.__dict__:
-            swaps.append((module, kind.family_class))
+        if _plain_class(kind) is not kind:
+            swaps.append((module, _plain_class(kind)))
         elif isinstance(module, FusedLinear) or hasattr(kind, "family_class"):
             warnings.warn(f"unpatch: {name} keeps its class, {kind.__name__}, which was made after patch", stacklevel=2)
     restore = contextlib.ExitStack()
     restore.callback(_swap(swaps))
     return restore
+
+
+def _plain_class(kind: type) -> type:
+    """The class that an instance of `kind` had before it was patched."""
+    return PLAIN_CLASS.get(kind) or kind.__dict__.get("family_class", kind)
 
 
 def _swap(swaps: list[tuple[nn.Module, type]]) -> Callable[[], None]:
@@ -123,14 +137,15 @@ def _plan_layers(model: nn.Module) -> tuple[list[Row], list[tuple[nn.Module, typ
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
-        if type(module) is not Linear and not isinstance(module, FusedLinear):
+        plain = _plain_class(type(module)) is Linear
+        if not plain and not isinstance(module, FusedLinear):
             rows.append(Row(name, type(module).__name__, reason=_no_kernel_for(module)))
             continue
         if reason := _obstacle(module):
             rows.append(Row(name, "lora.Linear", reason=reason))
             continue
         rows.append(Row(name, "lora.Linear", backends.bound(module.weight.device.type), _state(module)))
-        if type(module) is Linear:
+        if plain and type(module) is not FusedLinear:
             swaps.append((module, FusedLinear))
     return rows, swaps
 
@@ -163,9 +178,13 @@ def _forward_was_replaced(module: nn.Module) -> bool:
     return "forward" in module.__dict__ and not (own_method(module, "forward") or own_method(module, "_old_forward"))
 
 
+def _made_by_fsdp(module: nn.Module) -> bool:
+    return type(module).__name__.startswith("FSDP")
+
+
 def _no_kernel_for(layer: BaseTunerLayer) -> str:
     name = type(layer).__name__
-    if name.startswith("FSDP"):
+    if _made_by_fsdp(layer):
         return "its class was made by FSDP; patch before sharding"
     if is_parametrized(layer):
         return "its class was made by torch.nn.utils.parametrize"
@@ -240,6 +259,34 @@ def _group_state(children, lora) -> str:
         if reason := reason or add_member(call, child, x, SHARDABLE):
             return f"{path.rpartition('.')[2]}: {reason}"
     return ""
+
+
+# -- adapters by row --------------------------------------------------------------------------------------------------
+
+
+def _plan_rows_adapters(model: nn.Module, fused: set[int]) -> list[tuple[nn.Module, type]]:
+    """Swaps of what else has to know which adapter each row has; `fused` are the layers that become FusedLinear."""
+    swaps, above = [], set()
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if type(module) is LoraModel:
+            swaps.append((module, FusedLoraModel))
+        if not takes_names(module):
+            continue
+        parts = name.split(".")
+        above.update(".".join(parts[:i]) for i in range(len(parts)))
+        if not (asks_for_rows(module) or id(module) in fused or _keeps_its_class(module)):
+            swaps.append((module, asking_class(type(module))))
+    for name in above:
+        module, kind = modules[name], type(modules[name])
+        checkpointed = isinstance(module, GradientCheckpointingLayer)
+        if checkpointed and not hasattr(kind, "family_class") and not _keeps_its_class(module):
+            swaps.append((module, keeping_class(kind)))
+    return swaps
+
+
+def _keeps_its_class(module: nn.Module) -> bool:
+    return _made_by_fsdp(module) or is_parametrized(module) or _forward_was_replaced(module)
 
 
 class PeftKernelsCallback(TrainerCallback):

@@ -4,6 +4,7 @@ import torch
 
 from peft_kernels.ops.common.projection_samples import (
     BF16,
+    F16,
     F32,
     F64,
     ODD_PAIRS,

@@ -1,0 +1,241 @@
+"""Which adapter each row of a call has: one object per call, found by every layer that the call reaches.
+
+A context variable carries it, so threads and asynchronous tasks do not see each other's. Checkpointed layers take it
+along into the backward (`keeping`). Nothing is left on a module. The routing of a batch is worked out once per shape of
+the rows, by the first layer that needs it, for all of them.
+"""
+
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextvars import ContextVar
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from transformers.pytorch_utils import Conv1D
+
+from peft_kernels.integrations.counts import mark_trained_by_row, was_trained_by_row
+from peft_kernels.ops import batched_lora_route
+
+BASE = "__base__"  # PEFT's name for rows without an adapter
+KEPT_ROUTES = 8  # a generation without a cache asks for another one at every token
+NOTHING = object()  # it is known that the call gives no adapters to rows
+OUTSIDE = object()  # there are adapters of rows, and a graph is being traced
+
+
+class RowAdapters:
+    """The adapters of the rows of one call: `adapters[ids[i]]` is row i's, -1 stands for none.
+
+    ids [B], one per sequence, or [B, S], one per token. `source` is what the user gave, for messages. `expand`: so many
+    times generate may repeat each sequence (beams). `seen`: whether a layer has asked. `found`: the ids of the adapters
+    that some layer has, or None where no layer has looked for any. `calls`: by module, what a generation gathered for
+    its first token and calls again with for the others; None where the model may change between two forwards.
+    """
+
+    def __init__(self, source: str, ids: Tensor, adapters: tuple[str, ...], expand: int = 1, calls: dict | None = None):
+        self.source, self.ids, self.adapters, self.expand, self.calls = source, ids, adapters, expand, calls
+        self.seen = False
+        self.found: set[int] | None = None
+        self._routes: dict[tuple, Tensor] = {}
+        self._names: dict[tuple, list[str]] = {}
+
+    def route(self, x: Tensor) -> Tensor:
+        """For `batched_lora` on x [..., K]."""
+        key = x.shape[:-1], x.device
+        try:
+            return self._routes[key]
+        except KeyError:
+            if len(self._routes) == KEPT_ROUTES:
+                del self._routes[next(iter(self._routes))]
+            ids = self._flat(key[0]).to(x.device)
+            return self._routes.setdefault(key, batched_lora_route(ids, max(1, len(self.adapters))))
+
+    def look(self, present: Container[str]) -> None:
+        """Notes which of the adapters a layer has."""
+        self.found = (self.found or set()).union(i for i, name in enumerate(self.adapters) if name in present)
+
+    def names(self, leading: torch.Size) -> list[str]:
+        """For PEFT's own forward, whose input has these leading sizes."""
+        if leading not in self._names:
+            self._names[leading] = [BASE if i < 0 else self.adapters[i] for i in self._flat(leading).tolist()]
+        return self._names[leading]
+
+    def _flat(self, leading: torch.Size) -> Tensor:
+        """The id of each row of a tensor with these leading sizes."""
+        B, M, sizes = self.ids.shape[0], math.prod(leading), tuple(self.ids.shape)
+        if self.ids.dim() == 1:
+            fits = bool(leading) and leading[0] in (B, B * self.expand)
+        else:
+            fits = leading[:2] == sizes or leading == (self.ids.numel(),)
+        if not fits:
+            raise ValueError(
+                f"{self.source}: there are ids for {list(sizes)}, which a layer's input of leading sizes "
+                f"{list(leading)} does not match. Give one per sequence or, to adapter_ids, one per token; beams and "
+                "returned sequences are known where generate is given num_beams and num_return_sequences"
+            )
+        flat = self.ids.reshape(-1)
+        return flat.repeat_interleave(M // flat.numel()) if flat.numel() else flat
+
+
+# -- what a call carries ----------------------------------------------------------------------------------------------
+
+_CURRENT: ContextVar[RowAdapters | object | None] = ContextVar("peft_kernels_row_adapters", default=None)
+_COUNT_LOCK = threading.Lock()
+_entered_count = 0
+_ENTERED = False  # whether any thread is inside: what code under torch.compile has in place of the context variable
+
+
+@contextlib.contextmanager
+def entered(rows: RowAdapters) -> Iterator[None]:
+    """Inside, the layers that this thread calls give each row its adapter."""
+    _count(1)
+    token = _CURRENT.set(rows)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+        _count(-1)
+
+
+def _count(change: int) -> None:
+    global _entered_count, _ENTERED
+    with _COUNT_LOCK:
+        _entered_count += change
+        _ENTERED = _entered_count > 0
+
+
+def current(module: nn.Module) -> RowAdapters | object | None:
+    """The adapters of the rows that `module` is called with, or None: then PEFT's active adapters are for all rows.
+
+    OUTSIDE under torch.compile, where no graph reads a context variable: the caller hands itself to `outside_graph`.
+    """
+    if is_compiling():
+        return OUTSIDE if _ENTERED else None
+    rows = _CURRENT.get()
+    if rows is None:
+        if torch._C._current_graph_task_id() != -1 and was_trained_by_row(module):
+            raise RuntimeError(
+                f"adapter_names, adapter_ids: a {type(module).__name__} that was trained with an adapter for each row "
+                "is called again inside the backward, and the adapters of that call are not known there. Checkpoint "
+                "with model.gradient_checkpointing_enable(), or enter adapter_ids inside the checkpointed function"
+            )
+        return None
+    if rows is NOTHING:
+        return None
+    rows.seen = True
+    if module.training:
+        mark_trained_by_row(module)
+    return rows
+
+
+@torch.compiler.disable(reason="which adapter each row has is not known inside a graph")
+def outside_graph(function: Callable, *args, **kwargs):
+    return function(*args, **kwargs)
+
+
+def keeping(function: Callable) -> Callable:
+    """The function, to be called now and in the backward, both times with the adapters of now."""
+    rows = _CURRENT.get() or NOTHING
+
+    def run(*args, **kwargs):
+        token = _CURRENT.set(rows)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _CURRENT.reset(token)
+
+    return run
+
+
+TOKENWISE = (nn.Linear, Conv1D, nn.Embedding)
+
+
+def by_peft(forward: Callable, module: nn.Module, rows: RowAdapters | None, x: Tensor, *args, **kwargs) -> Tensor:
+    """PEFT's own forward of a module, told the adapters of the rows in PEFT's way."""
+    if rows is None or "adapter_names" in kwargs:
+        return forward(module, x, *args, **kwargs)
+    rows.look(adapters_of(module))
+    if rows.ids.dim() == 1:
+        return forward(module, x, *args, adapter_names=rows.names(x.shape[:1]), **kwargs)
+    base = module.get_base_layer() if isinstance(module, LoraLayer) else module.original_module
+    if not isinstance(base, TOKENWISE):
+        raise ValueError(f"adapter_ids: ids per token do not reach into a {type(base).__name__}; give one per sequence")
+    leading = x.shape[:-1] if x.is_floating_point() else x.shape
+    flat = forward(module, x.reshape(-1, *x.shape[len(leading) :]), *args, adapter_names=rows.names(leading), **kwargs)
+    return flat.reshape(*leading, *flat.shape[1:])
+
+
+def adapters_of(module: nn.Module) -> Container[str]:
+    """Names of the adapters of a LoRA layer, or of a wrapper around a module that is trained whole."""
+    if isinstance(module, LoraLayer):
+        return {*module.lora_A, *module.lora_embedding_A}
+    return module._adapters
+
+
+# -- from names, from ids ---------------------------------------------------------------------------------------------
+
+
+def from_names(names: Sequence[str], known: set[str], expand: int) -> RowAdapters:
+    """What PEFT's `adapter_names` says. Raises where PEFT does."""
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"adapter_names: must be a list of str, one for each sequence, got {names!r}")
+    index: dict[str, int] = {}
+    ids = [-1 if name == BASE else index.setdefault(name, len(index)) for name in names]
+    if strangers := sorted(index.keys() - known):
+        raise ValueError(
+            f"adapter_names: the model has no adapter {', '.join(map(repr, strangers))}; it has "
+            f"{', '.join(map(repr, sorted(known)))}, and {BASE!r} stands for none"
+        )
+    return RowAdapters("adapter_names", torch.tensor(ids, dtype=torch.int32), tuple(index), expand, {})
+
+
+@contextlib.contextmanager
+def adapter_ids(ids: Tensor | Sequence, adapters: Sequence[str]) -> Iterator[None]:
+    """Inside, each sequence or each token that a patched model is given has its own adapter, or none.
+
+    Args:
+        ids: `[B]`, one for each sequence, or `[B, S]`, one for each token; a tensor of integers or (nested) lists.
+            i stands for `adapters[i]`, -1 for no adapter.
+        adapters: names of adapters of the model. Which of them are active does not matter.
+
+    It holds for calls by the thread that entered it, in training (dropout, gradients for every adapter named, zeros for
+    those that no row has) as in inference, and for backwards of checkpointed layers that run later. Layers without a
+    kernel, or in a state without one, run PEFT's own mixed forward and are counted in the report. PEFT's argument
+    `adapter_names` does the same for whole sequences and wins where both are given.
+
+    Raises:
+        ValueError: an id is below -1 or not below len(adapters); adapters has a name twice; a layer's input does not
+            have the rows of the ids; at the end, if no layer that ran has an adapter of one of the names.
+        RuntimeError: at the end, if no patched layer ran.
+
+    Example:
+        >>> peft_kernels.patch(model)
+        >>> with peft_kernels.adapter_ids([0, -1, 1], adapters=["french", "german"]):
+        ...     logits = model(input_ids=input_ids).logits  # the second of the three sequences by the base model
+    """
+    rows = RowAdapters("adapter_ids", _checked(ids, adapters), tuple(adapters))
+    with entered(rows):
+        yield
+    if not rows.seen:
+        raise RuntimeError("adapter_ids: no patched layer ran inside; peft_kernels.patch(model) patches a model")
+    if missing := [] if rows.found is None else [n for i, n in enumerate(rows.adapters) if i not in rows.found]:
+        raise ValueError(f"adapter_ids: no layer that ran has an adapter {', '.join(map(repr, missing))}")
+
+
+def _checked(ids: Tensor | Sequence, adapters: Sequence[str]) -> Tensor:
+    if isinstance(adapters, str) or not all(isinstance(name, str) for name in adapters):
+        raise TypeError(f"adapter_ids: adapters must be a list of str, got {adapters!r}")
+    if len(set(adapters)) != len(adapters):
+        raise ValueError(f"adapter_ids: adapters must differ from each other, got {list(adapters)}")
+    ids = torch.as_tensor(ids)
+    if ids.dtype not in (torch.int32, torch.int64) and ids.numel():
+        raise TypeError(f"adapter_ids: ids must be integers (int32 or int64), got {ids.dtype}")
+    if ids.dim() not in (1, 2):
+        raise ValueError(f"adapter_ids: ids must have shape [B] or [B, S], got {list(ids.shape)}")
+    outside = ids[(ids < -1) | (ids >= len(adapters))] if ids.is_cpu else ids[:0]  # a GPU is not waited for
+    if outside.numel():
+        raise ValueError(f"adapter_ids: ids must be -1 or lie in [0, {len(adapters)}), got {outside.flatten()[0]}")
+    return ids.to(torch.int32, copy=True)
