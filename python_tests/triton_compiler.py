@@ -2,8 +2,8 @@
 
 `Recorder(arch)` stands in for the CUDA driver: while it is active, every launch `kernel[grid](...)` compiles the kernel
 for that architecture with exactly the specialisation that the launch would have on a device, and launches nothing.
-Tensors may be on the meta device, so real sizes cost nothing. What it records: shared memory from Triton; registers,
-stack and local memory from the cuobjdump that ships in the Triton wheel; from the PTX the left operands of wgmma.
+Tensors may be on the meta device, so real sizes cost nothing. What it records: shared and tensor memory from Triton;
+registers, stack and local memory from the cuobjdump in the Triton wheel; from the PTX the left operands of wgmma.
 """
 
 import re
@@ -29,6 +29,7 @@ class Compiled:
     registers: int
     stack: int  # bytes a thread spills or indexes; 0 when all stays in registers
     local: int
+    tensor_memory: int  # columns, of 512; a kernel that wants more is compiled to a trap (sm_100)
     stages: int
     ptx: str = field(repr=False)
 
@@ -84,6 +85,7 @@ class Recorder:
                 registers,
                 stack,
                 local,
+                binary.metadata.tmem_size or 0,
                 binary.metadata.num_stages,
                 binary.asm["ptx"],
             )
