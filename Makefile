@@ -2,7 +2,9 @@
 # make test    builds everything and runs the test suite                   make wheel     dist/*.whl
 # make build   only the set-up                                             make lint      ruff, clang-format
 # make test-kernels    the kernels without torch: C++ tests, nvcc          make clean     removes what was built
+# make emulated        where nvcc is: the CUDA kernels on the CPU as torch operators, which make test runs
 # make test-floor      the suite against the oldest supported transformers and peft
+# make gpu-check       all of it on a machine with an NVIDIA GPU, with its PYTHON: no .venv, no network
 # make test-all        all tests: the slow ones, test-kernels and test-floor too
 #
 # Needs Python >= 3.11 with venv, a C++ compiler and pip's package index; everything else goes into .venv.
@@ -16,12 +18,14 @@ FLOOR := transformers==5.17.0 peft==0.21.0
 FLOOR_FREE := ^(transformers|peft|huggingface_hub)==
 SOURCES := $(wildcard csrc csrc/* csrc/*/*)
 CMAKE := $(or $(shell sh -c 'command -v cmake'),$(BIN)/cmake)
+NVCC := $(shell sh -c 'PATH="$${CUDA_HOME:-/usr/local/cuda}/bin:$$PATH" command -v nvcc')
+EMULATED := $(if $(filter 0,$(PK_CUDA)),,$(NVCC))
 REVISION := $(shell git rev-parse --short HEAD 2>/dev/null)
 export CXX
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 MAKEFLAGS += --no-print-directory
 
-.PHONY: build demo test test-all test-kernels test-floor bench wheel lint clean check-machine
+.PHONY: build demo test test-all emulated test-kernels test-floor gpu-check bench wheel lint clean check-machine
 .DELETE_ON_ERROR:
 
 build: $(VENV)/command
@@ -29,20 +33,35 @@ build: $(VENV)/command
 demo: build
 	$(BIN)/peft-kernels demo $(ARGS)
 
-test: build
+test: build emulated $(if $(REPLACED),,$(VENV)/triton-3.6)
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: build test-kernels
+test-all: build emulated $(VENV)/triton-3.6 test-kernels
 	$(PYTEST) $(ARGS)
 	$(MAKE) test-floor
 
 test-floor:
 	$(MAKE) test VENV=.venv-floor REPLACED="$(FLOOR)"
 
+# Both share one build folder, and the emulator's objects in it. Without a torch the kernels are built and tested alone.
+CONFIGURE = $(CMAKE) -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release \
+  -DPK_TORCH_DIR=$(abspath $(dir $(firstword $(wildcard $(VENV)/lib/python*/site-packages/torch/version.py))))
+
 test-kernels: $(CMAKE)
-	$(CMAKE) -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release
+	$(CONFIGURE)
 	$(CMAKE) --build build/cmake --parallel $(shell nproc)
 	$(dir $(CMAKE))ctest --test-dir build/cmake --output-on-failure --no-tests=error
+
+emulated: $(VENV)/environment $(if $(EMULATED),$(CMAKE))
+ifdef EMULATED
+	$(CONFIGURE)
+	$(CMAKE) --build build/cmake --parallel $(shell nproc) --target emulated
+else
+	@echo "emulated: the CUDA kernels are not built: there is no nvcc, or PK_CUDA=0"
+endif
+
+gpu-check:
+	@PK_REVISION=$(or $(PK_REVISION),$(REVISION)) $(PYTHON) .ci/gpu_check.py $(ARGS)
 
 bench: build
 	$(BIN)/python benchmarks/run.py --op lora_linear --grid cpu $(ARGS)
@@ -82,6 +101,10 @@ $(VENV)/library: $(VENV)/environment setup.py $(SOURCES)
 $(VENV)/command: $(VENV)/library pyproject.toml
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
+
+# The oldest Triton that is supported, beside the pinned one: test_triton.py compiles the kernels with both.
+$(VENV)/triton-3.6: | $(VENV)/environment
+	$(BIN)/pip install -q --no-deps --target $@ triton==3.6.0
 
 $(BIN)/cmake: $(VENV)/environment
 	$(BIN)/pip install -q cmake==4.4.4

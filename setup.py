@@ -4,7 +4,8 @@ Every object is one compiler call; they run in parallel, and one that is newer t
 
     csrc/<family>/*_cpu.cpp    once per line of csrc/instruction_sets.txt: one wheel serves every x86-64 processor
     csrc/<family>/*.cu         by nvcc, without torch's headers: a CPU-only torch is enough to build the CUDA part
-    csrc/bindings/*.cpp        against torch's stable ABI (2.11 and later); nothing else includes torch
+    csrc/bindings/*.cpp        against torch's stable ABI (2.11 and later), *_cuda.cpp only where nvcc is; nothing else
+                               includes torch
     other csrc/*/*.cpp         once: launch plans, the choice of the instruction set
 
 PK_CUDA=auto|0|1 and PK_CUDA_ARCHS="80;90a;100;120" choose the CUDA part, PK_REVISION is recorded, CXX is the compiler.
@@ -68,14 +69,18 @@ def cuda_archs(nvcc: str) -> list[str]:
     return [arch for arch in wanted if f"sm_{arch.rstrip('af')}" in known]
 
 
+def toolkit_flags(nvcc: str, name: str) -> list[str]:
+    """What nvcc itself passes on as LIBRARIES or INCLUDES: where its toolkit lies."""
+    lines = ask(nvcc, "--dryrun", "-x", "cu", os.devnull).splitlines()  # says it, runs nothing
+    return shlex.split(next(line for line in lines if line.startswith(f"#$ {name}=")).split("=", 1)[1])
+
+
 def operator_libraries(torch: Path, nvcc: str | None) -> list[str]:
     """What `_ops` is linked with. libtorch brings libtorch_cuda, and the current stream with it, where there is one."""
     flags = ["-Wl,--version-script=csrc/bindings/exports.map", "-Wl,-z,defs"]
     flags += [f"-L{torch}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
     if nvcc:  # the static runtime: the library then loads where there is no CUDA at all
-        lines = ask(nvcc, "--dryrun", "-x", "cu", os.devnull).splitlines()  # says where its libraries are, runs nothing
-        folders = next(line for line in lines if line.startswith("#$ LIBRARIES=")).split("=", 1)[1]
-        flags += [*shlex.split(folders), "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+        flags += [*toolkit_flags(nvcc, "LIBRARIES"), "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
     return flags
 
 
@@ -112,17 +117,21 @@ class Unit:
     def build(self) -> None:
         record, depfile = self.object.with_suffix(".command"), self.object.with_suffix(".d")
         command = [*self.compiler, "-MMD", "-MF", str(depfile), "-c", str(self.source), "-o", str(self.object)]
-        if self.object.exists() and record.exists() and record.read_text() == shlex.join(command):
+        if self.object.exists() and record.exists() and record.read_text().rpartition("\n")[0] == shlex.join(command):
             read = [Path(name) for name in depfile.read_text().replace("\\\n", " ").split(":", 1)[1].split()]
             if all(path.exists() and path.stat().st_mtime < record.stat().st_mtime for path in read):
                 return
         self.object.parent.mkdir(parents=True, exist_ok=True)
         record.unlink(missing_ok=True)
         start = time.time()
-        if subprocess.run(command).returncode != 0:
+        compiler = subprocess.Popen(command)
+        _, status, usage = os.wait4(compiler.pid, 0)
+        compiler.returncode = os.waitstatus_to_exitcode(status)
+        if compiler.returncode != 0:
             remedy = "; PK_CUDA=0 builds without the CUDA part" if self.source.suffix == ".cu" else ""
             sys.exit(f"peft_kernels: compiling {self.source} failed{remedy}: {shlex.join(command)}")
-        record.write_text(shlex.join(command))
+        # a test adds up the processor time of nvcc, which a busy machine changes little
+        record.write_text(f"{shlex.join(command)}\n{usage.ru_utime + usage.ru_stime:.1f}")
         os.utime(record, (start, start))  # a file edited while it was compiled is newer than this
         print(f"  {time.time() - start:5.1f} s  {self.object.relative_to(OBJECTS)}", flush=True)
 
@@ -150,7 +159,9 @@ class Build(build_ext):
         code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         code += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in archs[-1:]]  # PTX for later ones
         stable = ["-std=c++20", "-isystem", f"{torch}/include", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-        stable += ["-DPK_WITH_CUDA"] if nvcc else []
+        if nvcc:
+            headers = (flag.replace("-I", "-isystem", 1) for flag in toolkit_flags(nvcc, "INCLUDES"))
+            stable += ["-DPK_WITH_CUDA", *headers]
         facts = {"VERSION": self.distribution.get_version(), "REVISION": os.environ.get("PK_REVISION", "")}
         facts |= {"CUDA": ask(nvcc, "--version").split("release ")[1].split(",")[0] if nvcc else ""}
         facts |= {"CUDA_ARCHS": ";".join(archs), "INSTRUCTION_SETS": ";".join(sets)}
@@ -159,6 +170,8 @@ class Build(build_ext):
             """The compiler calls for one source: one, none, or one per instruction set."""
             if source.name.endswith("_cpu.cpp"):
                 return {f".{name}": [CXX, *CXXFLAGS, *flags, f"-DPK_ISA=pk_{name}"] for name, flags in sets.items()}
+            if source.name.endswith("_cuda.cpp") and not nvcc:
+                return {}
             if source.suffix == ".cu":
                 return {"": [nvcc, f"-ccbin={CXX}", *NVCCFLAGS, *code]} if nvcc else {}
             if source == MODULE:

@@ -6,6 +6,7 @@ the one before it has filled, and M = 1 would measure the cache.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +33,26 @@ def build(cell: Cell, device: torch.device, kinds: tuple[str, ...]) -> tuple[lis
     """Both frozen arms and, for every variant, the arms of the given kinds; and a line for each that cannot be here."""
     arms = [_frozen(cell, device, name) for name in ("frozen", "frozen_again")]
     left_out = []
+    without = _peft_missing()
+    if without:
+        left_out += [f"{kind}: {without}" for kind in kinds if kind in _NEED_PEFT]
+        kinds = tuple(kind for kind in kinds if kind not in _NEED_PEFT)
     for variant in cell.variants:
         for kind in kinds:
             made, missing = _MAKERS[kind](cell, variant, device)
             arms += made
             left_out += missing
     return arms, list(dict.fromkeys(left_out))
+
+
+@cache
+def _peft_missing() -> str:
+    """Why PEFT cannot be imported; empty where it can."""
+    try:
+        import peft  # noqa: F401
+    except Exception as error:  # a PEFT beside a transformers that it does not fit fails in many ways
+        return f"PEFT cannot be imported: {type(error).__name__}: {error}"
+    return ""
 
 
 def _frozen(cell: Cell, device: torch.device, name: str) -> Arm:
@@ -115,8 +130,8 @@ def _backend(name: str, cell: Cell, variant: Variant, device: torch.device) -> A
 
 
 def _peers(cell, variant, device):
-    """Peers take adapters in the base's dtype; dropout they leave to the caller, so p = 0 only."""
-    if variant.p or variant.factor_dtype is not cell.dtype:
+    """Peers, with adapters in the base's dtype: what is wider they would round."""
+    if variant.factor_dtype is not cell.dtype:
         return [], []
     found, missing = peers.find(device)
     made = []
@@ -124,12 +139,13 @@ def _peers(cell, variant, device):
         weight, a, b = factors(cell, variant, device)
 
         def call(x, function=function, weight=weight, a=a, b=b):
-            return function(x, weight, a, b, SCALING)
+            return function(x, weight, a, b, SCALING, variant.p)
 
         made.append(Arm(name, "peer", variant, call, (weight, a, b)))
     return made, missing
 
 
+_NEED_PEFT = ("peft", "compiled", "patched")
 _MAKERS = {
     "peft": _peft,
     "compiled": _compiled,

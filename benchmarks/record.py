@@ -31,6 +31,7 @@ class Row:
     r: str
     p: str
     direction: str  # "forward" (the forward part of a training step) or "forward+backward"
+    timing: str  # "eager", or "graph": replayed from a CUDA graph
     rounds: int
     ms_p20: float
     ms_p50: float
@@ -43,9 +44,13 @@ class Row:
     tflops: float
     peak_share: float  # least time at the measured copy and GEMM rates of this process / time taken
     saved_bytes: int  # kept by autograd between forward and backward, parameters not counted
+    not_timed: str  # why this arm has no time (its numbers are NaN); empty where it has
     device: str
+    driver: str  # of a GPU
     threads: int
     torch: str
+    triton: str
+    cuda: str  # that torch was built for
     transformers: str
     peft: str
     peft_kernels: str
@@ -54,6 +59,8 @@ class Row:
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Row))
+# Columns that came later, and what they say of a CSV without them: those were all of CPUs.
+_LATER = {"timing": "eager", "not_timed": "", "driver": "", "triton": "", "cuda": ""}
 _NUMBERS = {field.name: field.type for field in dataclasses.fields(Row) if field.type in (int, float)}
 
 
@@ -84,12 +91,25 @@ def commit() -> str:
         return "unknown"
 
 
+def _driver() -> str:
+    """Version of the NVIDIA driver."""
+    command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
 def provenance(device: torch.device) -> dict[str, str | int]:
     """The columns that are the same for every row of a run."""
+    on_gpu = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        "driver": _driver() if on_gpu else "",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda or "",
         "transformers": _version("transformers"),
         "peft": _version("peft"),
         "peft_kernels": peft_kernels.__version__,
@@ -101,14 +121,15 @@ def provenance(device: torch.device) -> dict[str, str | int]:
 class Writer:
     """Appends rows to a new CSV as cells finish, so an interrupted run keeps what it measured."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, kind: type = Row):
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._fields = tuple(field.name for field in dataclasses.fields(kind))
         self._file = path.open("w", newline="")
         self._csv = csv.writer(self._file, lineterminator="\n")
-        self._csv.writerow(FIELDS)
+        self._csv.writerow(self._fields)
 
-    def write(self, rows: list[Row]) -> None:
-        self._csv.writerows([_text(getattr(row, name)) for name in FIELDS] for row in rows)
+    def write(self, rows: list) -> None:
+        self._csv.writerows([_text(getattr(row, name)) for name in self._fields] for row in rows)
         self._file.flush()
 
     def close(self) -> None:
@@ -120,9 +141,11 @@ def _text(value) -> str:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a CSV. Raises ValueError where its columns are not this version's."""
+    """The rows of a CSV. Raises ValueError where its columns are neither this version's nor an earlier one's."""
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != FIELDS:
+        earlier = tuple(name for name in FIELDS if name not in _LATER)
+        if tuple(reader.fieldnames or ()) not in (FIELDS, earlier):
             raise ValueError(f"{path.name}: columns must be {', '.join(FIELDS)}, got {reader.fieldnames}")
-        return [Row(**{name: _NUMBERS.get(name, str)(text) for name, text in line.items()}) for line in reader]
+        lines = [_LATER | line for line in reader]
+    return [Row(**{name: _NUMBERS.get(name, str)(text) for name, text in line.items()}) for line in lines]

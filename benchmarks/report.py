@@ -1,7 +1,7 @@
-"""The README's tables and the plots, from a benchmark's CSV.
+"""The README's tables and the plots, from the CSVs of a CPU and of a GPU.
 
     python benchmarks/report.py                     writes README.md between its markers, and the plot
-    python benchmarks/report.py --check             exits 1 where the README is not what the CSV gives
+    python benchmarks/report.py --check             exits 1 where the README is not what the CSVs give
 
 Says which performance targets are met, and by how much the others are missed.
 """
@@ -14,17 +14,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import typer
 
-from benchmarks import plots, record, tables, targets
+from benchmarks import cuda_tables, plots, record, tables, targets
 from benchmarks.record import Row
 
 
 def origin(rows: list[Row], path: Path) -> str:
     """Where the numbers come from, in one sentence."""
-    row, rounds = rows[0], min(row.rounds for row in rows)
+    row, rounds = rows[0], min(row.rounds for row in rows if not row.not_timed)
     digest, dirty, _ = row.commit.partition("-dirty")
     revision = digest[:12] + dirty
+    where = f"driver {row.driver}, CUDA {row.cuda}, Triton {row.triton}" if row.cuda else f"{row.threads} threads"
     return (
-        f"Measured on {row.device}, {row.threads} threads, torch {row.torch}, transformers {row.transformers}, "
+        f"Measured on {row.device}, {where}, torch {row.torch}, transformers {row.transformers}, "
         f"PEFT {row.peft}, peft_kernels {row.peft_kernels} at {revision}, "
         f"{row.date[:10]}, at least {rounds} rounds a cell; `benchmarks/results/{path.name}`."
     )
@@ -49,9 +50,23 @@ def markdown(rows: list[Row], path: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def replaced(text: str, block: str) -> str:
-    """`text` with `block` between its markers. Raises ValueError where it has none."""
-    begin, end = (f"<!-- benchmark:{tables.OP}:{word} -->" for word in ("begin", "end"))
+def cuda_markdown(rows: list[Row], path: Path) -> str:
+    """All that stands between the README's markers for the GPU; without rows, that nothing was measured."""
+    command = f"python benchmarks/run.py --device cuda --grid gpu --graphs --out benchmarks/results/{path.name}"
+    parts = [f"Not measured yet; on a machine with a GPU, `{command}` measures it."]
+    if rows:
+        parts = ["Time over the frozen `nn.Linear` of the same rounds, medians. " + origin(rows, path)]
+        for direction, timing in cuda_tables.VIEWS:
+            table = cuda_tables.view(rows, direction, timing)
+            parts += [f"{direction}, {cuda_tables.TITLES[timing]}:", table] if table else []
+        reasons = cuda_tables.not_timed(rows)
+        parts += ["Not timed:", "\n".join(f"* {line}" for line in reasons)] if reasons else []
+    return "\n\n".join([*parts, cuda_tables.target_table(targets.cuda_verdicts(rows))]) + "\n"
+
+
+def replaced(text: str, block: str, name: str = tables.OP) -> str:
+    """`text` with `block` between the markers of `name`. Raises ValueError where it has none."""
+    begin, end = (f"<!-- benchmark:{name}:{word} -->" for word in ("begin", "end"))
     head, found, rest = text.partition(begin)
     _, closed, tail = rest.partition(end)
     if not found or not closed:
@@ -59,20 +74,28 @@ def replaced(text: str, block: str) -> str:
     return f"{head}{begin}\n{block}{end}{tail}"
 
 
+OUTCOMES = {True: "met   ", False: "MISSED", None: "not measured yet"}
+RESULTS = record.ROOT / "benchmarks/results"
+
+
 def main(
-    csv: Annotated[Path, typer.Argument(help="What run.py wrote")] = record.ROOT
-    / "benchmarks/results/lora_linear_cpu.csv",
+    csv: Annotated[Path, typer.Argument(help="What run.py wrote on a CPU")] = RESULTS / "lora_linear_cpu.csv",
+    cuda: Annotated[Path, typer.Option(help="What it wrote on a GPU; need not exist")] = RESULTS
+    / "lora_linear_cuda.csv",
     readme: Annotated[Path, typer.Option(help="File with the markers")] = record.ROOT / "README.md",
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where the README differs")] = False,
 ) -> None:
-    """Puts the tables of CSV into README, plots beside the CSV, and says which targets are met."""
-    rows = record.read(csv)
+    """Puts the tables of both CSVs into README, plots beside the first, and says which targets are met."""
+    rows, cuda_rows = record.read(csv), record.read(cuda) if cuda.exists() else []
     before = readme.read_text()
     after = replaced(before, markdown(rows, csv))
+    after = replaced(after, cuda_markdown(cuda_rows, cuda), f"{tables.OP}:cuda")
     for met, sentence in targets.verdicts(rows):
-        typer.echo(f"{'met   ' if met else 'MISSED'}  {sentence}")
+        typer.echo(f"{OUTCOMES[met]}  {sentence}")
+    for met, title, limit, measured in targets.cuda_verdicts(cuda_rows):
+        typer.echo(f"{OUTCOMES[met]}  GPU, {title}: at most {limit}" + (f", {measured}" if measured else ""))
     if check:
-        typer.echo("README agrees with the CSV" if before == after else f"{readme.name} differs from {csv.name}")
+        typer.echo("README agrees with the CSVs" if before == after else f"{readme.name} differs from its CSVs")
         raise typer.Exit(before != after)
     readme.write_text(after)
     typer.echo(f"written: {readme.name}, {', '.join(path.name for path in plots.draw(rows, csv.with_suffix('')))}")

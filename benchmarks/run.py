@@ -1,10 +1,13 @@
 """Times an op beside the frozen linear, HF PEFT and whoever else is importable, and writes a CSV.
 
     python benchmarks/run.py --op lora_linear --grid cpu --out benchmarks/results/lora_linear_cpu.csv
+    python benchmarks/run.py --op lora_linear --device cuda --grid gpu --graphs --out build/lora_linear_cuda.csv
+    python benchmarks/run.py --op limits --device cuda --out build/limits_cuda.csv
 
 Nothing is timed while a backend fails its samples: the run is refused with exit code 2.
 """
 
+import math
 import sys
 import time
 import warnings
@@ -17,14 +20,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from benchmarks import arms as contenders
-from benchmarks import gate, measure, plan, record, roofline, shapes
-from peft_kernels import registry, testing
+from benchmarks import cuda_clock, gate, limits, measure, plan, record, roofline, shapes
+from peft_kernels import memory, registry
 
-OPS = ("lora_linear", "seam")
-LEAST_ROUNDS = {"cpu": 15, "full": 50, "quick": 5}
-SECONDS = {"cpu": 30.0, "full": 0.5, "quick": 0.3}
+OPS = ("lora_linear", "seam", "limits")
+LEAST_ROUNDS = {"cpu": 15, "gpu": 50, "full": 50, "quick": 5}
+SECONDS = {"cpu": 30.0, "gpu": 1.0, "full": 0.5, "quick": 0.3}
+FOREIGN = ("inductor", "peft", "peer")  # backends that are not ours
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -34,47 +39,49 @@ class Run:
     """What holds for every cell of a run."""
 
     device: torch.device
-    rounds: int  # at least
-    seconds: float  # per cell, where the rounds take less
-    graphs: bool
+    plan: plan.Plan
     peaks: dict[torch.dtype, roofline.Peak]
     origin: dict[str, str | int]
 
-    def clock(self, x, dy):
-        if self.device.type == "cuda":
-            return measure.cuda_graph_clock(x, dy) if self.graphs else measure.cuda_clock(x, dy)
-        return measure.cpu_clock(x, dy)
+    def clock(self, timing: str, x, dy):
+        if self.device.type != "cuda":
+            return measure.cpu_clock(x, dy)
+        return cuda_clock.graph_clock(x, dy) if timing == "graph" else cuda_clock.eager_clock(x, dy)
 
 
 def time_cell(cell: shapes.Cell, kinds: tuple[str, ...], run: Run) -> tuple[list[record.Row], list[str]]:
-    """One cell: its rows, and a line for each arm that could not be timed."""
+    """One cell: its rows, and a line for each arm that could not be here."""
     torch.manual_seed(0)
     torch.compiler.reset()  # each cell compiles anew, or PEFT's one code object would run into the recompile limit
     arms, left_out = contenders.build(cell, run.device, kinds)
     x = torch.randn(cell.M, cell.K, device=run.device).to(cell.dtype).requires_grad_()
     dy = torch.randn(cell.M, cell.N, device=run.device).to(cell.dtype)
-    clock = run.clock(x, dy)
-    arms, failed = runnable(arms, clock)
-    steps = measure.interleave(arms, clock, run.rounds, run.seconds, plan.WARMUP_ROUNDS)
-    saved = {arm: testing.saved_bytes(lambda arm=arm: arm.call(x), arm.parameters) for arm in arms}
-    return rows_of(cell, steps, saved, run), left_out + failed
+    saved, rows = {}, []
+    for timing in run.plan.timings:
+        clock = run.clock(timing, x, dy)
+        arms, failed = runnable(arms, clock)  # what does not run eagerly is not captured either
+        steps = measure.interleave(arms, clock, run.plan.rounds, run.plan.seconds, plan.WARMUP_ROUNDS)
+        saved = saved or {arm: memory.saved_bytes(lambda arm=arm: arm.call(x), arm.parameters) for arm in arms}
+        rows += rows_of(cell, timing, steps, saved, run)
+        rows += [untimed_row(cell, timing, arm, reason, run) for arm, reason in failed.items()]
+    return rows, left_out
 
 
-def runnable(arms: list[contenders.Arm], step) -> tuple[list[contenders.Arm], list[str]]:
-    """The arms that survive one step. Only contenders that are not ours may fail; they are named, not hidden."""
-    kept, failed = [], []
+def runnable(arms: list[contenders.Arm], step) -> tuple[list[contenders.Arm], dict[contenders.Arm, str]]:
+    """The arms that survive one step, and why the others do not. Only contenders that are not ours may fail."""
+    kept, failed = [], {}
     for arm in arms:
         try:
             step(arm)
             kept.append(arm)
         except Exception as error:
-            if arm.backend not in ("inductor", "peer"):
+            if arm.backend not in FOREIGN:
                 raise
-            failed.append(f"{arm.name}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+            failed[arm] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return kept, failed
 
 
-def rows_of(cell: shapes.Cell, steps: dict, saved: dict, run: Run) -> list[record.Row]:
+def rows_of(cell: shapes.Cell, timing: str, steps: dict, saved: dict, run: Run) -> list[record.Row]:
     """Two rows per arm: forward, and forward+backward."""
     frozen, again = (arm for arm in steps if arm.variant is None)
     rows = []
@@ -86,17 +93,9 @@ def rows_of(cell: shapes.Cell, steps: dict, saved: dict, run: Run) -> list[recor
             cost = roofline.cost(cell, arm.variant)[direction]
             rows.append(
                 record.Row(
-                    op=cell.op,
-                    arm=arm.name,
-                    backend=arm.backend,
-                    dtype=_name(cell.dtype),
-                    adapter_dtype=_name(arm.variant.factor_dtype) if arm.variant else "",
-                    M=cell.M,
-                    K=cell.K,
-                    N=cell.N,
-                    r=str(cell.r),  # of the cell: a frozen arm has none
-                    p=f"{arm.variant.p:g}" if arm.variant else "",
+                    **labels(cell, arm),
                     direction=direction,
+                    timing=timing,
                     rounds=len(values),
                     **dict(zip(("ms_p20", "ms_p50", "ms_p80"), ms, strict=True)),
                     **dict(zip(("ratio_p20", "ratio_p50", "ratio_p80"), ratio, strict=True)),
@@ -105,10 +104,42 @@ def rows_of(cell: shapes.Cell, steps: dict, saved: dict, run: Run) -> list[recor
                     tflops=cost.flops / ms[1] * 1e-9,
                     peak_share=run.peaks[cell.dtype].least_ms(cost) / ms[1],
                     saved_bytes=saved[arm],
+                    not_timed="",
                     **run.origin,
                 )
             )
     return rows
+
+
+def untimed_row(cell: shapes.Cell, timing: str, arm: contenders.Arm, reason: str, run: Run) -> record.Row:
+    """The row of an arm that could not be timed: its numbers are NaN, and it says why."""
+    numbers = (field for field, kind in record.Row.__annotations__.items() if kind is float)
+    return record.Row(
+        **labels(cell, arm),
+        direction="forward+backward",
+        timing=timing,
+        rounds=0,
+        **dict.fromkeys(numbers, math.nan),
+        saved_bytes=0,
+        not_timed=reason,
+        **run.origin,
+    )
+
+
+def labels(cell: shapes.Cell, arm: contenders.Arm) -> dict[str, str | int]:
+    """The columns that say what was timed."""
+    return {
+        "op": cell.op,
+        "arm": arm.name,
+        "backend": arm.backend,
+        "dtype": _name(cell.dtype),
+        "adapter_dtype": _name(arm.variant.factor_dtype) if arm.variant else "",
+        "M": cell.M,
+        "K": cell.K,
+        "N": cell.N,
+        "r": str(cell.r),  # of the cell: a frozen arm has none
+        "p": f"{arm.variant.p:g}" if arm.variant else "",
+    }
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -116,26 +147,34 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def show(cell: shapes.Cell, rows: list[record.Row], seconds: float) -> None:
-    """One block per cell: every arm's ratio to the frozen linear, forward+backward."""
-    whole = [row for row in rows if row.direction == "forward+backward"]
-    first = whole[0]
-    console.print(
-        f"[bold]{cell.op} {cell.title}[/bold]  frozen {first.ms_p50:.3f} ms, A/A {first.aa_spread:.1%}, "
-        f"{first.rounds} rounds, {seconds:.0f} s"
-    )
-    for row in whole[2:]:
+    """One block per cell and timing: every arm's ratio to the frozen linear, forward+backward."""
+    for timing in dict.fromkeys(row.timing for row in rows):
+        whole = [row for row in rows if (row.direction, row.timing) == ("forward+backward", timing)]
+        first = whole[0]
         console.print(
-            f"  {row.arm + ' ' + row.backend:22s} adapters {row.adapter_dtype:8s} p={row.p:3s}  {row.ratio_p50:.3f} "
-            f"[dim]({row.ratio_p20:.3f} - {row.ratio_p80:.3f})[/dim]  {row.peak_share:.0%} of peak"
+            f"[bold]{cell.op} {cell.title}[/bold] {timing}  frozen {first.ms_p50:.3f} ms, A/A {first.aa_spread:.1%}, "
+            f"{first.rounds} rounds, {seconds:.0f} s"
         )
+        for row in whole[2:]:
+            outcome = f"[yellow]not timed:[/yellow] {escape(row.not_timed)}"
+            if not row.not_timed:
+                spread = f"[dim]({row.ratio_p20:.3f} - {row.ratio_p80:.3f})[/dim]"
+                outcome = f"{row.ratio_p50:.3f} {spread}  {row.peak_share:.0%} of peak"
+            console.print(
+                f"  {row.arm + ' ' + row.backend:22s} adapters {row.adapter_dtype:8s} p={row.p:3s}  {outcome}"
+            )
 
 
 def main(
-    op: Annotated[str, typer.Option(help="lora_linear, or seam: the price of the call alone")] = "lora_linear",
+    op: Annotated[
+        str, typer.Option(help="lora_linear; seam: the price of the call alone; limits: what the device can do")
+    ] = "lora_linear",
     grid: Annotated[
-        str, typer.Option(help="cpu (feeds the README), full (shapes of models, for a GPU), quick")
+        str, typer.Option(help="cpu and gpu (feed the README), full (shapes of models, for a GPU), quick")
     ] = "quick",
-    arms: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(shapes.ARMS)}")] = ",".join(shapes.ARMS),
+    arms: Annotated[
+        str, typer.Option(help=f"Comma-separated, of {', '.join(shapes.ARMS)}; default: all, on cuda without reference")
+    ] = "",
     rounds: Annotated[int, typer.Option(help="Least rounds per cell; 0: the grid's own")] = 0,
     seconds: Annotated[
         float, typer.Option(help="Time per cell if its least rounds take less; < 0: the grid's own")
@@ -143,10 +182,11 @@ def main(
     out: Annotated[Path | None, typer.Option(help="CSV to write; without it, results are only printed")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     model: Annotated[str, typer.Option(help="Restricts grid full to one model of shapes.MODELS")] = "",
-    graphs: Annotated[bool, typer.Option(help="On cuda: replay CUDA graphs instead of running eagerly")] = False,
+    graphs: Annotated[bool, typer.Option(help="On cuda: time replayed CUDA graphs too, not only eager steps")] = False,
 ) -> None:
     """Times OP on GRID: the two frozen arms, and the chosen arms in every variant of the adapter."""
-    wanted = tuple(arm for arm in arms.split(",") if arm)
+    target = torch.device(device)
+    wanted = tuple(arm for arm in arms.split(",") if arm) or shapes.kinds(target.type)
     for value, known, option in (
         (op, OPS, "--op"),
         (grid, shapes.GRIDS, "--grid"),
@@ -154,25 +194,32 @@ def main(
     ):
         if value not in known:
             raise typer.BadParameter(f"must be one of {', '.join(known)}, got '{value}'", param_hint=option)
+    if op == "limits":
+        return show_limits(target, rounds or 50, out)
     warnings.filterwarnings("ignore", module="peft")
     cells = shapes.cells(op, grid, model)
-    refuse_wrong_results(cells, wanted, torch.device(device))
-    peaks = {
-        dtype: roofline.measure(torch.device(device), dtype) for dtype in dict.fromkeys(cell.dtype for cell in cells)
-    }
-    run = Run(
-        device=torch.device(device),
-        rounds=rounds or LEAST_ROUNDS[grid],
-        seconds=SECONDS[grid] if seconds < 0 else seconds,
-        graphs=graphs,
-        peaks=peaks,
-        origin=record.provenance(torch.device(device)),
-    )
+    refuse_wrong_results(cells, wanted, target)
+    peaks = {dtype: roofline.measure(target, dtype) for dtype in dict.fromkeys(cell.dtype for cell in cells)}
+    timings = ("eager", "graph") if graphs and target.type == "cuda" else ("eager",)
+    asked = plan.Plan(rounds or LEAST_ROUNDS[grid], SECONDS[grid] if seconds < 0 else seconds, target.type, timings)
     for dtype, peak in peaks.items():
         rates = f"copy {peak.bytes_per_s / 1e9:.1f} GB/s, GEMM {peak.flops_per_s / 1e12:.3f} TFLOP/s"
         console.print(f"{_name(dtype)}: {rates}")
-    console.print(plan.describe(cells, wanted, peaks, run.rounds, run.seconds))
-    time_cells(cells, wanted, run, out)
+    console.print(asked.describe(cells, wanted, peaks))
+    time_cells(cells, wanted, Run(target, asked, peaks, record.provenance(target)), out)
+
+
+def show_limits(device: torch.device, rounds: int, out: Path | None) -> None:
+    """What the device can do: printed, and written if asked."""
+    rows = limits.measure(device, limits.sizes(device), rounds)
+    for row in rows:
+        beside = f"{row.ratio_p50:.3f} of {row.against}" if row.against else ""
+        console.print(f"  {row.fact:14s} {row.shape:24s} {row.value:10.4g} {row.unit:8s} {beside}")
+    if out:
+        writer = record.Writer(out, limits.Row)
+        writer.write(rows)
+        writer.close()
+        console.print(f"written: {out}")
 
 
 def refuse_wrong_results(cells: list[shapes.Cell], wanted: tuple[str, ...], device: torch.device) -> None:

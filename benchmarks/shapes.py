@@ -69,7 +69,7 @@ MODELS = (
     Model("gemma-2-9b", 3584, 14336, 4096, 2048),
 )
 
-GRIDS = ("cpu", "full", "quick")
+GRIDS = ("cpu", "gpu", "full", "quick")
 # Kinds of arm, in the order in which they are listed: `python benchmarks/run.py --help` explains them.
 ARMS = ("peft", "compiled", "patched", "op", "reference", "peers")
 
@@ -100,6 +100,30 @@ def seam() -> list[Cell]:
     return [Cell("seam", F32, 1, 64, 64, 16, (Variant(F32, 0.0), Variant(F32, 0.1)), ("peft", "patched", "op"))]
 
 
+def kinds(device_type: str) -> tuple[str, ...]:
+    """The kinds of arm that are timed unless others are asked for: on a GPU, the reference is not."""
+    return tuple(kind for kind in ARMS if device_type == "cpu" or kind != "reference")
+
+
+def _gpu() -> list[Cell]:
+    """Most important first, for a run may be cut. Peers that tune themselves do it anew for every shape, and
+    torch.compile compiles anew for every variant: they are timed where they matter most.
+    """
+    ours = ("peft", "patched", "op", "reference")
+    rows = [
+        (8192, 4096, 16, ARMS),
+        (1, 4096, 16, (*ours, "compiled")),
+        (16, 4096, 16, (*ours, "peers")),
+        (512, 4096, 16, ours),
+        (8192, 4096, 64, ours),
+        (8192, 14336, 16, ours),
+        (1, 14336, 16, ours),
+        (16, 14336, 16, ours),
+        (512, 14336, 16, ours),
+    ]
+    return [Cell("lora_linear", BF16, M, 4096, N, r, variants(BF16), arms) for M, N, r, arms in rows]
+
+
 def cells(op: str, grid: str, model: str = "") -> list[Cell]:
     """The cells of a grid; `model` restricts `full` to the projections of one model."""
     if op == "seam":
@@ -117,6 +141,8 @@ def cells(op: str, grid: str, model: str = "") -> list[Cell]:
             for d in (1024, 4096)
             for M in (1, 16, 256, 2048)
         ]
+    if grid == "gpu":
+        return _gpu()
     shapes = dict.fromkeys(shape for m in MODELS if model in ("", m.name) for shape in m.projections().values())
     return seam() + [
         Cell(op, BF16, M, K, N, r, variants(BF16), ARMS)

@@ -31,8 +31,8 @@ def variant(row: Row) -> tuple[bool, str]:
 
 
 def select(rows: list[Row], arm: str, direction: str = BOTH, op: str = OP) -> list[Row]:
-    """Rows of one arm; the raw operator of the reference is no contender."""
-    found = [row for row in rows if (row.op, row.arm, row.direction) == (op, arm, direction)]
+    """Rows of one arm that was timed; the raw operator of the reference is no contender."""
+    found = [row for row in rows if (row.op, row.arm, row.direction) == (op, arm, direction) and not row.not_timed]
     return [row for row in found if not (arm == "op" and row.backend == "reference")]
 
 
@@ -49,7 +49,7 @@ def means(rows: list[Row], arm: str, key: tuple[bool, str], direction: str = BOT
     return geometric_mean([row.ratio_p50 for row in chosen]), len(chosen), geometric_mean(wide), len(wide)
 
 
-def _table(header: list[str], lines: list[list[str]]) -> str:
+def grid_table(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
 
 
@@ -74,7 +74,7 @@ def mean_table(rows: list[Row], limits: dict[tuple[bool, str], str]) -> str:
                 [title, direction, str(patched[1]), _number(peft[0]), f"**{_number(patched[0])}**",
                  str(patched[3]), _number(peft[2]), f"**{_number(patched[2])}**", target]
             )  # fmt: skip
-    return _table(header, lines)
+    return grid_table(header, lines)
 
 
 def cell_table(rows: list[Row]) -> str:
@@ -96,7 +96,7 @@ def cell_table(rows: list[Row]) -> str:
             [base.dtype, str(base.M), f"{base.K} x {base.N}", f"{base.ms_p50:.3g}", f"{base.aa_spread:.1%}", *ratios,
              rate, "" if row is None else f"{row.peak_share:.0%}"]
         )  # fmt: skip
-    return _table(header, lines)
+    return grid_table(header, lines)
 
 
 def _pair(peft: Row | None, patched: Row | None) -> str:
@@ -121,7 +121,7 @@ def saved_table(rows: list[Row]) -> str:
                     [dtype, str(widest[1]), str(widest[0]), title, f"{peft.saved_bytes:,}", f"{patched.saved_bytes:,}",
                      f"{patched.saved_bytes / peft.saved_bytes:.2f}"]
                 )  # fmt: skip
-    return _table(["base", "M", "K", "adapter", "PEFT, bytes", "patched, bytes", "ratio"], lines)
+    return grid_table(["base", "M", "K", "adapter", "PEFT, bytes", "patched, bytes", "ratio"], lines)
 
 
 def contender_table(rows: list[Row]) -> str:
@@ -139,7 +139,7 @@ def contender_table(rows: list[Row]) -> str:
             )
             values = [_number(geometric_mean(v)) if v else "" for v in (list(chosen.values()), *beside)]
             lines.append([_SPOKEN.get(name, name), title, str(len(chosen)), *values])
-    return _table(["arm", "adapter", "cells", "the arm", "PEFT", "patched"], lines) if lines else ""
+    return grid_table(["arm", "adapter", "cells", "the arm", "PEFT", "patched"], lines) if lines else ""
 
 
 def seam_table(rows: list[Row]) -> str:
@@ -151,4 +151,6 @@ def seam_table(rows: list[Row]) -> str:
             dropout = f"dropout {first.p}" if first.p not in ("", "0") else "no dropout"
             times = (f"{1e3 * row.ms_p50:.1f}" for row in (first, second))
             lines.append([_SPOKEN.get(arm, arm), "" if arm == "frozen" else dropout, *times])
-    return _table(["call, M = 1, K = N = 64, r = 16", "adapter", "forward, us", f"{BOTH}, us"], lines) if lines else ""
+    return (
+        grid_table(["call, M = 1, K = N = 64, r = 16", "adapter", "forward, us", f"{BOTH}, us"], lines) if lines else ""
+    )

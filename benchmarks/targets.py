@@ -1,10 +1,16 @@
-"""What the CPU grid is to reach, as data: geometric means of forward+backward over the frozen linear, on two cores."""
+"""What the grids are to reach, as data.
+
+CPU: geometric means of forward+backward over the frozen linear, on two cores. GPU: the operator of the cuda backend,
+replayed from a CUDA graph, on an H200; and the bytes that it keeps for the backward.
+"""
 
 import math
 from dataclasses import dataclass
 
+import torch
+
 from benchmarks.record import Row
-from benchmarks.tables import BOTH, VARIANTS, cell, means, select, variant
+from benchmarks.tables import BOTH, OP, VARIANTS, cell, means, select, variant
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,23 @@ TARGETS = (
     Target("no dropout", False, "0", 0.98, 1.06),
     Target("dropout 0.1", False, "0.1", 1.00, 1.08),
     Target("fp32 adapters on bf16", True, "0", 1.02, 1.10),
+)
+
+
+@dataclass(frozen=True)
+class CudaTarget:
+    """The largest ratio to the frozen linear at K = N = 4096, r = 16 over all of `Ms`, adapters in bf16."""
+
+    title: str
+    direction: str
+    Ms: tuple[int, ...]
+    p: str
+    limit: float
+
+
+CUDA_TARGETS = (
+    CudaTarget("forward+backward, M = 8192, 4096 x 4096, r = 16, dropout 0.1", BOTH, (8192,), "0.1", 1.16),
+    CudaTarget("forward, M = 1 and 16, 4096 x 4096, r = 16, no dropout", "forward", (1, 16), "0", 1.5),
 )
 
 # for the tables: (wider adapters, p) -> both limits in words
@@ -59,3 +82,35 @@ def slower_than_peft(rows: list[Row]) -> list[str]:
                 f"{row.ratio_p50:.3f} against {other.ratio_p50:.3f}, spread {row.aa_spread:.3f}"
             )
     return found
+
+
+def cuda_verdicts(rows: list[Row]) -> list[tuple[bool | None, str, str, str]]:
+    """(met, title, limit, measured) for every target of the GPU; met is None where it was not measured."""
+    ours = [row for row in rows if (row.op, row.arm, row.backend) == (OP, "op", "cuda")]
+    found = []
+    for target in CUDA_TARGETS:
+        place = (target.direction, "graph", "bfloat16", "bfloat16", 4096, 4096, "16", target.p)
+        ratios = {row.M: row.ratio_p50 for row in ours if row.M in target.Ms and _place(row) == place}
+        met, measured = None, ""
+        if len(ratios) == len(target.Ms):
+            worst = max(ratios.values())
+            met, measured = worst <= target.limit, f"{worst:.3f}"
+        found.append((met, target.title, f"{target.limit:.2f}", measured))
+    return [*found, _saved_verdict(ours)]
+
+
+def _place(row: Row) -> tuple:
+    return row.direction, row.timing, row.dtype, row.adapter_dtype, row.K, row.N, row.r, row.p
+
+
+def _saved_verdict(ours: list[Row]) -> tuple[bool | None, str, str, str]:
+    """Every cell keeps exactly x, h in fp32 and, with dropout, the seed."""
+    over = [row.saved_bytes - kept_bytes(row) for row in ours]
+    title = "bytes kept for the backward beyond x, h [M, r] in fp32 and the seed, any cell"
+    return (set(over) == {0} if over else None), title, "0", f"{max(over, key=abs):,}" if over else ""
+
+
+def kept_bytes(row: Row) -> int:
+    """x [M, K] in the base's dtype, h [M, r] in fp32, the 8 bytes of the seed where there is dropout."""
+    itemsize = getattr(torch, row.dtype).itemsize
+    return itemsize * row.M * row.K + 4 * row.M * int(row.r) + 8 * (row.p != "0")

@@ -17,11 +17,16 @@ import torch
 
 LIBRARY = Path(__file__).parent / "_ops.abi3.so"
 
+# Which backend serves a CUDA tensor, best first: by compute capability, from measurements on such a GPU. One that is
+# not listed has not been measured, and keeps to the definition.
+MEASURED: dict[tuple[int, int], tuple[str, ...]] = {}
+UNMEASURED = ("reference", "cuda", "triton")
+
 
 @dataclass(frozen=True)
 class Backend:
     name: str
-    devices: tuple[str, ...]  # device types it serves, best choice first
+    devices: tuple[str, ...]  # device types it serves
     missing: str  # why it cannot be used here; empty where it can
 
     @property
@@ -30,19 +35,52 @@ class Backend:
 
 
 @cache
+def _load_library() -> ctypes.CDLL | str:
+    """The C++ operators, or why they are not there."""
+    if not LIBRARY.exists():
+        return f"{LIBRARY.name} is not built; `make build` builds it"
+    try:
+        return ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return f"{LIBRARY.name} does not load with torch {torch.__version__} and must be built again: {error}"
+
+
 def operator_library() -> ctypes.CDLL | None:
-    """The C++ operators, or None where they were not built."""
-    return ctypes.CDLL(str(LIBRARY)) if LIBRARY.exists() else None
+    """The C++ operators, or None where they were not built or do not load."""
+    library = _load_library()
+    return None if isinstance(library, str) else library
+
+
+def _library_missing() -> str:
+    library = _load_library()
+    return library if isinstance(library, str) else ""
+
+
+def _gpu_missing() -> str:
+    """Why kernels for NVIDIA GPUs cannot run here; empty where they can."""
+    if not torch.cuda.is_available():
+        return "this torch sees no CUDA device"
+    if torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
+        return f"an NVIDIA GPU of sm_80 or later is needed, found {torch.cuda.get_device_name()}"
+    return ""
+
+
+def _cuda_missing() -> str:
+    """Why the CUDA kernels cannot run here; empty where they can."""
+    if reason := _library_missing():
+        return reason
+    function = operator_library().peft_kernels_cuda_missing
+    function.restype = ctypes.c_char_p
+    missing = function().decode()
+    return f"{LIBRARY.name}: {missing}" if missing else _gpu_missing()
 
 
 def _triton_missing() -> str:
     """Why the Triton kernels cannot run here; empty where they can. Triton itself is imported last: it is slow."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install peft-kernels[triton]` installs it"
-    if not torch.cuda.is_available():
-        return "this torch sees no CUDA device"
-    if torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
-        return f"Triton kernels need an NVIDIA GPU of sm_80 or later, found {torch.cuda.get_device_name()}"
+    if missing := _gpu_missing():
+        return missing
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -52,15 +90,23 @@ def _triton_missing() -> str:
 
 @cache
 def all_backends() -> dict[str, Backend]:
-    """Every backend by name, in order of preference for a device."""
-    no_library = "" if LIBRARY.exists() else f"{LIBRARY.name} is not built; `make build` builds it"
+    """Every backend by name."""
     rows = (
-        Backend("cuda", ("cuda",), "this release has no CUDA kernels of its own yet"),
-        Backend("cpu", ("cpu",), no_library),
+        Backend("cuda", ("cuda",), _cuda_missing()),
+        Backend("cpu", ("cpu",), _library_missing()),
         Backend("reference", ("cpu", "cuda", "xpu", "mps"), ""),
-        Backend("triton", ("cuda",), _triton_missing()),  # behind the reference until it has been seen on a GPU
+        Backend("triton", ("cuda",), _triton_missing()),
     )
     return {row.name: row for row in rows}
+
+
+def _preference(device_type: str) -> tuple[str, ...]:
+    """The backends for a device type, best first."""
+    if device_type != "cuda":
+        return ("cpu", "reference")
+    if not torch.cuda.is_available():
+        return UNMEASURED
+    return MEASURED.get(torch.cuda.get_device_capability(), UNMEASURED)
 
 
 @cache
@@ -74,7 +120,8 @@ def bound(device_type: str) -> str:
         raise RuntimeError(f"PEFT_KERNELS_BACKEND={wanted} cannot be used here: {known[wanted].missing}")
     if wanted and device_type in known[wanted].devices:
         return wanted
-    return next((b.name for b in known.values() if b.available and device_type in b.devices), "reference")
+    usable = (known[name] for name in _preference(device_type))
+    return next(b.name for b in usable if b.available and device_type in b.devices)
 
 
 def linked(op_name: str, device_type: str) -> list[str]:
@@ -107,7 +154,7 @@ def set_instruction_set(name: str) -> None:
 def cuda_summary() -> str:
     """What the CUDA runtime inside the operator library sees: its devices, or why there are none."""
     if operator_library() is None:
-        return "the operator library is not built"
+        return _load_library()
     function = operator_library().peft_kernels_cuda_devices
     function.restype = ctypes.c_char_p
     return function().decode()

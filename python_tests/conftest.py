@@ -8,6 +8,7 @@ import torch
 from peft_kernels import backends
 
 _RUN = Counter()
+_WHY_NONE = {}
 
 
 @pytest.fixture(autouse=True)
@@ -17,14 +18,32 @@ def _fixed_seed():
 
 @pytest.fixture
 def count_sample():
-    """Called by a test that ran one sample on a backend; the counts are printed at the end of the run."""
-    return lambda backend: _RUN.update([backend])
+    """Called with (backend, device) by a test that ran samples; the counts are printed at the end of the run."""
+
+    def count(backend, samples=1, reason=""):
+        _RUN[backend] += samples
+        if reason:
+            _WHY_NONE[backend] = reason
+
+    return count
+
+
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist, where that is used, hands its counts to the process that prints them."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["samples"] = [(*place, count) for place, count in _RUN.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for *place, count in getattr(node, "workeroutput", {}).get("samples", []):
+        _RUN[tuple(place)] += count
 
 
 def pytest_terminal_summary(terminalreporter):
     if not _RUN:
         return
-    for row in backends.describe():
-        name = f"{row['name']} on {row['device']}"
-        reason = f": {row['reason']}" if row["reason"] else ""
-        terminalreporter.write_line(f"{name}: {_RUN[row['name'], row['device']]} samples run{reason}")
+    reasons = {(row["name"], row["device"]): row["reason"] for row in backends.describe()} | _WHY_NONE
+    for backend in dict.fromkeys([*reasons, *_RUN]):
+        reason = f": {reasons[backend]}" if reasons.get(backend) else ""
+        terminalreporter.write_line(f"{backend[0]} on {backend[1]}: {_RUN[backend]} samples run{reason}")

@@ -128,19 +128,27 @@ def calls_per_forward(report: peft_kernels.PatchReport) -> int:
 
 
 def assert_as_close_as_peft(patched: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """Every tensor of `patched` against fp64, by the error of plain PEFT."""
+    """Every tensor of `patched` against fp64: its error at most twice the error of plain PEFT, and one rounding more.
+
+    Where PEFT is lucky with a tensor, its error in nine of ten tensors of that dtype counts, measured in roundings of a
+    tensor's largest element: so much does this model make of a rounding.
+    """
     assert patched.keys() == plain.keys() == exact.keys()
-    failed = []
+    roundings = {}  # errors in roundings, by tensor: ours and PEFT's
     for name, tensor in patched.items():
         assert tensor.shape == plain[name].shape and tensor.dtype == plain[name].dtype, name
         if not tensor.numel():
             continue
-        reference = exact[name].double()
-        error, error_peft = ((t.double() - reference).abs().max().item() for t in (tensor, plain[name]))
+        reference, limits = exact[name].double(), torch.finfo(tensor.dtype)
         longest = max(INNER, HIDDEN, *tensor.shape)
-        rounding = torch.finfo(tensor.dtype).eps * longest**0.5 * reference.abs().max().item()
-        if not error <= 2 * error_peft + rounding:
-            failed.append(f"{name}: {error:.3g}, PEFT {error_peft:.3g}, rounding {rounding:.3g}")
+        rounding = max(limits.eps * longest**0.5 * reference.abs().max().item(), limits.tiny)
+        roundings[name] = [(t.double() - reference).abs().max().item() / rounding for t in (tensor, plain[name])]
+    failed = []
+    for name, (error, error_peft) in roundings.items():
+        same = [theirs for other, (_, theirs) in roundings.items() if patched[other].dtype == patched[name].dtype]
+        usual = torch.tensor(same, dtype=torch.float64).quantile(0.9).item()
+        if not error <= 2 * max(error_peft, usual) + 1:
+            failed.append(f"{name}: {error:.3g} roundings, PEFT {error_peft:.3g}, {usual:.3g} in nine of ten tensors")
     assert not failed, "; ".join(failed)
 
 

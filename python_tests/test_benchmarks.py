@@ -8,9 +8,23 @@ from collections import Counter
 import pytest
 import torch
 import typer
+from benchmark_rows import made_up, made_up_rows, write
 from typer.testing import CliRunner
 
-from benchmarks import arms, gate, measure, peers, plan, record, report, roofline, run, shapes, tables, targets
+from benchmarks import (
+    arms,
+    gate,
+    measure,
+    peers,
+    plan,
+    record,
+    report,
+    roofline,
+    run,
+    shapes,
+    tables,
+    targets,
+)
 from benchmarks.peers import isolated
 from peft_kernels import registry, testing
 
@@ -23,7 +37,7 @@ SMALL = shapes.Cell(
 
 def a_run(**changes):
     peaks = {torch.float32: roofline.Peak(3e10, 2e11), torch.bfloat16: roofline.Peak(3e10, 8e11)}
-    return run.Run(CPU, 3, 0.0, False, peaks, record.provenance(CPU) | changes)
+    return run.Run(CPU, plan.Plan(3, 0.0), peaks, record.provenance(CPU) | changes)
 
 
 # -- order and timing -------------------------------------------------------------------------------------------------
@@ -102,13 +116,35 @@ def test_absent_peers_are_named(small_rows, monkeypatch):
     assert "axolotl: axolotl is not installed" in missing
 
 
+def test_without_peft_its_arms_are_named_and_ours_is_timed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)  # makes the import fail
+    arms._peft_missing.cache_clear()
+    made, left_out = arms.build(SMALL, CPU, ("peft", "patched", "reference"))
+    arms._peft_missing.cache_clear()
+    assert Counter(arm.name for arm in made) == {"frozen": 1, "frozen_again": 1, "op": 2}
+    assert [line.partition(": PEFT cannot be imported")[0] for line in left_out] == ["peft", "patched"]
+
+
+def test_peers_get_the_dropout_and_only_the_dtype_of_the_base(monkeypatch):
+    met = []
+    monkeypatch.setattr(peers, "find", lambda device: ({"some": lambda *given: met.append(given[-2:])}, []))
+    made = arms.build(dataclasses.replace(SMALL, variants=shapes.variants(torch.bfloat16)), CPU, ("peers",))[0]
+    for arm in made[2:]:
+        arm.call(torch.ones(1, 32))
+    assert met == [(arms.SCALING, 0.0), (arms.SCALING, 0.1)]
+
+
 def test_a_contender_that_fails_is_named_and_ours_is_not_forgiven():
     def fail(x):
         raise RuntimeError("no such kernel")
 
     step = measure.cpu_clock(torch.ones(2, 2), torch.ones(2, 2))
     kept, failed = run.runnable([arms.Arm("unsloth", "peer", None, fail, ())], step)
-    assert (kept, failed) == ([], ["unsloth: RuntimeError: no such kernel"])
+    assert kept == []
+    assert {arm.name: reason for arm, reason in failed.items()} == {"unsloth": "RuntimeError: no such kernel"}
+    row = run.untimed_row(SMALL, "graph", *failed.popitem(), a_run())
+    assert (row.not_timed, row.timing, row.rounds) == ("RuntimeError: no such kernel", "graph", 0)
+    assert math.isnan(row.ratio_p50)
     with pytest.raises(RuntimeError, match="no such kernel"):
         run.runnable([arms.Arm("op", "cpu", None, fail, ())], step)
 
@@ -188,13 +224,9 @@ def test_unknown_arms_are_refused():
 
 
 def test_the_cpu_grid_fits_into_twenty_minutes_on_two_cores():
-    peaks = a_run().peaks
-    cells = shapes.cells("lora_linear", "cpu")
-    rounds, seconds = run.LEAST_ROUNDS["cpu"], run.SECONDS["cpu"]
-    total = sum(
-        plan.seconds(cell, plan.kinds_of(cell, shapes.ARMS), peaks[cell.dtype], rounds, seconds) for cell in cells
-    )
-    assert rounds >= 15
+    asked = plan.Plan(run.LEAST_ROUNDS["cpu"], run.SECONDS["cpu"])
+    total = asked.total_seconds(shapes.cells("lora_linear", "cpu"), shapes.ARMS, a_run().peaks)
+    assert asked.rounds >= 15
     assert total < 20 * 60
 
 
@@ -217,41 +249,6 @@ def test_model_shapes():
 # -- CSV --------------------------------------------------------------------------------------------------------------
 
 
-def made_up(arm, M=16, ratio=1.0, dtype="float32", adapter="", p="", direction="forward+backward", **changes):
-    numbers = dict.fromkeys(("ms_p20", "ms_p50", "ms_p80", "gbs", "tflops"), 1.5)
-    row = record.Row(
-        op="lora_linear", arm=arm, backend="cpu", dtype=dtype, adapter_dtype=adapter, M=M, K=64, N=64, r="16", p=p,
-        direction=direction, rounds=15, **numbers, ratio_p20=ratio, ratio_p50=ratio, ratio_p80=ratio, aa_spread=0.02,
-        peak_share=0.5, saved_bytes=100, device="a processor", threads=2, torch="2", transformers="5", peft="0",
-        peft_kernels="0", commit="0123456789abcdef-dirty", date="2026-01-02T03:04:05+00:00",
-    )  # fmt: skip
-    return dataclasses.replace(row, **changes)
-
-
-def made_up_rows(patched=0.9):
-    """Two cells, two base dtypes, all variants; a seam."""
-    rows = []
-    for op, Ms in (("lora_linear", (1, 16)), ("seam", (1,))):
-        for dtype in ("float32", "bfloat16"):
-            for M in Ms:
-                for direction in ("forward", "forward+backward"):
-                    common = {"M": M, "dtype": dtype, "direction": direction, "op": op}
-                    rows += [made_up("frozen", **common), made_up("frozen_again", **common)]
-                    for adapter, p in {(a, p) for a in (dtype, "float32") for p in ("0", "0.1")}:
-                        variant = common | {"adapter": adapter, "p": p}
-                        rows.append(made_up("peft", ratio=1.2, **variant))
-                        rows.append(made_up("patched", ratio=patched * M**0.25, **variant))
-                        rows.append(made_up("op", ratio=0.8, **variant))
-    return rows
-
-
-def write(path, rows):
-    writer = record.Writer(path)
-    writer.write(rows)
-    writer.close()
-    return path
-
-
 def test_csv_round_trip(tmp_path):
     rows = made_up_rows()
     assert record.read(write(tmp_path / "a.csv", rows)) == rows
@@ -259,11 +256,21 @@ def test_csv_round_trip(tmp_path):
 
 def test_csv_columns_say_where_a_number_is_from(tmp_path):
     path = write(tmp_path / "a.csv", [])
-    assert path.read_text().startswith("op,arm,backend,dtype,adapter_dtype,M,K,N,r,p,direction,rounds,ms_p20,")
-    assert path.read_text().strip().endswith("device,threads,torch,transformers,peft,peft_kernels,commit,date")
+    assert path.read_text().startswith("op,arm,backend,dtype,adapter_dtype,M,K,N,r,p,direction,timing,rounds,")
+    origin = "device,driver,threads,torch,triton,cuda,transformers,peft,peft_kernels,commit,date"
+    assert path.read_text().strip().endswith(f"saved_bytes,not_timed,{origin}")
+    assert origin.split(",") == list(record.provenance(CPU))
     path.write_text("op,arm\n")
     with pytest.raises(ValueError, match="columns must be"):
         record.read(path)
+
+
+def test_a_csv_from_before_there_were_graphs_is_eager(tmp_path):
+    path = tmp_path / "a.csv"
+    row = made_up("frozen")
+    earlier = [name for name in record.FIELDS if name not in ("timing", "not_timed", "driver", "triton", "cuda")]
+    path.write_text(",".join(earlier) + "\n" + ",".join(str(getattr(row, name)) for name in earlier) + "\n")
+    assert record.read(path) == [dataclasses.replace(row, triton="")]
 
 
 # -- report -----------------------------------------------------------------------------------------------------------
@@ -285,31 +292,6 @@ def test_verdicts_say_what_is_missed_and_by_how_much():
     assert "float32 M=16 K=64, no dropout: 1.800 against 1.200" in slower
     assert "M=1 " not in slower
     assert all(met for met, _ in targets.verdicts(made_up_rows(patched=0.4)))
-
-
-def test_report_writes_the_readme_and_check_sees_it_differ(tmp_path):
-    csv = write(tmp_path / "lora_linear_cpu.csv", made_up_rows())
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- benchmark:lora_linear:begin -->\nold\n<!-- benchmark:lora_linear:end -->\nafter\n")
-    app = typer.Typer()
-    app.command()(report.main)
-
-    def invoke(*options):
-        return CliRunner().invoke(app, [str(csv), "--readme", str(readme), *options])
-
-    assert invoke("--check").exit_code == 1
-    assert "old" in readme.read_text()
-    assert invoke().exit_code == 0
-    text = readme.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "| no dropout | forward+backward | 4 | 1.20 | **1.27** | 2 | 1.20 | **1.80** | 0.98; 1.06 |" in text
-    assert "a processor, 2 threads" in text
-    assert "0123456789ab-dirty" in text
-    assert csv.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert invoke("--check").exit_code == 0
-    write(csv, made_up_rows(patched=0.8))
-    assert invoke("--check").exit_code == 1
 
 
 def test_a_readme_without_markers_is_refused():

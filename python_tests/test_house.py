@@ -14,7 +14,7 @@ from peft_kernels import registry
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "peft_kernels"
-LAYERS = ["backends", "registry", "ops", "modules", "methods", "integrations", "demo", "cli"]
+LAYERS = ["memory", "backends", "registry", "ops", "modules", "methods", "integrations", "demo", "cli"]
 CODE = (".py", ".cpp", ".h", ".cu", ".cuh")
 
 

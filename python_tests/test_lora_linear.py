@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels
-from peft_kernels import backends, registry, testing
+from peft_kernels import backends, memory, registry, testing
 from peft_kernels.ops.lora_linear.samples import problem
 
 OPS = registry.ops()
@@ -139,12 +140,12 @@ def test_checkpoint_replays_the_same_mask(use_reentrant):
 def test_only_needed_work_is_kept():
     weight, a, b = layer(64, 64, r=8)
     x = torch.randn(100, 64)
-    full = testing.saved_bytes(lambda: apply(x.requires_grad_(), weight, a, b, 0.5), (weight, a, b))
+    full = memory.saved_bytes(lambda: apply(x.requires_grad_(), weight, a, b, 0.5), (weight, a, b))
     assert full == x.nbytes + 4 * 100 * 8 + 8  # x, h and the seed: no mask, no dropped copy
-    frozen_a = testing.saved_bytes(lambda: apply(x, weight, a.detach(), b), (weight, a, b))
+    frozen_a = memory.saved_bytes(lambda: apply(x, weight, a.detach(), b), (weight, a, b))
     assert frozen_a == 4 * 100 * 8  # x is not kept where A is frozen
     with torch.no_grad():
-        assert testing.saved_bytes(lambda: apply(x, weight, a, b), (weight, a, b)) == 0
+        assert memory.saved_bytes(lambda: apply(x, weight, a, b), (weight, a, b)) == 0
 
 
 def test_one_unused_projection_gets_zero_gradients():
@@ -166,3 +167,16 @@ def test_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(apply(x, weight, a, b).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_is_refused(requires_grad):
+    weight, a, b = (tensor.detach().requires_grad_(requires_grad) for tensor in layer())
+    x = torch.randn(5, 48)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: apply(x, weight, a, b), (x,), (x,))
+    with forward_ad.dual_level():
+        expected = apply(x, weight, a, b)  # nothing here has a tangent
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            apply(x, weight, a, forward_ad.make_dual(b.detach(), b.detach()))
+    assert torch.equal(expected, apply(x, weight, a, b))

@@ -14,8 +14,9 @@ import pytest
 from peft_kernels import backends
 
 ROOT = Path(__file__).parent.parent
-EXPORTS = {"peft_kernels_bind", "peft_kernels_cuda_devices", "peft_kernels_isa", "peft_kernels_set_isa"}
-STREAM = "aoti_torch_get_current_cuda_stream"  # weak: only a CUDA build of torch has it
+EXPORTS = {f"peft_kernels_{name}" for name in ("bind", "cuda_devices", "cuda_missing", "isa", "set_isa")}
+# Weak, since only a CUDA build of torch has them: the current stream and the library GEMM.
+OF_CUDA = {"aoti_torch_get_current_cuda_stream", "aoti_torch_cuda_mm_out", "aoti_torch_cuda_addmm_out"}
 
 built = pytest.mark.skipif(
     not backends.LIBRARY.exists() or not shutil.which("nm"), reason="the operator library or nm (binutils) is missing"
@@ -35,11 +36,13 @@ def test_library_exports_its_functions_and_nothing_else():
 
 @built
 def test_library_needs_only_the_stable_abi_and_the_c_runtime():
-    for name, kind in symbols(backends.LIBRARY, "-D", "--undefined-only"):
+    undefined = symbols(backends.LIBRARY, "-D", "--undefined-only")
+    assert (backends.cuda_summary() == "built without CUDA") != ({name for name, _ in undefined} >= OF_CUDA)
+    for name, kind in undefined:
         from_runtime = "@" in name  # versioned: glibc, libstdc++ or libgcc
         assert from_runtime or kind in "wv" or name.startswith(("aoti_torch_", "torch_")), name
         assert kind != "U" or not re.match(r"cu[A-Z]|cuda[A-Z]|Py", name), f"{name}: needs CUDA or Python to load"
-        assert name != STREAM or kind == "w", f"{STREAM} must be weak: a CPU build of torch lacks it"
+        assert "_cuda_" not in name or kind == "w", f"{name} must be weak: a CPU build of torch lacks it"
 
 
 @built
@@ -76,6 +79,24 @@ assert (peft_kernels.lora_linear(x, w, None, a, b, scaling=0.5) == 12).all()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"\x7fELF, cut short"])
+def test_a_library_that_does_not_load_is_a_reason_and_the_reference_serves(tmp_path, content):
+    shutil.copytree(ROOT / "peft_kernels", tmp_path / "peft_kernels", ignore=shutil.ignore_patterns("*.so"))
+    (tmp_path / "peft_kernels" / backends.LIBRARY.name).write_bytes(content)
+    code = """
+import torch
+from peft_kernels import backends, lora_linear
+x, w, a, b = torch.ones(2, 8), torch.ones(4, 8), torch.ones(1, 8), torch.ones(4, 1)
+assert (lora_linear(x, w, None, a, b, scaling=0.5) == 12).all() and backends.bound("cpu") == "reference"
+print(backends.all_backends()["cpu"].missing)
+print(backends.cuda_summary())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        assert line.startswith("_ops.abi3.so does not load with torch") and "must be built again: /" in line
 
 
 @built

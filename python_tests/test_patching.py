@@ -24,11 +24,12 @@ from models import (
 )
 from peft import get_peft_model
 from peft.tuners import lora
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import peft_kernels
 from peft_kernels.integrations.peft import FusedLinear
-from peft_kernels.integrations.targets import FAMILIES
+from peft_kernels.integrations.targets import FAMILIES, GROUPS, MLP_FORWARD, fingerprint, forward_is_known
 
 
 def kinds(model):
@@ -87,6 +88,18 @@ def test_patching_twice_changes_nothing_and_picks_up_new_modules():
     assert calls_per_forward(second) == 2 * LAYERS and second.verify(**inputs())
 
 
+def test_a_report_counts_from_its_own_patch():
+    model = peft_model("llama")
+    first = peft_kernels.patch(model, strict=True)
+    with model.disable_adapter():
+        model(**inputs())
+    model(**inputs())
+    second = peft_kernels.patch(model)
+    assert first.fused and first.fallbacks and second.fused == 0 and not second.fallbacks
+    model(**inputs())
+    assert second.fused == calls_per_forward(second) and first.fused == 2 * second.fused and not second.fallbacks
+
+
 def test_a_model_without_adapters_is_refused():
     with pytest.raises(ValueError, match=r"no PEFT layer.*get_peft_model"):
         peft_kernels.patch(base_model("llama"))
@@ -101,7 +114,7 @@ def test_reasons_strict_and_the_table():
         peft_kernels.patch(model, strict=True)
     assert kinds(model) == classes
     report = peft_kernels.patch(model)
-    reasons = {row.name.removeprefix("base_model.model.model."): row.reason for row in report.left}
+    reasons = {row.name.removeprefix("base_model.model.model."): row.reason for row in report.rows if row.reason}
     assert reasons == {
         "embed_tokens": "LoRA on Embedding has no kernel",
         "layers.0.self_attn": "q_proj: hook on lora_A, lora_B or lora_dropout",
@@ -109,8 +122,22 @@ def test_reasons_strict_and_the_table():
     }
     model(**inputs())
     assert report.fused == 2  # k_proj of the first layer, the group of the second
-    assert "left alone: LoRA on Embedding has no kernel" in str(report)
-    assert "3 left alone, 2 fused calls so far" in repr(report)
+    assert "left alone: LoRA on Embedding has no kernel" in [line[2] for line in report.table()]
+    assert "left alone" in str(report)
+    assert "1 left alone, 2 fused calls so far" in repr(report)
+
+
+def test_strict_asks_for_layers_and_not_for_groups():
+    model = peft_model("llama", target_modules=["q_proj", "k_proj"])
+    model.base_model.model.model.layers[0].self_attn.v_proj.__class__ = Projection
+    report = peft_kernels.patch(model, strict=True)
+    assert [row.reason for row in report.left] == ["v_proj: the base layer is a Projection"]
+    model(**inputs())
+    assert report.fused == 3 and not report.fallbacks  # q and k of the first layer, the group of the second
+
+
+class Projection(nn.Linear):
+    """A layer that may compute something else."""
 
 
 def test_a_hook_on_a_projection_still_runs():
@@ -187,7 +214,7 @@ def test_offloading_hooks_are_respected():
     report = peft_kernels.patch(model)
     assert "hook" in next(row.reason for row in report.rows if row.name.endswith("layers.0.self_attn.q_proj"))
     model(**inputs())
-    assert report.fused == calls_per_forward(report)
+    assert report.fused == calls_per_forward(report) + 1  # k and v of the first layer instead of its group
 
 
 def test_two_threads_with_a_model_each():
@@ -213,8 +240,12 @@ def test_two_threads_with_a_model_each():
 
 
 @pytest.mark.parametrize("unpatch_at_end", [True, False])
-def test_trainer_callback(tmp_path, unpatch_at_end):
+@pytest.mark.parametrize("patched_before", [True, False])
+def test_trainer_callback(tmp_path, patched_before, unpatch_at_end):
     model = peft_model("llama", target_modules=["q_proj", "v_proj", "down_proj"])
+    if patched_before:
+        peft_kernels.patch(model, strict=True)
+    before = kinds(model)
     data = [{key: value[0] for key, value in inputs(rows=1).items()}] * 6
     arguments = TrainingArguments(
         tmp_path, max_steps=3, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=True,
@@ -223,7 +254,7 @@ def test_trainer_callback(tmp_path, unpatch_at_end):
     callback = peft_kernels.PeftKernelsCallback(strict=True, unpatch_at_end=unpatch_at_end)
     Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
     assert callback.report.fused == 3 * calls_per_forward(callback.report) and not callback.report.fallbacks
-    assert any(isinstance(module, FusedLinear) for module in model.modules()) is not unpatch_at_end
+    assert (kinds(model) == before) is (patched_before or unpatch_at_end)
 
 
 def test_families_say_what_their_classes_have():
@@ -232,10 +263,35 @@ def test_families_say_what_their_classes_have():
         attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
         assert (type(attention).__name__, type(mlp).__name__) == (family.attention, family.mlp)
         assert (type(attention).__module__, type(mlp).__module__) == (family.module, family.module)
+        assert all(forward_is_known(GROUPS[family.module, type(m).__name__], type(m)) for m in (attention, mlp))
         assert all(hasattr(attention, norm) for norm in family.norms)
         assert hasattr(attention, "q_norm") == bool(family.norms)
     report = peft_kernels.patch(peft_model("llama"))
     assert report.fused == 0 and HIDDEN % HEADS == 0
+
+
+def test_a_forward_is_known_by_what_it_does(monkeypatch):
+    def formatted(self, x: torch.Tensor) -> torch.Tensor:
+        down_proj = self.down_proj(
+            self.act_fn(self.gate_proj(x))  # as in LlamaMLP
+            * self.up_proj(x)
+        )
+        return down_proj
+
+    def with_a_step(self, x):
+        down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) * 2)
+        return down_proj
+
+    model = peft_model("llama")
+    mlp = type(model.base_model.model.model.layers[0].mlp)
+    monkeypatch.setattr(mlp, "forward", with_a_step)
+    plain, exact = results(model), results(in_double(model))
+    report = peft_kernels.patch(model, strict=True)
+    reason = "LlamaMLP.forward is not the one that is known: another version of transformers, or replaced"
+    assert {(row.kind, row.reason) for row in report.left} == {("gate_up", reason)}
+    assert_as_close_as_peft(results(model), plain, exact)
+    assert report.fused == 5 * LAYERS and not report.fallbacks  # qkv, o, gate, up, down
+    assert fingerprint(formatted) == MLP_FORWARD
 
 
 def test_the_table_without_rich(monkeypatch):

@@ -208,6 +208,52 @@ def test_states_that_are_left_to_peft():
         assert_falls_back(model, reason)
 
 
+def test_states_at_the_moment_of_patch_pass():
+    def merged(model):
+        model.merge_adapter()
+        return model.unmerge_adapter
+
+    def disabled_while_merged(model):
+        model.merge_adapter()
+        model.base_model.disable_adapter_layers()
+        return model.base_model.enable_adapter_layers  # PEFT unmerges in the forward
+
+    def dora_is_active(model):
+        model.add_adapter("dora", lora_config(target_modules=["layer"], use_dora=True))
+        model.set_adapter("dora")
+        return lambda: model.set_adapter("default")
+
+    def hooked(module):
+        return module.register_forward_hook(lambda *a: None).remove
+
+    reasons = {
+        merged: "merged: the base layer alone",
+        disabled_while_merged: "disabled while merged: PEFT unmerges",
+        dora_is_active: "Dora changes the maths",
+        lambda model: hooked(lora_layer(model).base_layer): "hook on base_layer",
+        lambda model: hooked(lora_layer(model).lora_A["default"]): "hook on lora_A, lora_B or lora_dropout",
+    }
+    for enter, reason in reasons.items():
+        model = block().eval()
+        leave = enter(model)
+        with pytest.raises(RuntimeError, match=rf"nothing was changed(.|\n)*{reason}"):
+            peft_kernels.patch(model, strict=True)
+        assert not isinstance(lora_layer(model), FusedLinear)
+        report = peft_kernels.patch(model)
+        assert not report.left and [row.reason for row in report.rows] == [reason]
+        assert f"(at patch: {reason})" in " ".join(report.table()[0])
+        with pytest.raises(RuntimeError, match=reason):
+            report.verify(x=rows())
+        assert report.fused == 0
+        leave()
+        model(rows())
+        report.verify(x=rows())
+        with peft_kernels.unpatch(model):
+            plain = step(model)
+        assert_as_close_as_peft(step(model), plain, step(in_double(model), rows().double()))
+        assert report.fused, reason
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -216,14 +262,18 @@ def test_states_that_are_left_to_peft():
         ({"r": MAX_RANK + 1}, f"rank {MAX_RANK + 1} is above {MAX_RANK}"),
     ],
 )
-def test_layers_that_are_left_alone(changes, reason):
+def test_adapters_that_have_no_kernel_wait_for_one_that_has(changes, reason):
     model = block(**changes)
-    before = type(lora_layer(model))
     report = peft_kernels.patch(model)
-    assert [row.reason for row in report.left] == [reason] and type(lora_layer(model)) is before
+    assert [row.reason for row in report.rows] == [reason]
     with pytest.raises(RuntimeError, match=reason):
         peft_kernels.patch(model, strict=True)
+    if "use_dora" in changes:
+        assert_falls_back(model, reason)
     assert report.fused == 0
+    model.add_adapter("plain", lora_config(target_modules=["layer"]))
+    model.set_adapter("plain")
+    assert report.verify(x=rows()).fused == 1
 
 
 @pytest.mark.parametrize(

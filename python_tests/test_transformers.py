@@ -138,9 +138,12 @@ def test_merge_and_unmerge():
         twin.merge_adapter()
         assert torch.equal(model(**inputs()).logits, twin(**inputs()).logits)
         assert report.fused == 0
-        assert {row.reason for row in peft_kernels.patch(model).left if not row.reason.startswith(("q_", "gate_"))} == {
-            "merged: the base layer alone; unmerge, then patch again"
-        }
+        peft_kernels.unpatch(model)
+        report = peft_kernels.patch(model)
+        merged = "merged: the base layer alone"
+        assert {row.reason for row in report.rows} == {merged, f"q_proj: {merged}", f"gate_proj: {merged}"}
+        with pytest.raises(RuntimeError, match=merged):
+            report.verify(**inputs())
         model.unmerge_adapter()
         report.verify(**inputs())
         assert report.fused == calls_per_forward(report)

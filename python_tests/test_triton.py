@@ -1,4 +1,5 @@
-"""The Triton backend without a GPU: interpreted over every sample, and compiled ahead of time for three architectures.
+"""The Triton backend without a GPU: interpreted over every sample, and compiled ahead of time for three architectures,
+by the pinned Triton and by the oldest that is supported.
 
 Interpretation shows that arithmetic and bounds are right, compilation that ptxas takes the kernels and keeps them in
 registers and shared memory. On a GPU the same kernels also run through test_ops.py.
@@ -17,6 +18,8 @@ import torch
 from peft_kernels import backends
 
 HERE = Path(__file__).parent
+OLDEST = Path(sys.prefix, "triton-3.6")  # the oldest supported Triton, where `make test` puts it beside the pinned one
+QUIET = ["-q", "-W", "ignore", "-p", "no:cacheprovider"]
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # what a block may use; 99 KiB for all that runs sm_80's
 # (activations, factors), dropout, ranks per projection; M = 1, 16, 40, 200 and 8192 take different tiles
@@ -39,7 +42,7 @@ def _too_old_for_numpy():
 
 @pytest.mark.skipif(_too_old_for_numpy(), reason="this triton cannot interpret with this numpy (2.4 and later)")
 def test_every_sample_interpreted():
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", "triton_samples.py"]
+    command = [sys.executable, "-m", "pytest", *QUIET, "triton_samples.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parent)}
     run = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
     print(run.stdout[-8000:], run.stderr[-2000:])
@@ -77,6 +80,7 @@ def _compile(arch, M, case):
         what = f"{kernel.name} for sm_{arch}, M={M}, {case}: {kernel}"
         assert kernel.shared <= SHARED[arch], what
         assert kernel.stack == kernel.local == 0, what
+        assert kernel.tensor_memory <= 512, what
         # ptxas before 13.3 may miscompile a pipelined wgmma whose left operand sits in registers (triton issue 9433)
         assert kernel.stages == 1 or not kernel.wgmma_from_registers, what
     return compiled
@@ -97,6 +101,22 @@ def test_compiled_ahead_of_time(arch):
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_every_tile_compiled_ahead_of_time(arch, case, M):
     _compile(arch, M, case)
+
+
+@pytest.mark.skipif(not OLDEST.exists(), reason=f"triton 3.6: nothing compiled, it is not in {OLDEST}")
+@pytest.mark.parametrize(
+    "test",
+    ["test_compiled_ahead_of_time", pytest.param("test_every_tile_compiled_ahead_of_time", marks=pytest.mark.slow)],
+)
+@pytest.mark.timeout(1800)  # all tiles are minutes in one process
+def test_the_same_with_the_oldest_triton(test):
+    arguments = [*QUIET, f"test_triton.py::{test}"]
+    code = "import sys, pytest, triton; assert triton.__version__ == '3.6.0', triton.__file__; "
+    code += f"sys.exit(pytest.main({arguments}))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (OLDEST, HERE.parent)))}
+    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=environment, capture_output=True, text=True)
+    print(run.stdout[-8000:], run.stderr[-2000:])
+    assert run.returncode == 0, run.stdout.strip().splitlines()[-1:]
 
 
 def test_row_counts_do_not_compile_again():

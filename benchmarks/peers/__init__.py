@@ -1,7 +1,8 @@
 """Thin front ends to other projects' LoRA kernels: imported where installed, named as absent where not.
 
 Each module has NAME, the arm's name in the CSV, and `load(device)`, which returns
-`f(x, weight, lora_A, lora_B, scaling) -> y` with autograd or raises ImportError saying what is missing.
+`f(x, weight, lora_A, lora_B, scaling, p) -> y` with autograd or raises ImportError saying what is missing.
+Dropout is done as the peer's own training does it.
 Nothing of the peers' code is in this project.
 """
 

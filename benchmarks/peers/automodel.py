@@ -4,7 +4,7 @@ The kernels are called as its own autograd function calls them; that function's 
 """
 
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import dropout, linear
 
 from benchmarks.peers.isolated import import_isolated
 
@@ -12,11 +12,15 @@ NAME = "automodel"
 
 
 def load(device):
-    """f(x, weight, lora_A, lora_B, scaling) with x [M, K]."""
+    """f(x, weight, lora_A, lora_B, scaling, p) with x [M, K]."""
     if device.type != "cuda":
         raise ImportError("its kernels need a CUDA device")
     function = adapter_function(import_isolated("nemo_automodel.components._peft.lora_kernel", {}, ("triton",)))
-    return lambda x, weight, a, b, scaling: function.apply(x, a, b, scaling, linear(x, weight))
+
+    def call(x, weight, a, b, scaling, p):
+        return function.apply(dropout(x, p) if p else x, a, b, scaling, linear(x, weight))
+
+    return call
 
 
 def adapter_function(kernels) -> type[torch.autograd.Function]:

@@ -3,6 +3,8 @@
 import logging
 from unittest.mock import MagicMock
 
+from torch.nn.functional import dropout
+
 from benchmarks.peers.isolated import import_isolated
 
 NAME = "axolotl"
@@ -15,11 +17,12 @@ _STAND_INS = {
 
 
 def load(device):
-    """f(x, weight, lora_A, lora_B, scaling); the kernel takes x in three dimensions."""
+    """f(x, weight, lora_A, lora_B, scaling, p); the kernel takes x in three dimensions, and the dropped x beside it."""
     function = import_isolated("axolotl.kernels.lora", _STAND_INS, required=("triton",)).LoRA_O
 
-    def call(x, weight, lora_A, lora_B, scaling):
-        y = function.apply(x[None], None, weight, None, None, lora_A, lora_B, scaling, None, None)
+    def call(x, weight, lora_A, lora_B, scaling, p):
+        dropped = dropout(x, p)[None] if p else None
+        y = function.apply(x[None], dropped, weight, None, None, lora_A, lora_B, scaling, None, None)
         return y[0]
 
     return call

@@ -34,10 +34,11 @@ def _stand_ins(device: torch.device) -> dict[str, dict]:
 
 
 def load(device):
-    """f(x, weight, lora_A, lora_B, scaling); the kernel takes x in three dimensions."""
+    """f(x, weight, lora_A, lora_B, scaling, p); the kernel takes x in three dimensions."""
     module = import_isolated("unsloth.kernels.fast_lora", _stand_ins(device), required=("triton", "transformers"))
 
-    def call(x, weight, lora_A, lora_B, scaling):
-        return module.LoRA_W.apply(x[None], weight, None, lora_A, lora_B, scaling)[0]
+    def call(x, weight, lora_A, lora_B, scaling, p):
+        dropout = (p,) if p else ()  # a release without dropout refuses the argument, and is named for it
+        return module.LoRA_W.apply(x[None], weight, None, lora_A, lora_B, scaling, *dropout)[0]
 
     return call

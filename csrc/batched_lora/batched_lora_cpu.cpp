@@ -22,8 +22,8 @@ template <class T, class F>
 void expand(const Problem& p, int64_t begin, int64_t end) {
   const Piece* piece = piece_of(p, begin, &Piece::expand);
   for (int64_t unit = begin; unit < end; ++unit) {
-    while ((unit - piece->expand) * kBlock >= p.slice[piece->slice].N) ++piece;
-    expand_unit<T, F>(p, *piece, (unit - piece->expand) * kBlock);
+    while ((unit - piece->expand) * piece->block >= p.slice[piece->slice].N) ++piece;
+    expand_unit<T, F>(p, *piece, (unit - piece->expand) * piece->block);
   }
 }
 

@@ -164,23 +164,23 @@ PK_INLINE void expand_tile(float* acc, int64_t ld, const float* h, int64_t ldh, 
   }
 }
 
-constexpr int64_t kTilePitch = kBlock + 16;  // floats from row to row: off the powers of two, which thrash L1
+constexpr int64_t kGap = 16;  // floats between two rows of acc: powers of two would thrash L1
 
 // acc[i] += h[i] of one page times its rows of B^T.
 template <class F>
-__attribute__((noinline)) void add_page(float* acc, int64_t rows, int64_t cols, const float* h, int64_t ldh, const F* b,
-                                        int64_t ldb, int64_t ranks) {
+__attribute__((noinline)) void add_page(float* acc, int64_t ld, int64_t rows, int64_t cols, const float* h, int64_t ldh,
+                                        const F* b, int64_t ldb, int64_t ranks) {
   constexpr int kWide = 4, kTall = kLanes == 16 ? 4 : 2;  // kTall x kWide accumulators: half of the registers
   for (int64_t j = 0; j < cols;) {
     const bool wide = cols - j >= kWide * kLanes;
     for (int64_t i = 0; i < rows;) {
       const auto tile = [&](auto mi) __attribute__((always_inline)) {
         constexpr int MI = decltype(mi)::value;
-        float* at = acc + i * kTilePitch + j;
+        float* at = acc + i * ld + j;
         if (wide) {
-          expand_tile<MI, kWide>(at, kTilePitch, h + i * ldh, ldh, b + j, ldb, ranks, 0);
+          expand_tile<MI, kWide>(at, ld, h + i * ldh, ldh, b + j, ldb, ranks, 0);
         } else {
-          expand_tile<MI, 1>(at, kTilePitch, h + i * ldh, ldh, b + j, ldb, ranks, cols - j);
+          expand_tile<MI, 1>(at, ld, h + i * ldh, ldh, b + j, ldb, ranks, cols - j);
         }
         i += MI;
       };
@@ -205,26 +205,27 @@ inline void sum_unit(const Problem& p, const Piece& piece) {
   }
 }
 
-// y[rows of the piece, n0 ... n0 + kBlock] += s (h B^T + b).
+// y[rows of the piece, n0 ... n0 + its block] += s (h B^T + b).
 template <class T, class F>
 void expand_unit(const Problem& p, const Piece& piece, int64_t n0) {
   const Slice& slice = p.slice[piece.slice];
-  const int64_t cols = min(kBlock, slice.N - n0), ldh = piece.pages() * kPageRows;
+  const int64_t cols = min(piece.block, slice.N - n0), ldh = piece.pages() * kPageRows, ld = piece.block + kGap;
   const float* h = p.h + piece.h;
   const float scaling = static_cast<const float*>(slice.scaling)[piece.slot];
   const F* bias = static_cast<const F*>(slice.pages_out) + piece.bias * slice.N + n0;
-  alignas(64) float acc[kTile][kTilePitch];
+  alignas(64) float acc[kTile * (kBlock + kGap)];
   for (int64_t i = 0; i < piece.count; ++i) {
-    for (int64_t j = 0; j < cols; j += kLanes) store(acc[i] + j, vf{});
+    for (int64_t j = 0; j < cols; j += kLanes) store(acc + i * ld + j, vf{});
   }
   for (int64_t q = 0; q < piece.pages(); ++q) {
     const F* b = page<F>(slice.pages_out, piece.pages_B[q], slice.N) + n0;
-    add_page(acc[0], piece.count, cols, h + q * kPageRows, ldh, b, slice.N, min(kPageRows, piece.rank - q * kPageRows));
+    add_page(acc, ld, piece.count, cols, h + q * kPageRows, ldh, b, slice.N,
+             min(kPageRows, piece.rank - q * kPageRows));
   }
   for (int64_t i = 0; i < piece.count; ++i) {
     T* y = static_cast<T*>(slice.y) + piece.rows[i] * slice.y_stride + n0;
     for (int64_t j = 0; j < cols; j += kLanes) {
-      vf sum = load(acc[i] + j);
+      vf sum = load(acc + i * ld + j);
       if (piece.bias >= 0) sum += load_n(bias + j, cols - j);
       store_n(y + j, fma(vf{} + scaling, sum, load_n(y + j, cols - j)), cols - j);
     }

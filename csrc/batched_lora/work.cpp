@@ -71,6 +71,12 @@ std::string take_row(const Problem& p, int64_t g, const int32_t* row, Piece& pie
   return wrong.empty() ? take(row + kTablePages + slice.T, slice.pages, "pages_out") : wrong;
 }
 
+int64_t widest_block(int64_t rows, int64_t N) {
+  int64_t block = kBlock;
+  while (block < kWidest && block < N && 2 * block * rows <= kTile * kBlock) block *= 2;
+  return block;
+}
+
 }  // namespace
 
 std::string make_work(const Problem& p, int64_t parts, Work& work) {
@@ -79,7 +85,7 @@ std::string make_work(const Problem& p, int64_t parts, Work& work) {
   if (!wrong.empty()) return wrong;
   const int32_t* order = p.route + kRouteHeader + p.M;
   const int32_t* tile = order + p.M;
-  int64_t pages = 0;
+  int64_t pages = 0, blocks = 0;
   work.pieces.reserve(p.route[kTilesUsed] * p.G);
   for (int64_t t = 0; t < p.route[kTilesUsed]; ++t, tile += kTileFields) {
     for (int64_t g = 0; g < p.G; ++g) {
@@ -92,6 +98,8 @@ std::string make_work(const Problem& p, int64_t parts, Work& work) {
       piece.count = tile[kTileRows];
       piece.slot = tile[kTileAdapter];
       piece.slice = g;
+      piece.block = widest_block(piece.count, p.slice[g].N);
+      blocks += ceil_div(p.slice[g].N, piece.block);
       pages += piece.pages();
       work.multiplications += piece.count * piece.rank * (p.K + p.slice[g].N);
       work.pieces.push_back(piece);
@@ -100,6 +108,7 @@ std::string make_work(const Problem& p, int64_t parts, Work& work) {
   work.parts = parts > 0 ? parts : pages < kFewUnits ? p.chunks() : 1;
   const int32_t* numbers = work.numbers.data();
   for (Piece& piece : work.pieces) {
+    if (blocks < kFewUnits) piece.block = kBlock;
     piece.pages_A = numbers;
     piece.pages_B = numbers += piece.pages();
     numbers += piece.pages();
@@ -107,7 +116,7 @@ std::string make_work(const Problem& p, int64_t parts, Work& work) {
     piece.expand = work.expand_units;
     piece.h = work.h_floats;
     work.shrink_units += piece.pages() * work.parts;
-    work.expand_units += ceil_div(p.slice[piece.slice].N, kBlock);
+    work.expand_units += ceil_div(p.slice[piece.slice].N, piece.block);
     work.h_floats += work.parts * piece.count * piece.pages() * kPageRows;
   }
   return "";

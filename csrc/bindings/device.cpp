@@ -1,9 +1,24 @@
-// The device query under the C name that Python calls through ctypes.
+// What there is of CUDA, under the C names that Python calls through ctypes.
 #include "common/device_query.h"
 
-extern "C" __attribute__((visibility("default"))) const char* peft_kernels_cuda_devices() {
+#ifdef PK_WITH_CUDA
+#include "bindings/cuda_device.h"
+#endif
+
+#define PK_EXPORT extern "C" __attribute__((visibility("default")))
+
+PK_EXPORT const char* peft_kernels_cuda_devices() {
 #ifdef PK_WITH_CUDA
   return pk::cuda_device_summary();
+#else
+  return "built without CUDA";
+#endif
+}
+
+// Why the CUDA operators cannot run in this process, whatever its devices; empty where they can.
+PK_EXPORT const char* peft_kernels_cuda_missing() {
+#ifdef PK_WITH_CUDA
+  return pk::torch_has_cuda() ? "" : "this torch comes without CUDA";
 #else
   return "built without CUDA";
 #endif

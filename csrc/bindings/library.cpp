@@ -8,14 +8,26 @@
 
 #define PK_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Kernels for tensors of `device` ("CPU") under `ns`; does nothing for a device that has none.
+// Kernels for tensors of `device` ("CPU", "CUDA") under `ns`; does nothing for a device that has none.
 PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
-  if (std::strcmp(device, "CPU") != 0) return;
   using torch::stable::detail::StableLibrary;
+  const bool cpu = std::strcmp(device, "CPU") == 0;
+#ifdef PK_WITH_CUDA
+  const bool cuda = std::strcmp(device, "CUDA") == 0;
+#else
+  const bool cuda = false;
+#endif
+  if (!cpu && !cuda) return;
   // Registrations last as long as this object: until the process ends.
   auto* library = new StableLibrary(StableLibrary::Kind::IMPL, ns, device, __FILE__, __LINE__);
-  pk::bind_lora_linear_cpu(*library);
-  pk::bind_batched_lora_pool_cpu(*library);
+  if (cpu) {
+    pk::bind_lora_linear_cpu(*library);
+    pk::bind_batched_lora_cpu(*library);
+    pk::bind_batched_lora_pool_cpu(*library);
+  }
+#ifdef PK_WITH_CUDA
+  if (cuda) pk::bind_lora_linear_cuda(*library);
+#endif
 }
 
 // The instruction set that the CPU kernels use: "default", "avx2", "avx512" or "avx512_bf16".

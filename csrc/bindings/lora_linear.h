@@ -6,5 +6,6 @@
 namespace pk {
 
 void bind_lora_linear_cpu(torch::stable::detail::StableLibrary& library);
+void bind_lora_linear_cuda(torch::stable::detail::StableLibrary& library);
 
 }  // namespace pk

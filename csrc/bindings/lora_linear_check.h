@@ -20,6 +20,7 @@ struct ForwardArguments {
   const std::vector<double>& scaling;
   const std::vector<double>& dropout_p;
   const OptionalTensor& seed;
+  const char* op = "lora_linear";  // what a message begins with
 };
 
 // The dtypes of the op; nullopt for all others.
@@ -33,7 +34,7 @@ inline std::optional<Dtype> dtype_of(int32_t code) {
 
 class LoraLinearCheck {
  public:
-  explicit LoraLinearCheck(const ForwardArguments& arguments) : a_(arguments) {}
+  explicit LoraLinearCheck(const ForwardArguments& arguments) : a_(arguments), device_(device_of(arguments.x)) {}
 
   void run() const {
     base();
@@ -48,17 +49,18 @@ class LoraLinearCheck {
     for (size_t i = 0; i < L; ++i) numbers(i);
   }
 
- private:
+ protected:
   static constexpr int64_t kMaxRank = 512;
 
   template <class... Parts>
-  static void require(bool condition, const Parts&... parts) {
-    if (!condition) STD_TORCH_CHECK(false, "lora_linear: ", parts...);
+  void require(bool condition, const Parts&... parts) const {
+    if (!condition) STD_TORCH_CHECK(false, a_.op, ": ", parts...);
   }
 
   static std::string name_of(int32_t code) {
     const std::optional<Dtype> dtype = dtype_of(code);
     if (!dtype && code == aoti_torch_dtype_int32()) return "int32";
+    if (!dtype && code == aoti_torch_dtype_int64()) return "int64";
     if (!dtype && code == aoti_torch_dtype_uint8()) return "uint8";
     if (!dtype) return "another";
     static const char* const names[] = {"float32", "float16", "bfloat16", "float64"};
@@ -71,15 +73,24 @@ class LoraLinearCheck {
     return text + "]";
   }
 
-  static void same_length(const char* name, size_t length, size_t L) {
+  void same_length(const char* name, size_t length, size_t L) const {
     require(length == L, name, " must have one entry per lora_A (", L, "), got ", length);
   }
 
-  // Index and rule are turned into words only where the rule is broken.
-  static void on_cpu(const char* name, size_t i, const Tensor& tensor) {
-    require(tensor.is_cpu(), name, "[", i, "] must be on x's device cpu, got another");
+  static std::string name_of(Device device) {
+    if (device.type == aoti_torch_device_type_cpu()) return "cpu";
+    if (device.type == aoti_torch_device_type_meta()) return "meta";
+    const bool cuda = device.type == aoti_torch_device_type_cuda();
+    return (cuda ? "cuda:" : "device " + std::to_string(device.type) + ":") + std::to_string(device.index);
   }
-  static void has_dtype(const char* name, size_t i, const Tensor& tensor, int32_t wanted, const char* as) {
+
+  // Index and rule are turned into words only where the rule is broken.
+  void on_device(const char* name, size_t i, const Tensor& tensor) const {
+    const Device device = device_of(tensor);
+    if (device == device_) return;
+    require(false, name, "[", i, "] must be on x's device ", name_of(device_), ", got ", name_of(device));
+  }
+  void has_dtype(const char* name, size_t i, const Tensor& tensor, int32_t wanted, const char* as) const {
     const int32_t code = dtype_code(tensor);
     if (code != wanted) {
       require(false, name, "[", i, "] must have dtype ", name_of(wanted), ", as ", as, ", got ", name_of(code));
@@ -103,13 +114,13 @@ class LoraLinearCheck {
     if (K < 1) require(false, "x must have at least one feature, got shape ", shape_of(a_.x));
     for (size_t g = 0; g < a_.weight.size(); ++g) {
       const Tensor& w = a_.weight[g];
-      on_cpu("weight", g, w);
+      on_device("weight", g, w);
       has_dtype("weight", g, w, dtype, "x");
       if (!(w.dim() == 2 && w.size(1) == K && w.size(0) >= 1)) {
         require(false, "weight[", g, "] must have shape [out_features, in_features=", K, "], got ", shape_of(w));
       }
       if (!a_.bias[g]) continue;
-      on_cpu("bias", g, *a_.bias[g]);
+      on_device("bias", g, *a_.bias[g]);
       has_dtype("bias", g, *a_.bias[g], dtype, "weight");
       if (!is_vector(*a_.bias[g], w.size(0))) {
         require(false, "bias[", g, "] must have shape [out_features=", w.size(0), "], got ", shape_of(*a_.bias[g]));
@@ -121,7 +132,7 @@ class LoraLinearCheck {
     const Tensor &A = a_.lora_A[i], &B = a_.lora_B[i];
     const int64_t G = static_cast<int64_t>(a_.weight.size()), g = a_.member[i];
     require(0 <= g && g < G, "member[", i, "] must lie in [0, ", G, "), got ", g);
-    on_cpu("lora_A", i, A);
+    on_device("lora_A", i, A);
     const int32_t dtype = dtype_code(a_.lora_A[0]);
     const bool x_is_double = dtype_of(dtype_code(a_.x)) == Dtype::kFloat64;
     const std::optional<Dtype> factor = dtype_of(dtype);
@@ -136,14 +147,14 @@ class LoraLinearCheck {
     }
     const int64_t r = A.size(0);
     require(1 <= r && r <= kMaxRank, "lora_A[", i, "] must have a rank r from 1 to ", kMaxRank, ", got ", r);
-    on_cpu("lora_B", i, B);
+    on_device("lora_B", i, B);
     has_dtype("lora_B", i, B, dtype, "lora_A[0]");
     if (!is_matrix(B, N, r)) {
       require(false, "lora_B[", i, "] must have shape [out_features=", N, ", r=", r, "], got ", shape_of(B));
     }
     if (!a_.lora_bias[i]) return;
     const Tensor& bias = *a_.lora_bias[i];
-    on_cpu("lora_bias", i, bias);
+    on_device("lora_bias", i, bias);
     has_dtype("lora_bias", i, bias, dtype, "lora_A[0]");
     if (!is_vector(bias, N)) {
       require(false, "lora_bias[", i, "] must have shape [out_features=", N, "], got ", shape_of(bias));
@@ -159,11 +170,23 @@ class LoraLinearCheck {
     if (!a_.seed) return;
     const int32_t dtype = dtype_code(*a_.seed);
     if (dtype != aoti_torch_dtype_int64()) require(false, "seed must have dtype int64, got ", name_of(dtype));
-    require(a_.seed->is_cpu(), "seed must be on x's device cpu, got another");
+    const Device device = device_of(*a_.seed);
+    if (!(device == device_)) {
+      require(false, "seed must be on x's device ", name_of(device_), ", got ", name_of(device));
+    }
     if (a_.seed->dim() != 0) require(false, "seed must be a 0-d tensor, got shape ", shape_of(*a_.seed));
   }
 
   const ForwardArguments& a_;
+  const Device device_;
 };
+
+inline void check_dropout_mask(const Tensor& seed, int64_t rows, int64_t cols, double p) {
+  STD_TORCH_CHECK(seed.dim() == 0 && dtype_code(seed) == aoti_torch_dtype_int64(),
+                  "lora_dropout_mask: seed must be a 0-d int64 tensor");
+  STD_TORCH_CHECK(rows >= 0 && cols >= 0 && 0 <= p && p < 1,
+                  "lora_dropout_mask: rows and cols must be 0 or more and p in [0, 1), got ", rows, ", ", cols, ", ",
+                  p);
+}
 
 }  // namespace pk

@@ -24,8 +24,25 @@ inline int32_t dtype_code(const Tensor& tensor) {
   return code;
 }
 
-// An uninitialised contiguous CPU tensor.
-inline Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype) {
+struct Device {
+  int32_t type, index;
+
+  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
+};
+
+inline Device device_of(const Tensor& tensor) {
+  Device device;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device.type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
+  return device;
+}
+
+inline Device cpu() {
+  return {aoti_torch_device_type_cpu(), 0};
+}
+
+// An uninitialised contiguous tensor.
+inline Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, Device device) {
   constexpr int64_t kMostDims = 64;  // torch's own limit
   int64_t strides[kMostDims];
   STD_TORCH_CHECK(dim <= kMostDims, "a tensor has at most 64 dimensions, got ", dim);
@@ -36,20 +53,20 @@ inline Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype) {
   }
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+      aoti_torch_empty_strided(dim, sizes, strides, dtype, device.type, device.index, &handle));
   return Tensor(handle);
 }
 
-inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
-  return empty(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype);
+inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype, Device device = cpu()) {
+  return empty(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype, device);
 }
 
-// The [..., last] tensor whose leading sizes are those of `like`.
+// The [..., last] tensor whose leading sizes and device are those of `like`.
 inline Tensor empty_rows(const Tensor& like, int64_t last, int32_t dtype) {
   const auto sizes = like.sizes();
   std::vector<int64_t> shape(sizes.begin(), sizes.end());
   shape.back() = last;
-  return empty(shape.data(), static_cast<int64_t>(shape.size()), dtype);
+  return empty(shape.data(), static_cast<int64_t>(shape.size()), dtype, device_of(like));
 }
 
 // A tensor [..., C] seen as a matrix [M, C] with unit stride along C: itself where its strides allow, else a copy.
@@ -76,6 +93,11 @@ inline Rows as_rows(const Tensor& tensor) {
   return {torch::stable::contiguous(tensor), count, sizes[last]};
 }
 
+// A contiguous tensor: itself, or a copy.
+inline Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 // A matrix that starts at the same element.
 inline Tensor matrix(const Tensor& tensor, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
   const int64_t sizes[2] = {rows, cols}, strides[2] = {row_stride, col_stride};
@@ -85,7 +107,7 @@ inline Tensor matrix(const Tensor& tensor, int64_t rows, int64_t cols, int64_t r
   return Tensor(handle);
 }
 
-// out (+)= a b.
+// out (+)= a b, on the CPU.
 inline void gemm(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
   if (accumulate) {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));

@@ -29,10 +29,10 @@ PK_INLINE void keep_words4(uint32_t (&words)[4], const Dropout& dropout, uint32_
   __m512i c3 = _mm512_set1_epi32(static_cast<int>(dropout.stream));
   uint32_t key0 = static_cast<uint32_t>(dropout.seed), key1 = static_cast<uint32_t>(dropout.seed >> 32);
   PK_UNROLL
-  for (int round = 0; round < kPhiloxRounds; ++round, key0 += kPhiloxWeyl[0], key1 += kPhiloxWeyl[1]) {
+  for (int round = 0; round < kPhiloxRounds; ++round, key0 += kPhiloxWeyl0, key1 += kPhiloxWeyl1) {
     __m512i high0, low0, high1, low1;
-    multiply_wide(c0, kPhiloxMultiplier[0], high0, low0);
-    multiply_wide(c2, kPhiloxMultiplier[1], high1, low1);
+    multiply_wide(c0, kPhiloxMultiplier0, high0, low0);
+    multiply_wide(c2, kPhiloxMultiplier1, high1, low1);
     constexpr int kXor3 = 0x96;
     c0 = _mm512_ternarylogic_epi32(high1, c1, _mm512_set1_epi32(static_cast<int>(key0)), kXor3);
     c2 = _mm512_ternarylogic_epi32(high0, c3, _mm512_set1_epi32(static_cast<int>(key1)), kXor3);

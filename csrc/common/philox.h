@@ -12,8 +12,8 @@
 
 namespace pk {
 
-constexpr uint32_t kPhiloxMultiplier[2] = {0xD2511F53u, 0xCD9E8D57u};
-constexpr uint32_t kPhiloxWeyl[2] = {0x9E3779B9u, 0xBB67AE85u};
+constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 7;
 
 struct Philox4 {
@@ -25,14 +25,14 @@ PK_HOST_DEVICE static inline Philox4 philox(uint64_t key, Philox4 counter, int r
   uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
   uint32_t* c = counter.word;
   for (int round = 0; round < rounds; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(kPhiloxMultiplier[0]) * c[0];
-    const uint64_t product1 = static_cast<uint64_t>(kPhiloxMultiplier[1]) * c[2];
+    const uint64_t product0 = static_cast<uint64_t>(kPhiloxMultiplier0) * c[0];
+    const uint64_t product1 = static_cast<uint64_t>(kPhiloxMultiplier1) * c[2];
     c[0] = static_cast<uint32_t>(product1 >> 32) ^ c[1] ^ key0;
     c[1] = static_cast<uint32_t>(product1);
     c[2] = static_cast<uint32_t>(product0 >> 32) ^ c[3] ^ key1;
     c[3] = static_cast<uint32_t>(product0);
-    key0 += kPhiloxWeyl[0];
-    key1 += kPhiloxWeyl[1];
+    key0 += kPhiloxWeyl0;
+    key1 += kPhiloxWeyl1;
   }
   return counter;
 }

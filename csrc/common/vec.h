@@ -46,8 +46,16 @@ PK_INLINE void store(float* p, vf v) {
   *reinterpret_cast<vf_unaligned*>(p) = v;
 }
 
+// gcc 12 makes six instructions of __builtin_convertvector to or from twice the width with AVX2, three of them
+// shuffles.
 PK_INLINE vf load(const bf16* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+#elif defined(__AVX2__)
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16);
+#else
   return (vf)(__builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(p), vu) << 16);
+#endif
 }
 
 PK_INLINE void store(bf16* p, vf v) {
@@ -56,7 +64,13 @@ PK_INLINE void store(bf16* p, vf v) {
 #else
   const vu bits = (vu)v;
   const vu rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector((v == v) ? rounded : ((bits >> 16) | 0x40u), vh);
+  const vu result = (v == v) ? rounded : ((bits >> 16) | 0x40u);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m128i low = _mm256_castsi256_si128((__m256i)result), high = _mm256_extracti128_si256((__m256i)result, 1);
+  *reinterpret_cast<vh_unaligned*>(p) = (vh)_mm_packus_epi32(low, high);
+#else
+  *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(result, vh);
+#endif
 #endif
 }
 

@@ -61,6 +61,8 @@ const Range& static_range() {
   static const Range range = [] {
     Range found{nullptr, nullptr};
 #if !defined(EMULATOR_ASAN)
+    [[maybe_unused]] static thread_local volatile char touched;
+    touched = 1;  // a library's thread-local variables have no memory before one of them is used
     dl_iterate_phdr(find_static, &found);
 #endif
     return found;

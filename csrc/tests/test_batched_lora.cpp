@@ -285,8 +285,13 @@ void test_kernels() {
                                    {D::kFloat16, D::kFloat32},
                                    {D::kBFloat16, D::kFloat32}};
   for (const auto& [type, pages] : pairs) {
-    for (const auto& [M, K, N] :
-         {std::array<int64_t, 3>{1, 1, 1}, {9, 70, 33}, {40, 31, 7}, {200, 64, 40}, {7, 512, 515}, {33, 1300, 600}}) {
+    for (const auto& [M, K, N] : {std::array<int64_t, 3>{1, 1, 1},
+                                  {9, 70, 33},
+                                  {40, 31, 7},
+                                  {200, 64, 40},
+                                  {7, 512, 515},
+                                  {33, 1300, 600},
+                                  {64, 24, 4300}}) {
       test_sizes({M, K, N, type, pages});
     }
   }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from peft_kernels import memory
 from peft_kernels.demo.corpus import Text
 
 
@@ -115,18 +116,6 @@ def write(model: nn.Module, prompt: Tensor, size: Size) -> Tensor:
 
 
 def saved_bytes(model: nn.Module, batch: Tensor) -> int:
-    """Bytes that autograd keeps from forward to backward: distinct storages, without the parameters."""
+    """Bytes that autograd keeps from forward to backward in a training step, without the parameters'."""
     model.train()
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = loss_of(model, batch)  # held while counting: a freed storage could be handed out and counted again
-    del loss
-    return sum(kept.values())
+    return memory.saved_bytes(lambda: loss_of(model, batch), model.parameters())

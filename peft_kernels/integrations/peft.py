@@ -33,6 +33,7 @@ INACTIVE = "no active adapter here: the base layer alone"
 UNMERGES = "disabled while merged: PEFT unmerges"
 NAMED = "arguments of the call (adapter_names, alora_offsets)"
 SHARDED = "a parameter is a DTensor"
+HOOKED_BASE = "hook on base_layer"
 
 
 class Call:
@@ -97,8 +98,6 @@ def add_base(call: Call, base: nn.Module, x: Tensor, types=PLAIN) -> str:
     kind = type(base)
     if kind is not nn.Linear and kind is not Conv1D:
         return f"the base layer is a {kind.__name__}"
-    if intercepted(base, x):
-        return "hook on base_layer"
     weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
     if type(weight) not in types:
         return _describe_type(weight)
@@ -106,6 +105,8 @@ def add_base(call: Call, base: nn.Module, x: Tensor, types=PLAIN) -> str:
         return _describe_type(bias)
     if weight.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
         return f"x is {x.dtype} and the base layer {weight.dtype}"  # PEFT's forward raises what the base layer raises
+    if intercepted(base, x):
+        return HOOKED_BASE
     call.weight.append(weight if kind is nn.Linear else weight.t())
     call.bias.append(bias)
     return ""

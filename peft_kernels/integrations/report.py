@@ -19,7 +19,10 @@ from peft_kernels.integrations.peft import INACTIVE
 
 @dataclass(frozen=True)
 class Row:
-    """One module: the backend that its device runs, or why it was left alone (then `kernel` is empty)."""
+    """One module: the backend that its device runs, or why it was left alone (then `kernel` is empty).
+
+    With a kernel, `reason` says why the module would not have run fused in the state in which `patch` found it.
+    """
 
     name: str
     kind: str  # "lora.Linear", "qkv", "gate_up", or the class of a layer that has no kernel
@@ -29,12 +32,12 @@ class Row:
 
 
 class PatchReport:
-    """What `peft_kernels.patch` returns: a row for each module, and the counts of calls so far.
+    """What `peft_kernels.patch` returns: a row for each module, and the counts of calls since.
 
     rows: `Row(name, kind, kernel, reason, group)` for each LoRA layer and each module that owns a group of them.
-    left: the rows without a kernel. fused: calls that ran fused so far. fallbacks: reason -> calls that did not.
+    left: the rows without a kernel. fused: calls that ran fused since. fallbacks: reason -> calls that did not.
 
-    `print(report)` shows a table. As a context manager it takes back, at the end, what this `patch` changed.
+    `print(report)` shows a table. `restore()` takes back what this `patch` changed; a context manager does at its end.
 
         >>> with peft_kernels.patch(model) as report:
         ...     report.verify(input_ids=input_ids)
@@ -45,15 +48,16 @@ class PatchReport:
         self.rows = rows
         self.notes = notes
         self._model = ref(model)
-        self._restore = restore
+        self.restore = restore
         modules = dict(model.named_modules())
         self._modules = {row.name: ref(modules[row.name]) for row in rows}  # wrapping a model later changes its names
+        self._earlier = {row.name: calls(modules[row.name]) for row in rows}  # of a patch before this one
 
     def __enter__(self) -> "PatchReport":
         return self
 
     def __exit__(self, *exception) -> None:
-        self._restore()
+        self.restore()
 
     @property
     def left(self) -> list[Row]:
@@ -69,9 +73,9 @@ class PatchReport:
         return sum((found.fallbacks for found in self.calls().values()), Counter())
 
     def calls(self) -> dict[str, Calls]:
-        """Module name -> `Calls(fused, fallbacks)` since the module's first call, those in torch.compile apart."""
+        """Module name -> `Calls(fused, fallbacks)` since this `patch`, those in torch.compile apart."""
         alive = {name: module() for name, module in self._modules.items()}
-        return {name: Calls() if module is None else calls(module) for name, module in alive.items()}
+        return {name: Calls() if m is None else calls(m) - self._earlier[name] for name, m in alive.items()}
 
     def unseen(self) -> list[str]:
         """Adapter layers that the model got after `patch`, which run PEFT's own forward: patch again."""
@@ -110,8 +114,9 @@ class PatchReport:
         """Rows of strings as printed: module, kind, kernel or reason, fused calls, fallbacks; alike layers together."""
         alike: dict[tuple, list[str]] = {}
         for row in self.rows:
-            key = (re.sub(r"\.\d+(?=\.|$)", ".*", row.name), row.kind, row.kernel or f"left alone: {row.reason}")
-            alike.setdefault(key, []).append(row)
+            status = row.kernel and row.reason and f"{row.kernel} (at patch: {row.reason})"
+            status = status or row.kernel or f"left alone: {row.reason}"
+            alike.setdefault((re.sub(r"\.\d+(?=\.|$)", ".*", row.name), row.kind, status), []).append(row)
         found = self.calls()
         lines = []
         for (name, *cells), rows in alike.items():

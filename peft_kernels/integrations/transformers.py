@@ -1,13 +1,15 @@
 """patch and unpatch: the LoRA layers of a transformers model change class, and nothing else about it changes.
 
-`patch` decides for each layer, now, whether the op computes it; each call then looks at PEFT's switches again. A layer
-with no kernel keeps its class and gets a reason in the report. Modules that own several projections of one input
-(`targets.py`) change class as well, so that the projections become one call.
+`patch` decides for each layer whether the op can ever compute it; each call then looks at PEFT's switches and hooks. A
+layer with no kernel keeps its class and gets a reason in the report; one that is only in a state without a kernel
+(merged, a DoRA adapter is active) changes class, with that state as a note. Modules that own several projections of
+one input (`targets.py`) change class as well, so that the projections become one call.
 """
 
 import contextlib
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from types import MethodType
 from weakref import ref
 
@@ -21,7 +23,16 @@ from transformers import TrainerCallback
 
 from peft_kernels import backends
 from peft_kernels.integrations.groups import add_member, fused_class
-from peft_kernels.integrations.peft import MERGED, PLAIN, UNMERGES, Call, FusedLinear, add_layer, own_method
+from peft_kernels.integrations.peft import (
+    HOOKED_BASE,
+    MERGED,
+    PLAIN,
+    Call,
+    FusedLinear,
+    add_base,
+    add_layer,
+    own_method,
+)
 from peft_kernels.integrations.report import PatchReport, Row
 from peft_kernels.integrations.targets import forward_is_known, group_of
 
@@ -34,7 +45,7 @@ def patch(model: nn.Module, strict: bool = False) -> PatchReport:
 
     Args:
         model: a PeftModel, or a transformers model with PEFT adapters loaded, or any module that holds such layers.
-        strict: raise instead of leaving any adapter layer alone; nothing is changed then.
+        strict: raise if any adapter layer would not run fused as it is now; nothing is changed then.
 
     Only instances are touched: a layer's class becomes a subclass without state. State dict, isinstance, pickling,
     copying, saving, merging and switching adapters are as before. No forward is run. Patching again picks up what
@@ -42,7 +53,7 @@ def patch(model: nn.Module, strict: bool = False) -> PatchReport:
 
     Raises:
         ValueError: there is no adapter layer in the model.
-        RuntimeError: strict, and a layer has no kernel.
+        RuntimeError: strict, and a layer has no kernel, or none in its present state.
 
     Example:
         >>> report = peft_kernels.patch(model)
@@ -56,11 +67,10 @@ def patch(model: nn.Module, strict: bool = False) -> PatchReport:
             "patch: the model has no PEFT layer; make them first with peft.get_peft_model(model, LoraConfig(...)), "
             "PeftModel.from_pretrained(model, path) or model.load_adapter(path)"
         )
+    if strict and any(row.reason for row in rows):
+        reasons = "\n  ".join(f"{row.name} ({row.kind}): {row.reason}" for row in rows if row.reason)
+        raise RuntimeError(f"patch(strict=True): nothing was changed, for these would not run fused:\n  {reasons}")
     rows, group_swaps, notes = _plan_groups(model, rows)
-    left = [row for row in rows if not row.kernel]
-    if strict and left:
-        reasons = "\n  ".join(f"{row.name} ({row.kind}): {row.reason}" for row in left)
-        raise RuntimeError(f"patch(strict=True): nothing was changed, for these have no kernel:\n  {reasons}")
     return PatchReport(model, rows, notes, _swap([*swaps, *group_swaps]))
 
 
@@ -119,21 +129,32 @@ def _plan_layers(model: nn.Module) -> tuple[list[Row], list[tuple[nn.Module, typ
         if reason := _obstacle(module):
             rows.append(Row(name, "lora.Linear", reason=reason))
             continue
-        rows.append(Row(name, "lora.Linear", kernel=backends.bound(module.weight.device.type)))
+        rows.append(Row(name, "lora.Linear", backends.bound(module.weight.device.type), _state(module)))
         if type(module) is Linear:
             swaps.append((module, FusedLinear))
     return rows, swaps
 
 
 def _obstacle(layer: Linear) -> str:
-    """Why this layer cannot be fused as it is now, or nothing. A disabled or inactive adapter is no obstacle."""
+    """Why this layer can be fused in no state, or nothing."""
     if _forward_was_replaced(layer):
         return OWN_FORWARD
-    if layer.merged_adapters:
-        return UNMERGES if layer._disable_adapters else f"{MERGED}; unmerge, then patch again"
-    weight = getattr(layer._modules["base_layer"], "weight", None)
-    like = weight if isinstance(weight, torch.Tensor) else torch.empty(0)
-    return add_layer(Call(), layer, like, SHARDABLE)
+    base = layer._modules["base_layer"]
+    reason = add_base(Call(), base, _input_of(base), SHARDABLE)
+    return "" if reason == HOOKED_BASE else reason
+
+
+def _state(layer: Linear) -> str:
+    """Why the next call of a layer would not be fused, or nothing. A disabled or inactive adapter is no reason."""
+    if layer.merged_adapters and not layer._disable_adapters:
+        return MERGED
+    return add_layer(Call(), layer, _input_of(layer._modules["base_layer"]), SHARDABLE)
+
+
+def _input_of(base: nn.Module) -> torch.Tensor:
+    """A tensor of the dtype and on the device of what a layer expects."""
+    weight = getattr(base, "weight", None)
+    return weight if isinstance(weight, torch.Tensor) else torch.empty(0)
 
 
 def _forward_was_replaced(module: nn.Module) -> bool:
@@ -175,13 +196,12 @@ def _plan_groups(model: nn.Module, rows: list[Row]):
         lora = {path: layers[path] for path in children if path in layers}
         if len(lora) < 2 or None in children.values():
             continue
-        reason = _group_obstacle(group, owner, plain, children, lora)
-        kernel = "" if reason else next(iter(lora.values())).kernel
-        rows.append(Row(name, group.kind, kernel, reason))
-        if reason:
+        if reason := _group_obstacle(group, owner, plain, children, lora):
+            rows.append(Row(name, group.kind, reason=reason))
             continue
+        rows.append(Row(name, group.kind, next(iter(lora.values())).kernel, _group_state(children, lora)))
         for path, row in lora.items():
-            layers[path] = Row(row.name, row.kind, row.kernel, group=name)
+            layers[path] = replace(row, group=name)
         if type(owner) is plain:
             swaps.append((owner, fused_class(group)))
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
@@ -195,26 +215,37 @@ def _order(model: nn.Module):
 
 
 def _group_obstacle(group, owner, plain, children, lora) -> str:
+    """Why the projections can be one call in no state, or nothing."""
     if not forward_is_known(group, plain):
-        return f"{plain.__name__}.forward takes other arguments in this version of transformers"
+        return f"{plain.__name__}.forward is not the one that is known: another version of transformers, or replaced"
     if _forward_was_replaced(owner):
         return OWN_FORWARD
+    for path, child in children.items():
+        if path not in lora:
+            reason = add_base(Call(), child, _input_of(child), SHARDABLE)
+        else:
+            reason = "" if lora[path].kernel else lora[path].reason
+        if reason and reason != HOOKED_BASE:
+            return f"{path.rpartition('.')[2]}: {reason}"
+    return ""
+
+
+def _group_state(children, lora) -> str:
+    """Why the next call of a group would not be one, or nothing."""
     call, x = Call(), next(iter(children.values())).weight
     for path, child in children.items():
-        member = path.rpartition(".")[2]
-        if path in lora and not lora[path].kernel:
-            return f"{member}: {lora[path].reason}"
-        if reason := add_member(call, child, x, SHARDABLE):
-            return f"{member}: {reason}"
+        reason = lora[path].reason if path in lora else ""
+        if reason := reason or add_member(call, child, x, SHARDABLE):
+            return f"{path.rpartition('.')[2]}: {reason}"
     return ""
 
 
 class PeftKernelsCallback(TrainerCallback):
-    """Patches the model when a Trainer starts to train, and gives it back at the end.
+    """Patches the model when a Trainer starts to train, and takes that back at the end.
 
     Args:
         strict: as in `peft_kernels.patch`.
-        unpatch_at_end: False leaves the model patched after training.
+        unpatch_at_end: False leaves the model patched after training; what was patched before stays so anyway.
 
     `report` is the PatchReport of the last training.
 
@@ -231,4 +262,4 @@ class PeftKernelsCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self.unpatch_at_end:
-            unpatch(model)
+            self.report.restore()

@@ -1,4 +1,4 @@
-"""batched_lora: many LoRA adapters in one batch, each row with its own, over frozen projections, for training."""
+"""batched_lora: many LoRA adapters in one batch, each row with its own, over frozen projections; a pool for inference."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from peft_kernels.ops.batched_lora import pooled  # noqa: F401  (importing it registers batched_lora_)
 from peft_kernels.ops.batched_lora.op import check
 from peft_kernels.ops.batched_lora.pool import AdapterPool, Site
+from peft_kernels.ops.batched_lora.route import check as check_ids
 
 __all__ = ["AdapterPool", "Site", "batched_lora", "batched_lora_route"]
 
@@ -33,7 +34,11 @@ def batched_lora_route(adapter_ids: Tensor, adapters: int) -> Tensor:
     """
     if isinstance(adapter_ids, Tensor):
         adapter_ids = adapter_ids.reshape(-1)
-    route = torch.ops.peft_kernels.batched_lora_route.default(adapter_ids, adapters)
+    try:
+        route = torch.ops.peft_kernels.batched_lora_route.default(adapter_ids, adapters)
+    except (RuntimeError, TypeError):
+        check_ids(adapter_ids, adapters)  # says in words what the operator refused
+        raise
     if route.is_cpu and not torch.compiler.is_compiling() and int(route[2]):
         outside = [i for i in adapter_ids.tolist() if not -1 <= i < adapters]
         raise ValueError(

@@ -36,8 +36,9 @@ def _check_route(x: Tensor, route: Tensor) -> None:
     """A route that M rows can have; what stands in it, only those who read it can check."""
     check_tensor(NAME, "route", route, x, (int32,), "int32")
     M = x.numel() // x.shape[-1]
-    tiles, rest = divmod(route.numel() - HEADER - 2 * M, 3)
-    fits = route.dim() == 1 and route.is_contiguous() and rest == 0 and min(M, 1) <= tiles - M // TILE <= M
+    tiles = (route.numel() - HEADER - 2 * M) // 3  # no divmod, which symbolic sizes do not have
+    whole = route.numel() == HEADER + 2 * M + 3 * tiles
+    fits = route.dim() == 1 and route.is_contiguous() and whole and min(M, 1) <= tiles - M // TILE <= M
     require(NAME, fits, f"route must come from batched_lora_route for the {M} rows of x, got shape {list(route.shape)}")
 
 
@@ -76,7 +77,7 @@ def forward_reference(x, route, *rest):
 
 def autograd(namespace):
     """The kernel of a namespace's Autograd key."""
-    run = differentiable(namespace.batched_lora.default, namespace.batched_lora_backward.default)
+    run = differentiable(NAME, namespace.batched_lora.default, namespace.batched_lora_backward.default)
 
     def kernel(x, route, weight, bias, lora_A, lora_B, lora_bias, member, adapter, scaling, dropout_p, seed):
         tensors = (weight, bias, lora_A, lora_B, lora_bias)

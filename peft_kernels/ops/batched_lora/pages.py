@@ -79,7 +79,7 @@ class SiteTable:
         row[FIRST_PAGE : FIRST_PAGE + pages] = a
         row[FIRST_PAGE + most : FIRST_PAGE + most + pages] = b[:pages]
         self.scaling[slot] = scaling
-        self.table[slot, 1:] = torch.tensor(row[1:], dtype=torch.int32)
+        self.table[slot, 1:] = torch.tensor(row[1:], dtype=torch.int32, device=self.table.device)
         self.table[slot, 0] = rank
 
     def withdraw(self, slot: int) -> None:

@@ -4,7 +4,8 @@ Writers (add, remove, the end of a pin) hold a lock. Readers hold none, and neve
   - A slot that a name stands for, or that is pinned, is never written. add() fills a slot that nobody knows, its rank
     last in every table, and only then publishes the name, by putting a new dict in place of the old one.
   - remove() and replace take the name away first. The slot is freed when no pin holds it: rank 0 in every table, then
-    its pages go back. Whoever still uses its number without a pin gets nothing added, or a later adapter.
+    its pages go back. Whoever still uses its number without a pin gets nothing added, or a later adapter, or (where
+    tables() is from before that adapter made the pool grow) a refusal.
   - A tensor that grows is replaced by a larger copy before the name of the adapter that needed it is published. So take
     ids first and tables() after: the tables then know every slot of the ids.
 On a GPU all of this is ordered by the stream that is current; add and run on the same one.
@@ -119,8 +120,9 @@ class AdapterPool:
         self.dtype, self.device = dtype, torch.device(device)
         wide = torch.float64 if dtype is torch.float64 else torch.float32
         widths = {width for site in sites.values() for width in (site.K, site.N)}
-        self._stores = {width: PageStore(width, dtype, self.device) for width in widths}
-        self._tables = {name: SiteTable(self.slots, wide, self.device) for name in sites}
+        with torch.inference_mode(False):
+            self._stores = {width: PageStore(width, dtype, self.device) for width in widths}
+            self._tables = {name: SiteTable(self.slots, wide, self.device) for name in sites}
         self._lock = threading.RLock()
         self._slot_of: dict[str, int] = {}  # replaced, never changed
         self._free = list(range(self.slots))
@@ -138,14 +140,13 @@ class AdapterPool:
 
     def slot(self, name: str) -> int:
         """The slot of an adapter's present version. Raises KeyError if there is no such adapter."""
-        try:
-            return self._slot_of[name]
-        except KeyError:
-            raise KeyError(f"AdapterPool: no adapter '{name}' in this pool") from None
+        return _slot(self._slot_of, name)
 
     def ids(self, names: Iterable[str | None]) -> Tensor:
         """The slot of each row's adapter, -1 for None: int32, on the pool's device. Raises KeyError as slot()."""
-        return torch.tensor([-1 if n is None else self.slot(n) for n in names], dtype=torch.int32, device=self.device)
+        slot_of = self._slot_of  # one state of the pool for the whole batch
+        slots = [-1 if name is None else _slot(slot_of, name) for name in names]
+        return torch.tensor(slots, dtype=torch.int32, device=self.device)
 
     def tables(self, site: str) -> Tables:
         """What `batched_lora_` takes for one site. Take the ids first. Raises KeyError if there is no such site."""
@@ -182,7 +183,7 @@ class AdapterPool:
             ValueError, TypeError: naming the site, the tensor and the rule; or the name is taken.
             RuntimeError: the pool is full.
         """
-        with self._lock:
+        with self._writing():
             _check_name(name)
             before = self._slot_of.get(name)
             _require(before is None or replace, f"there is an adapter '{name}'; replace=True makes a new version of it")
@@ -206,7 +207,7 @@ class AdapterPool:
 
     def remove(self, name: str) -> None:
         """Takes an adapter away; what pinned it keeps it until its pin goes. Raises KeyError as slot()."""
-        with self._lock:
+        with self._writing():
             slot = self.slot(name)
             self._slot_of = {n: s for n, s in self._slot_of.items() if n != name}
             if not self._pins[slot]:
@@ -221,12 +222,18 @@ class AdapterPool:
         try:
             yield slot
         finally:
-            with self._lock:
+            with self._writing():
                 self._pins[slot] -= 1
                 if not self._pins[slot] and slot not in self._slot_of.values():
                     self._release(slot)
 
     # -- parts of the writers; the lock is held --
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """The lock; and what is made or changed inside inference mode can be changed outside of it too."""
+        with self._lock, torch.inference_mode(False):
+            yield
 
     def _fill(self, slot: int, entries: list[_Entry]) -> None:
         """Factors into pages and rows of tables that nobody reads; what is taken is held from then on."""
@@ -279,6 +286,13 @@ class AdapterPool:
             _require(bad == 0, f"{text}; allow_nonfinite=True takes them")
         b_rows = torch.cat([stored["lora_B"].mT, *(t[None] for n, t in stored.items() if n == "lora_bias")])
         return _Entry(site, stored["lora_A"], b_rows, float(scaling), bias is not None)
+
+
+def _slot(slot_of: Mapping[str, int], name: str) -> int:
+    try:
+        return slot_of[name]
+    except KeyError:
+        raise KeyError(f"AdapterPool: no adapter '{name}' in this pool") from None
 
 
 def _check_name(name: str) -> None:

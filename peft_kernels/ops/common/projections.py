@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from peft_kernels.registry import below_autograd
@@ -136,7 +137,7 @@ def fake_gradients(dy, weight, lora_A, lora_B, needs) -> list[Tensor]:
 # -- autograd and autocast --------------------------------------------------------------------------------------------
 
 
-def differentiable(forward_op: Callable, backward_op: Callable) -> Callable:
+def differentiable(op: str, forward_op: Callable, backward_op: Callable) -> Callable:
     """`run(x, route, tensors, lists, seed)`: a plain call where nothing needs a gradient, else one Function.
 
     The operators take (x, [route,] weight, bias, lora_A, lora_B, lora_bias, *lists, seed) and (dy, x, h, [route,]
@@ -185,6 +186,8 @@ def differentiable(forward_op: Callable, backward_op: Callable) -> Callable:
             return (None, None, None, *(grad if need else None for grad, need in zip(out, needs, strict=True)))
 
     def run(x, route, tensors, lists, seed):
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(op, x, tensors)
         if torch.is_grad_enabled() and _any_requires_grad(x, tensors):
             *y, h = Projections.apply(lists, seed, route, x, *(t for group in tensors for t in group))
             return y, h
@@ -203,6 +206,12 @@ def _split(tensors, G: int, L: int):
         tensors[2 * G + L : 2 * G + 2 * L],
         tensors[2 * G + 2 * L :],
     )
+
+
+def _refuse_tangents(op: str, x, lists) -> None:
+    for tensor in (x, *(t for tensors in lists for t in tensors)):
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(f"{op}: no forward-mode derivative (jvp, dual tensors); use reverse mode")
 
 
 def _any_requires_grad(x, lists) -> bool:

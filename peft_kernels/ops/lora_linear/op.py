@@ -48,7 +48,7 @@ def forward_reference(x, weight, bias, lora_A, lora_B, lora_bias, member, scalin
 
 def autograd(namespace):
     """The kernel of a namespace's Autograd key."""
-    run = differentiable(namespace.lora_linear.default, namespace.lora_linear_backward.default)
+    run = differentiable("lora_linear", namespace.lora_linear.default, namespace.lora_linear_backward.default)
 
     def kernel(x, weight, bias, lora_A, lora_B, lora_bias, member, scaling, dropout_p, seed):
         return run(x, None, (weight, bias, lora_A, lora_B, lora_bias), (member, scaling, dropout_p), seed)
@@ -99,7 +99,7 @@ LORA_LINEAR = register(
         public="lora_linear_group",
         autograd=autograd,
         autocast=autocast,
-        backends=("reference", "cpu", "triton"),
+        backends=("reference", "cpu", "cuda", "triton"),
         python_backends={"triton": "peft_kernels.ops.lora_linear.triton_kernel"},
     )
 )

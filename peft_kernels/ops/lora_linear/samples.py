@@ -72,8 +72,9 @@ def _changed(id: str, why: str, change, dtypes=PAIRS, **sizes) -> Sample:
 
 
 def samples() -> list[Sample]:
-    """About twenty, each for an edge that has broken a kernel somewhere."""
+    """Each for an edge that has broken a kernel somewhere, or would."""
     qkv = dict(N=(64, 16, 16), ranks=((8,), (2,), (5,)))
+    everything = dict(p=0.1, biased=True, lora_biased=True)
     wide = dict(K=1000, N=(1024, 300), ranks=((16, 3), (8,)), p=0.1, biased=True)
     return [
         _plain("ones", "every size is 1", rows=(1,), K=1, N=(1,), ranks=((1,),)),
@@ -107,6 +108,13 @@ def samples() -> list[Sample]:
         _plain("group-row", "the same for one token", rows=(1,), K=67, p=0.1, **qkv),
         _plain("group-frozen", "a member without an adapter", rows=(21,), N=(24, 40, 24), ranks=((3,), (), (5,))),
         _plain("stacked", "two active adapters on one layer", rows=(21,), ranks=((3, 6),), p=0.2, lora_biased=True),
+        _plain(
+            "aligned-row", "few rows of whole vectors", rows=(5,), K=128, N=(64, 24), ranks=((8,), (4,)), **everything
+        ),
+        _plain("aligned-tiles", "tiles of whole vectors, the last ones ragged", rows=(150,), K=264, N=(136,), p=0.1),
+        _plain("rank-70", "more than one tile of ranks", rows=(19,), K=72, N=(80,), ranks=((70,),), p=0.1),
+        _plain("stacked-33", "one more than a CUDA launch takes", rows=(5,), K=16, ranks=((1,) * 33,), **everything),
+        _plain("group-9", "more members than a CUDA launch takes", rows=(3,), K=16, N=(8,) * 9, ranks=((2,),) * 9),
         _plain("factors", "16-bit factors of another type", ODD_PAIRS, rows=(21,), K=67, N=(40,), ranks=((6,),), p=0.1),
         _plain("busy-row", "few rows, work for several threads", ((BF16, BF16),), busy=True, rows=(16,), **wide),
         _plain("busy", "a GEMM, work for several threads", ((BF16, BF16),), busy=True, rows=(200,), **wide),

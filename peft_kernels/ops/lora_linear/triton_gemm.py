@@ -16,7 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from peft_kernels.ops.common.triton_dropout import keep_tile
-from peft_kernels.ops.lora_linear.triton_tiles import architecture, gemm_tile, product, product_of_parts
+from peft_kernels.ops.lora_linear.triton_tiles import (
+    architecture,
+    gemm_tile,
+    has_tensor_memory,
+    product,
+    product_of_parts,
+)
 
 
 class Base(NamedTuple):
@@ -133,9 +139,11 @@ def concat_gemm(
     """out [M, N], contiguous, written whole. Launches one kernel on the current stream."""
     M, N = out.shape
     dropout = any(pair.keep_below < 65536 for pair in low_rank)
-    tile = gemm_tile(architecture(out), out.dtype, M, N, 2 if dropout and len(low_rank) > 1 else 1)
     factor = low_rank[0].right.dtype if low_rank else out.dtype
     narrow = out.dtype.itemsize == 2
+    parts, arch = 2 if narrow and factor != out.dtype else 1, architecture(out)
+    several = (dropout and len(low_rank) > 1) or (parts > 1 and has_tensor_memory(arch))
+    tile = gemm_tile(arch, out.dtype, M, N, 2 if several else 1)
     ranks = [pair.right.shape[0] for pair in low_rank]
     _concat_gemm_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(N, tile.N),)](
         out, bias, seed,
@@ -146,6 +154,6 @@ def concat_gemm(
         ACCUMULATOR=tl.float64 if out.dtype is torch.float64 else tl.float32,
         EVEN_K=all(pair.right.shape[0] % tile.K == 0 for pair in base), EVEN_N=N % tile.N == 0,
         HAS_BIAS=bias is not None, DROPOUT=dropout,
-        SPLIT=narrow, FACTOR=2 if narrow and factor != out.dtype else 1,
+        SPLIT=narrow, FACTOR=parts,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -115,19 +115,25 @@ def has_large_shared_memory(arch: int) -> bool:
     return arch in (90, 100, 103)
 
 
-def gemm_tile(arch: int, dtype: torch.dtype, M: int, N: int, registers: int) -> Tile:
-    """The tile of the large product; `registers` is how many accumulators it must hold at once."""
+def has_tensor_memory(arch: int) -> bool:
+    """Accumulators lie in tensor memory, 512 columns. Triton 3.6 takes BLOCK_N of them for each product of a chain, and
+    compiles a kernel that wants more to a trap."""
+    return arch in (100, 103)
+
+
+def gemm_tile(arch: int, dtype: torch.dtype, M: int, N: int, accumulators: int) -> Tile:
+    """The tile of the large product; `accumulators` is how many it must hold at once."""
     if dtype is torch.float64:
         return Tile(32, 32, 16, 4, 2)
     if dtype is torch.float32:
         return Tile(16, 32, 32, 4, 2) if M <= 16 else Tile(64, 64, 16, 4, 2)
     if M <= 16:
-        return Tile(16, 32, 128, 4, 4)
+        return Tile(16, 32, 64 if accumulators > 1 else 128, 4, 4)  # two and 128 columns spill on sm_80
     if M <= 64 or N <= 64:
         return Tile(64, 64, 64, 4, 3)
     if not has_large_shared_memory(arch):
-        return Tile(64 if registers > 1 else 128, 128, 32, 8, 4)
-    if M <= 512 or N <= 1024 or registers > 1:
+        return Tile(64 if accumulators > 1 else 128, 128, 32, 8, 4)
+    if M <= 512 or N <= 1024 or accumulators > 1:
         return Tile(128, 128, 64, 8, 4)
     return Tile(128, 256, 64, 8, 3)
 
@@ -135,7 +141,7 @@ def gemm_tile(arch: int, dtype: torch.dtype, M: int, N: int, registers: int) -> 
 def shrink_tile(dtype: torch.dtype, M: int, R: int, dropout: bool) -> Tile:
     """h = x A^T. 32 rows at most: mma.sync takes x, masked in registers, from there, which wgmma must not (README)."""
     if dtype is torch.float64:
-        return Tile(32, min(rank_block(R), 32), 32, 4, 2)
+        return Tile(32, min(rank_block(R), 32), 32, 8, 2)  # four warps spill under Triton 3.6
     if dtype is torch.float32:
         return Tile(32, min(rank_block(R), 32), 32, 4, 3)
     columns = {16: 64 if dropout else 128, 32: 64, 64: 32}[rank_block(R)]  # twice as many spill

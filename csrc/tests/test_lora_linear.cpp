@@ -1,7 +1,5 @@
 // The CPU kernels of lora_linear against double loops, for every instruction set that this processor has: ragged sizes,
 // few and many rows, both layouts of W, dropout, two adapters on one member; and Philox's known answers.
-#include "lora_linear/lora_linear.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -10,6 +8,7 @@
 #include <vector>
 
 #include "common/instruction_set.h"
+#include "lora_linear/lora_linear.h"
 
 namespace {
 

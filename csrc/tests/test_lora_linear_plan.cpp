@@ -1,8 +1,8 @@
 // The launch plan: units cover every row and column, and few rows need no GEMM.
-#include "plan/lora_linear_plan.h"
-
 #include <cstdio>
 #include <cstring>
+
+#include "plan/lora_linear_plan.h"
 
 using pk::lora_linear::Plan;
 using pk::lora_linear::Step;

@@ -1,0 +1,79 @@
+// All that the CUDA operators do differently on a GPU and in the emulator (PK_EMULATED: their tensors are the CPU's):
+// the device and the stream of a call, the library GEMM, the words of an error.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <string>
+
+#include "bindings/tensors.h"
+
+#ifndef PK_EMULATED
+// Weak: only libtorch_cuda has them, and the library is to load beside a torch that comes without.
+extern "C" {
+__attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+__attribute__((weak)) AOTITorchError aoti_torch_cuda_mm_out(AtenTensorHandle out, AtenTensorHandle a,
+                                                            AtenTensorHandle b);
+__attribute__((weak)) AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle added,
+                                                               AtenTensorHandle a, AtenTensorHandle b, double beta,
+                                                               double alpha);
+}
+#endif
+
+namespace pk {
+
+#ifdef PK_EMULATED
+
+class OnDevice {
+ public:
+  explicit OnDevice(Device) {}
+  cudaStream_t stream() const { return nullptr; }
+};
+
+inline void cuda_gemm(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
+  gemm(out, a, b, accumulate);
+}
+
+inline std::string words_of(cudaError_t error) {
+  return "CUDA error " + std::to_string(error);
+}
+
+#else
+
+inline bool torch_has_cuda() {
+  return aoti_torch_get_current_cuda_stream && aoti_torch_cuda_mm_out && aoti_torch_cuda_addmm_out;
+}
+
+// While it lives, a device is the current one; its stream is the caller's current stream there.
+class OnDevice {
+ public:
+  explicit OnDevice(Device device) : guard_(device.index) {
+    cudaSetDevice(device.index);  // this library's own runtime, linked statically, is told too
+    void* stream;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+// out (+)= a b.
+inline void cuda_gemm(const Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
+  if (accumulate) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
+  }
+}
+
+inline std::string words_of(cudaError_t error) {
+  return cudaGetErrorString(error);
+}
+
+#endif
+
+}  // namespace pk

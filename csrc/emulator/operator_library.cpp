@@ -1,0 +1,19 @@
+// The operators of the CUDA kernels, emulated, for CPU tensors: python_tests/test_emulated.py loads this library and
+// runs the registry's samples through it. Built by CMake where it is told of a torch; linked with the emulator's
+// objects, the kernels and csrc/bindings (PK_EMULATED).
+#include <cstdint>
+
+#include "bindings/lora_linear.h"
+#include "emulator/emulator.h"
+
+#define PK_EXPORT extern "C" __attribute__((visibility("default")))
+
+PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
+  using torch::stable::detail::StableLibrary;
+  pk::bind_lora_linear_cuda(*new StableLibrary(StableLibrary::Kind::IMPL, ns, device, __FILE__, __LINE__));
+}
+
+// The order of threads and blocks (0: as numbered), and when a cp.async lands: 0 late, 1 early, 2 at random.
+PK_EXPORT void peft_kernels_emulator_schedule(uint64_t seed, int copies) {
+  emulator::set_schedule({seed, static_cast<emulator::Copies>(copies)});
+}

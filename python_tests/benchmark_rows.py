@@ -1,0 +1,41 @@
+"""Made-up rows of a benchmark, and a CSV of them."""
+
+import dataclasses
+
+from benchmarks import record
+
+
+def made_up(arm, M=16, ratio=1.0, dtype="float32", adapter="", p="", direction="forward+backward", **changes):
+    numbers = dict.fromkeys(("ms_p20", "ms_p50", "ms_p80", "gbs", "tflops"), 1.5)
+    row = record.Row(
+        op="lora_linear", arm=arm, backend="cpu", dtype=dtype, adapter_dtype=adapter, M=M, K=64, N=64, r="16", p=p,
+        direction=direction, timing="eager", rounds=15, **numbers, ratio_p20=ratio, ratio_p50=ratio, ratio_p80=ratio,
+        aa_spread=0.02, peak_share=0.5, saved_bytes=100, not_timed="", device="a processor", driver="",
+        threads=2, torch="2", triton="3", cuda="", transformers="5", peft="0",
+        peft_kernels="0", commit="0123456789abcdef-dirty", date="2026-01-02T03:04:05+00:00",
+    )  # fmt: skip
+    return dataclasses.replace(row, **changes)
+
+
+def made_up_rows(patched=0.9):
+    """Two cells, two base dtypes, all variants; a seam."""
+    rows = []
+    for op, Ms in (("lora_linear", (1, 16)), ("seam", (1,))):
+        for dtype in ("float32", "bfloat16"):
+            for M in Ms:
+                for direction in ("forward", "forward+backward"):
+                    common = {"M": M, "dtype": dtype, "direction": direction, "op": op}
+                    rows += [made_up("frozen", **common), made_up("frozen_again", **common)]
+                    for adapter, p in {(a, p) for a in (dtype, "float32") for p in ("0", "0.1")}:
+                        variant = common | {"adapter": adapter, "p": p}
+                        rows.append(made_up("peft", ratio=1.2, **variant))
+                        rows.append(made_up("patched", ratio=patched * M**0.25, **variant))
+                        rows.append(made_up("op", ratio=0.8, **variant))
+    return rows
+
+
+def write(path, rows, kind=record.Row):
+    writer = record.Writer(path, kind)
+    writer.write(rows)
+    writer.close()
+    return path

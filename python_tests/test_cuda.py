@@ -1,0 +1,143 @@
+"""What only CUDA has: graphs, streams, several devices; and, without a GPU, shapes on a device that is not there."""
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from peft_kernels import backends, registry, testing
+from peft_kernels.ops.lora_linear.samples import problem
+
+OP = registry.ops()["lora_linear"]
+F32, BF16 = torch.float32, torch.bfloat16
+BACKENDS = [b for b in ("cuda", "triton") if backends.all_backends()[b].available]
+SIZES = dict(K=264, N=(136, 40), ranks=((16, 3), (8,)), p=0.1, biased=True)
+CASES = [(rows, pair) for rows in (5, 150) for pair in ((BF16, BF16), (F32, F32))]  # few rows and many, both paths
+
+on_gpu = pytest.mark.skipif(not BACKENDS, reason=f"cuda: {backends.all_backends()['cuda'].missing}")
+each = pytest.mark.parametrize("backend", BACKENDS or ["cuda"])
+each_case = pytest.mark.parametrize("rows,pair", CASES, ids=str)
+
+
+def evaluated(backend, arguments):
+    y = OP.functions[0].reference(*arguments.values())[0]
+    return OP.evaluate(*testing.operators(backend, OP), arguments, testing.output_gradients(y))
+
+
+def same(one, other):
+    return all(torch.equal(one[name].cpu(), other[name].cpu()) for name in one)
+
+
+@on_gpu
+@each
+@each_case
+@pytest.mark.parametrize("whole", [False, True], ids=["forward", "forward+backward"])
+def test_graph_replays_new_inputs_and_a_new_seed(backend, rows, pair, whole):
+    forward, backward = testing.operators(backend, OP)
+    held = problem("cuda", *pair, rows=(rows,), **SIZES)
+    dy = testing.output_gradients(OP.functions[0].reference(*held.values())[0])
+
+    def run():
+        return OP.evaluate(forward, backward, held, dy) if whole else {"y": forward(*held.values())[0][0]}
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what a library sets up at its first call must not be captured
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    before = {name: out.clone() for name, out in captured.items()}
+    assert same(before, run())
+    held["x"].neg_()
+    held["seed"].fill_(1234)
+    graph.replay()
+    assert same(captured, run()) and not same(captured, before)
+
+
+@on_gpu
+@each
+@each_case
+def test_another_stream(backend, rows, pair):
+    arguments = problem("cuda", *pair, rows=(rows,), **SIZES)
+    expected = evaluated(backend, arguments)
+    x = arguments["x"].clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        arguments["x"].zero_()
+        torch.cuda._sleep(50_000_000)  # work on a wrong stream would see the zeros
+        arguments["x"].copy_(x)
+        got = evaluated(backend, arguments)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert same(got, expected)
+
+
+@on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
+@each
+@each_case
+def test_a_device_that_is_not_the_current_one(backend, rows, pair):
+    expected = evaluated(backend, problem("cuda:0", *pair, rows=(rows,), **SIZES))
+    with torch.cuda.device(0):
+        got = evaluated(backend, problem("cuda:1", *pair, rows=(rows,), **SIZES))
+        assert torch.cuda.current_device() == 0
+    assert same(got, expected)
+    mixed = problem("cuda:1", *pair, rows=(rows,), **SIZES)
+    mixed["weight"][0] = mixed["weight"][0].to("cuda:0")
+    with pytest.raises(RuntimeError, match=r"weight\[0\] must be on x's device cuda:1, got cuda:0"):
+        testing.operators(backend, OP)[0](*mixed.values())
+
+
+@on_gpu
+@each
+def test_nothing_waits_for_the_device(backend):
+    arguments = problem("cuda", BF16, BF16, rows=(150,), **SIZES)
+    y, h = testing.operators(backend, OP)[0](*arguments.values())
+    dy = [torch.ones_like(out) for out in y]
+    rest = [arguments[n] for n in ("weight", "lora_A", "lora_B", "member", "scaling", "dropout_p", "seed")]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        testing.operators(backend, OP)[0](*arguments.values())
+        testing.operators(backend, OP)[1](dy, arguments["x"], h, *rest, [True] * 14)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, F32), (F32, F32)], ids=str)
+def test_shapes_on_a_device_that_is_not_there(pair):
+    real = problem("cpu", *pair, rows=(2, 7), **(SIZES | {"p": 0.0}))
+    y, h = OP.functions[0].reference(*real.values())
+    with FakeTensorMode():
+
+        def fake(value):
+            if isinstance(value, list):
+                return [fake(entry) for entry in value]
+            if not isinstance(value, torch.Tensor):
+                return value
+            return torch.empty(value.shape, dtype=value.dtype, device="cuda")
+
+        arguments = {name: fake(value) for name, value in real.items()}
+        fake_y, fake_h = torch.ops.peft_kernels.lora_linear.default(*arguments.values())
+        rest = [arguments[n] for n in ("weight", "lora_A", "lora_B", "member", "scaling", "dropout_p", "seed")]
+        backward = torch.ops.peft_kernels.lora_linear_backward.default
+        dx, *others = backward(fake_y, arguments["x"], fake_h, *rest, [True] + [False] * 13)
+    assert all(out.numel() == 0 for out in others)
+    for out, like in zip([*fake_y, fake_h, dx], [*y, h, real["x"]], strict=True):
+        assert (out.shape, out.dtype, out.device.type) == (like.shape, like.dtype, "cuda")
+
+
+def test_an_unmeasured_gpu_is_served_by_the_definition(monkeypatch):
+    rows = {name: backends.Backend(name, ("cuda",), "") for name in ("cuda", "reference", "triton")}
+    monkeypatch.setattr(backends, "all_backends", lambda: rows)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.delenv("PEFT_KERNELS_BACKEND", raising=False)
+    choose = backends.bound.__wrapped__
+    monkeypatch.setattr(backends, "MEASURED", {})
+    assert choose("cuda") == "reference"
+    monkeypatch.setattr(backends, "MEASURED", {(9, 0): ("triton", "cuda", "reference")})
+    assert choose("cuda") == "triton"
+    monkeypatch.setenv("PEFT_KERNELS_BACKEND", "cuda")
+    assert choose("cuda") == "cuda"

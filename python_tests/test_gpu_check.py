@@ -1,0 +1,194 @@
+"""`make gpu-check` without a GPU: its stages, limits, exit codes and summaries, with stages that are small scripts."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / ".ci/gpu_check.py"
+FACTS = {"device": "a GPU of this test", "capability": "9.0", "driver": "580.1", "torch": "2.11.0", "triton": "3.6.0"}
+
+
+def _load():
+    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu_check = _load()
+Stage = gpu_check.Stage
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch, capsys):
+    """Runs gpu_check on stages given as {name: (limit, [source of a script, ...])}."""
+
+    def run(scripts, *arguments, machine=lambda: dict(FACTS), **changes):
+        stages = []
+        for name, (limit, sources) in scripts.items():
+            commands = []
+            for i, source in enumerate(sources):
+                path = tmp_path / f"{name}_{i}.py"
+                path.write_text(source)
+                commands.append(f"{{python}} {path}")
+            stages.append(Stage(name, limit, f"what {name} does", tuple(commands), **changes))
+        monkeypatch.setenv("OUT", str(tmp_path / "out"))
+        code = gpu_check.main(list(arguments), tuple(stages), machine)
+        return code, capsys.readouterr().out, tmp_path / "out"
+
+    return run
+
+
+def results(out):
+    return {stage["stage"]: stage["result"] for stage in json.loads((out / "summary.json").read_text())["stages"]}
+
+
+def test_all_passed(check):
+    code, printed, out = check({"one": (20, ["print('12 right')"]), "two": (20, ["print('a')", "print('b')"])})
+    assert code == 0
+    assert results(out) == {"one": "passed", "two": "passed"}
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["stages"][0]["detail"] == "12 right" and summary["stages"][1]["detail"] == "2 of 2 passed; b"
+    assert {**FACTS, "commit": summary["commit"], "date": summary["date"]}.items() <= summary.items()
+    assert (out / "summary.txt").read_text().rstrip() in printed.rstrip()
+    assert printed.rstrip().endswith("2 of 2 stages passed"), "the table comes last"
+    assert sorted(path.name for path in out.iterdir()) == ["log.txt", "summary.json", "summary.txt"]
+
+
+def test_a_failure_does_not_stop_the_next_stages(check):
+    stages = {"bad": (20, ["print('all'); print('it broke'); raise SystemExit(3)", "pass"]), "good": (20, ["pass"])}
+    code, printed, out = check(stages)
+    assert code == 1
+    assert results(out) == {"bad": "FAILED", "good": "passed"}
+    assert "1 of 2 passed" in printed and "it broke" in printed and "1 of 2 stages passed" in printed
+    log = (out / "log.txt").read_text()
+    assert "== bad: " in log and "all\nit broke\n-- exit code 3" in log
+
+
+def test_a_skipped_program_is_no_pass(check):
+    assert check({"cpp": (20, ["raise SystemExit(77)"])})[0] == 1
+
+
+def test_a_stage_out_of_time_ends_with_its_children(check, tmp_path):
+    child = "import time; time.sleep(3); open({!r}, 'w')".format(str(tmp_path / "survived"))
+    source = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+    source += "print('begun', flush=True); time.sleep(60)"
+    began = time.monotonic()
+    code, _, out = check({"slow": (1.5, [source]), "next": (20, ["pass"])})
+    assert code == 1 and time.monotonic() - began < 30
+    assert results(out) == {"slow": "TIMED OUT", "next": "passed"}
+    assert "begun\n-- not finished" in (out / "log.txt").read_text(), "what it had printed is kept"
+    time.sleep(3)
+    assert not (tmp_path / "survived").exists()
+
+
+def test_the_budget_is_shared(check):
+    stages = {"first": (20, ["import time; time.sleep(60)"]), "second": (20, ["pass"])}
+    code, printed, out = check(stages, "--budget", "1")
+    assert code == 1 and "no time was left" in printed
+    assert results(out) == {"first": "TIMED OUT", "second": "NOT RUN"}
+
+
+def test_one_stage_alone(check):
+    stages = {name: (20, [f"print('{name}')"]) for name in ("a", "b", "c")}
+    assert list(results(check(stages, "--stage", "c", "--stage", "a")[2])) == ["a", "c"]
+    with pytest.raises(SystemExit):
+        check(stages, "--stage", "d")
+
+
+def test_commands_side_by_side(check):
+    waits = ["import time; time.sleep(2)"] * 4
+    began = time.monotonic()
+    assert check({"wide": (20, waits)}, workers=4)[0] == 0
+    assert time.monotonic() - began < 8
+
+
+def test_a_tool_that_is_missing_is_named(check, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    stage = Stage("sanitizer", 20, "", ("no-such-sanitizer --tool memcheck",))
+    assert gpu_check.main([], (stage,), lambda: dict(FACTS)) == 1
+    assert "cannot run no-such-sanitizer: No such file" in capsys.readouterr().out
+
+
+def test_steps_of_a_command_stop_at_the_first_that_fails(check, monkeypatch, tmp_path):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu_check.main([], (Stage("s", 20, "", (f"false && touch {tmp_path}/second",)),), lambda: dict(FACTS)) == 1
+    assert not (tmp_path / "second").exists()
+    assert gpu_check.main([], (Stage("s", 20, "", (f"true && touch {tmp_path}/second",)),), lambda: dict(FACTS)) == 0
+    assert (tmp_path / "second").exists()
+
+
+def test_each_file_once_and_none_is_a_failure(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    stage = Stage("each", 20, "", ("grep -c . {each}", "test -f {each}"), each="python_tests/test_triton*.py")
+    assert gpu_check.main([], (stage,), lambda: dict(FACTS)) == 0
+    count = len(list((ROOT / "python_tests").glob("test_triton*.py")))
+    assert f"{2 * count} of {2 * count} passed" in capsys.readouterr().out
+    stage = Stage("each", 20, "", ("test -f {each}",), each="build/no_such_program_*")
+    assert gpu_check.main([], (stage,), lambda: dict(FACTS)) == 1
+    assert "nothing to run: no build/no_such_program_*" in capsys.readouterr().out
+
+
+def test_no_gpu_is_said_kindly_and_runs_nothing(check, tmp_path):
+    def machine():
+        raise gpu_check.NothingToCheckError("there is none")
+
+    code, printed, _ = check({"one": (20, [f"open({str(tmp_path / 'ran')!r}, 'w')"])}, machine=machine)
+    assert code == 2 and printed == "gpu-check: there is none\n" and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_the_command_itself_says_what_it_lacks():
+    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert f"torch {torch.__version__} sees no CUDA device" in done.stdout and "make test" in done.stdout
+
+
+def test_list_names_the_stages_and_runs_none():
+    done = subprocess.run([sys.executable, SCRIPT, "--list"], capture_output=True, text=True, timeout=60)
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    assert done.returncode == 0
+    assert names == ["build", "primitives", "cpp", "python", "sanitizer", "bench"]
+
+
+# -- the real table ---------------------------------------------------------------------------------------------------
+
+
+def filled(capability="9.0", stages=gpu_check.STAGES):
+    words = gpu_check.words_for(FACTS | {"capability": capability}, Path("results"))
+    return {stage.name: [step for run in gpu_check.commands_of(stage, words) for step in run.steps] for stage in stages}
+
+
+@pytest.mark.parametrize("capability,arch", [("8.0", "80"), ("8.9", "80"), ("9.0", "90a"), ("10.3", "100")])
+def test_only_this_gpus_code_is_built(capability, arch):
+    configure = next(step for step in filled(capability)["build"] if "-S" in step)
+    assert f"-DPK_CUDA_ARCHS={arch}-real" in configure and f"-DPK_TEST_CUDA_ARCHS={arch}-real" in configure
+    words = gpu_check.words_for(FACTS | {"capability": capability}, Path("results"))
+    assert gpu_check.environment_for(FACTS | {"commit": "c"}, words)["PK_CUDA_ARCHS"] == arch
+
+
+def test_prebuilt_keeps_the_library_and_builds_the_tests():
+    steps = filled(stages=[gpu_check.without_library(gpu_check.STAGES[0])])["build"]
+    assert len(steps) == 2 and not any("setup.py" in step for step in steps)
+
+
+def test_files_and_options_that_stages_name_exist():
+    steps = [step for steps in filled().values() for step in steps]
+    for word in (word for step in steps for word in step if word.endswith(".py")):
+        assert (ROOT / word).exists(), f"a stage names {word}, which is not there"
+    for option in (word for step in steps for word in step if word.startswith("-DPK_")):
+        assert option[2:].split("=")[0] in (ROOT / "CMakeLists.txt").read_text()
+
+
+def test_few_results_of_a_bounded_size(check):
+    _, _, out = check({"loud": (60, ["print('x' * 99 + '\\n', end='') or [print('y' * 99) for _ in range(30000)]"])})
+    assert gpu_check.KEPT <= (out / "log.txt").stat().st_size < gpu_check.KEPT + 1000
+    assert "characters left out" in (out / "log.txt").read_text()
