@@ -1,4 +1,4 @@
-"""batched_lora: many LoRA adapters in one batch, each row with its own, over frozen projections; a pool for inference."""
+"""batched_lora: many LoRA adapters in one batch, each row with its own; over frozen layers, or from a pool."""
 
 from collections.abc import Sequence
 

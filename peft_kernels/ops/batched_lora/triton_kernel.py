@@ -124,9 +124,7 @@ def _pool_expand_kernel(
                 tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def _shrink(
-    x: Tensor, route: Tensor, pages_in: Tensor, table: list[Tensor], columns: list[int], tiles: int
-) -> Tensor:
+def _shrink(x: Tensor, route: Tensor, pages_in: Tensor, table: list[Tensor], columns: list[int], tiles: int) -> Tensor:
     """h [parts, M, ranks of all slices]; what no routed slot has is not written."""
     M, K = x.shape
     double = x.dtype is torch.float64
