@@ -41,8 +41,9 @@ def _too_old_for_numpy():
 
 
 @pytest.mark.skipif(_too_old_for_numpy(), reason="this triton cannot interpret with this numpy (2.4 and later)")
-def test_every_sample_interpreted():
-    command = [sys.executable, "-m", "pytest", *QUIET, "triton_samples.py"]
+@pytest.mark.parametrize("samples", ["triton_samples.py", "triton_pool_samples.py"])
+def test_every_sample_interpreted(samples):
+    command = [sys.executable, "-m", "pytest", *QUIET, samples]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parent)}
     run = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
     print(run.stdout[-8000:], run.stderr[-2000:])
@@ -83,6 +84,25 @@ def _call(M, pair, p, ranks, K=4096, N=4096):
     FUNCTIONS["lora_dropout_mask"](arguments["seed"], M, K, 0.1, 0)
 
 
+def _call_pool(M, pair, N=(4096, 1024, 1024), K=4096, pages=2, slots=64):
+    """One batched_lora_ on meta tensors of real size."""
+    from peft_kernels.ops.batched_lora import route
+    from peft_kernels.ops.batched_lora.triton_kernel import FUNCTIONS
+
+    def empty(*shape, dtype=pair[0]):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    FUNCTIONS["batched_lora_"](
+        [empty(M, n) for n in N],
+        empty(M, K),
+        empty(route.length(M, slots), dtype=torch.int32),
+        empty(100, 8, K, dtype=pair[1]),
+        [empty(100, 8, n, dtype=pair[1]) for n in N],
+        [empty(slots, 2 + 2 * pages, dtype=torch.int32) for _ in N],
+        [empty(slots, dtype=F64 if pair[0] is F64 else F32) for _ in N],
+    )
+
+
 def _compile(arch, M, case):
     from triton_compiler import Recorder
 
@@ -95,6 +115,10 @@ def _compile(arch, M, case):
 def _check(compiled, arch, case):
     """Every kernel is there, and fits."""
     assert {k.name for k in compiled} >= {"_shrink_kernel", "_concat_gemm_kernel", "_factor_kernel", "_input_kernel"}
+    _assert_fits(arch, case, compiled)
+
+
+def _assert_fits(arch, case, compiled):
     for kernel in compiled:
         what = f"{kernel.name} for sm_{arch}, {case}: {kernel}"
         assert kernel.shared <= SHARED[arch], what
@@ -104,6 +128,15 @@ def _check(compiled, arch, case):
         assert kernel.stages == 1 or not kernel.wgmma_from_registers, what
 
 
+def _compile_pool(arch, pair, **sizes):
+    from triton_compiler import Recorder
+
+    with Recorder(arch) as compiled:
+        _call_pool(64, pair, **sizes)
+    assert [k.name for k in compiled] == ["_pool_shrink_kernel", "_pool_expand_kernel"]
+    _assert_fits(arch, f"{pair}, {sizes}", compiled)
+
+
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_compiled_ahead_of_time(arch):
     for case in TRAINING:
@@ -111,6 +144,16 @@ def test_compiled_ahead_of_time(arch):
     text = "".join(kernel.ptx for kernel in large if kernel.name == "_concat_gemm_kernel")
     assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch] in text
     _compile(arch, 1, TRAINING[0])
+    _compile_pool(arch, (BF16, BF16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", [(BF16, BF16), (F16, F16), (BF16, F32), (F16, F32), (F32, F32), (F64, F64)], ids=str)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_pool_kernel_compiled_ahead_of_time(arch, pair):
+    _compile_pool(arch, pair)
+    _compile_pool(arch, pair, N=(4096,), pages=64)
+    _compile_pool(arch, pair, N=(1, 37), K=67, pages=1)
 
 
 @pytest.mark.parametrize("id", ["ones", "ragged", "group"])
@@ -135,7 +178,11 @@ def test_every_tile_compiled_ahead_of_time(arch, case, M):
 @pytest.mark.skipif(not OLDEST.exists(), reason=f"triton 3.6: nothing compiled, it is not in {OLDEST}")
 @pytest.mark.parametrize(
     "test",
-    ["test_compiled_ahead_of_time", pytest.param("test_every_tile_compiled_ahead_of_time", marks=pytest.mark.slow)],
+    [
+        "test_compiled_ahead_of_time",
+        pytest.param("test_every_tile_compiled_ahead_of_time", marks=pytest.mark.slow),
+        pytest.param("test_every_pool_kernel_compiled_ahead_of_time", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.timeout(1800)  # all tiles are minutes in one process
 def test_the_same_with_the_oldest_triton(test):
@@ -157,6 +204,10 @@ def test_row_counts_do_not_compile_again():
         for M in (1041, 4096):
             _call(M, (BF16, BF16), 0.0, ((16,),))
     assert [kernel.name for kernel in compiled] == first
+    with Recorder(90) as compiled:
+        for M in (1, 17, 64, 2048):
+            _call_pool(M, (BF16, BF16))
+    assert len(compiled) == 2
 
 
 def test_the_backend_says_why_it_is_not_there():

@@ -144,5 +144,7 @@ POOLED = register(
         evaluate=evaluate,
         cost=cost,
         check=check,
+        backends=("reference", "cpu", "triton"),
+        python_backends={"triton": "peft_kernels.ops.batched_lora.triton_kernel"},
     )
 )

@@ -50,21 +50,28 @@ def fake(adapter_ids: Tensor, adapters: int) -> Tensor:
 
 
 def reference(adapter_ids: Tensor, adapters: int) -> Tensor:
+    """Nothing is read back from the device and no size depends on the ids, so that a graph can hold it."""
     check(adapter_ids, adapters)
-    M = adapter_ids.shape[0]
-    valid = (adapter_ids >= 0) & (adapter_ids < adapters)
-    outside = int((~valid & (adapter_ids != -1)).sum())
-    order = torch.where(valid, adapter_ids, adapters).argsort(stable=True)
-    tiles, first = [], 0
-    present, counts = adapter_ids[order][: int(valid.sum())].unique_consecutive(return_counts=True)
-    for adapter, count in zip(present.tolist(), counts.tolist(), strict=True):
-        tiles += [(adapter, first + row, min(TILE, count - row)) for row in range(0, count, TILE)]
-        first += count
-    tiles += [(0, 0, 0)] * (capacity(M, adapters) - len(tiles))
-    used = sum(rows > 0 for _, _, rows in tiles)
-    header = torch.tensor([used, first, outside, M, adapters, 0, 0, 0])
-    pieces = [header, torch.where(valid, adapter_ids, -1), order, torch.tensor(tiles).flatten()]
-    return torch.cat([piece.to(adapter_ids.device, torch.int32) for piece in pieces])
+    ids, M = adapter_ids.long(), adapter_ids.shape[0]
+    numbers = torch.arange(max(adapters + 1, capacity(M, adapters)), device=ids.device)
+    valid = (ids >= 0) & (ids < adapters)
+    key = torch.where(valid, ids, adapters)  # rows without an adapter come last
+    order = key.argsort(stable=True)
+    first = torch.searchsorted(key[order], numbers[: adapters + 1])  # of each adapter's rows; then the number routed
+    count = (first.diff() + TILE - 1) // TILE  # tiles of each adapter
+    last = count.cumsum(0)
+
+    tile = numbers[: capacity(M, adapters)]
+    used = tile < last[-1]
+    owner = torch.searchsorted(last, tile, right=True).clamp(max=adapters - 1)
+    place = first[owner] + TILE * (tile - last[owner] + count[owner])
+    rows = (first[owner + 1] - place).clamp(max=TILE)
+    tiles = torch.stack([owner, place, rows], 1) * used[:, None]
+
+    header = ids.new_zeros(HEADER)
+    header[0], header[1], header[2] = last[-1], first[-1], (~valid & (ids != -1)).sum()
+    header[3], header[4] = M, adapters
+    return torch.cat([header, torch.where(valid, ids, -1), order, tiles.flatten()]).to(torch.int32)
 
 
 ROUTE = Function(NAME, "(Tensor adapter_ids, int adapters) -> Tensor", fake, reference)
