@@ -178,3 +178,13 @@ def describe() -> list[dict]:
                 }
             )
     return rows
+def poison_memory(*, on: bool) -> float:
+    """Makes the C++ operators fill what they allocate with NaN, or stop doing so; for tests.
+
+    Returns a number that they have allocated afterwards and not written: NaN shows that it works.
+    """
+    function = operator_library().peft_kernels_poison
+    function.restype = ctypes.c_float
+    return function(int(on))
+
+
