@@ -66,7 +66,18 @@ def ask(nvcc: str, *question: str) -> str:
 def cuda_archs(nvcc: str) -> list[str]:
     known = ask(nvcc, "--list-gpu-code").split()  # an older toolkit lacks the newest: build what it has
     wanted = os.environ.get("PK_CUDA_ARCHS", "80;90a;100;120").split(";")
-    return [arch for arch in wanted if f"sm_{arch.rstrip('af')}" in known]
+    return sorted((arch for arch in wanted if f"sm_{family_free(arch)}" in known), key=lambda a: int(family_free(a)))
+
+
+def family_free(arch: str) -> str:
+    """The architecture without its suffix: code for 90a runs on nothing later, nor can its PTX be compiled for it."""
+    return arch.rstrip("af")
+
+
+def gencode(archs: list[str]) -> list[str]:
+    """nvcc's options: machine code for each, and PTX of the latest one for later devices."""
+    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return code + [f"-gencode=arch=compute_{a},code=compute_{a}" for a in map(family_free, archs[-1:])]
 
 
 def toolkit_flags(nvcc: str, name: str) -> list[str]:
@@ -156,8 +167,7 @@ class Build(build_ext):
 
     def units(self, torch: Path, nvcc: str | None) -> list[Unit]:
         sets, archs = instruction_sets(), cuda_archs(nvcc) if nvcc else []
-        code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-        code += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in archs[-1:]]  # PTX for later ones
+        code = gencode(archs)
         stable = ["-std=c++20", "-isystem", f"{torch}/include", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
         if nvcc:
             headers = (flag.replace("-I", "-isystem", 1) for flag in toolkit_flags(nvcc, "INCLUDES"))

@@ -3,6 +3,7 @@
 Each backend registers its kernels under its own namespace, `peft_kernels_<backend>::<op>`, so that tests and
 benchmarks can name any of them in one process. `peft_kernels::<op>`, the one that users call, is bound to one
 backend per device, once, at import. `PEFT_KERNELS_BACKEND=<name>` overrides the choice; it is read here only.
+Nothing here initialises CUDA before somebody asks for a description: after that, forked workers could not use it.
 """
 
 import ctypes
@@ -19,7 +20,7 @@ LIBRARY = Path(__file__).parent / "_ops.abi3.so"
 
 # Which backend serves a CUDA tensor, best first: by compute capability, from measurements on such a GPU. One that is
 # not listed has not been measured, and keeps to the definition.
-MEASURED: dict[tuple[int, int], tuple[str, ...]] = {}
+MEASURED: dict[tuple[int, int] | None, tuple[str, ...]] = {}
 UNMEASURED = ("reference", "cuda", "triton")
 
 
@@ -56,12 +57,39 @@ def _library_missing() -> str:
     return library if isinstance(library, str) else ""
 
 
+@cache
+def _capability() -> tuple[int, int] | None:
+    """Compute capability of this machine's NVIDIA GPUs; None where they differ or the driver cannot be asked.
+
+    It is the driver's management library that is asked (as torch.cuda.device_count() does): torch.cuda's own question
+    would initialise CUDA.
+    """
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    count, major, minor = (ctypes.c_int() for _ in range(3))
+    if nvml.nvmlInit_v2() != 0 or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+        return None
+    found = set()
+    for index in range(count.value):
+        device = ctypes.c_void_p()
+        if nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)) != 0:
+            return None
+        if nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor)) != 0:
+            return None
+        found.add((major.value, minor.value))
+    return found.pop() if len(found) == 1 else None
+
+
 def _gpu_missing() -> str:
-    """Why kernels for NVIDIA GPUs cannot run here; empty where they can."""
-    if not torch.cuda.is_available():
+    """Why kernels for NVIDIA GPUs cannot run here; empty where they can, as far as one can know without asking CUDA."""
+    if torch.cuda.device_count() == 0:
         return "this torch sees no CUDA device"
-    if torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
-        return f"an NVIDIA GPU of sm_80 or later is needed, found {torch.cuda.get_device_name()}"
+    if torch.version.hip:
+        return "an NVIDIA GPU is needed, and this torch is built for AMD's"
+    if (found := _capability()) and found < (8, 0):
+        return f"a GPU of compute capability 8.0 or later is needed, found {found[0]}.{found[1]}"
     return ""
 
 
@@ -71,8 +99,14 @@ def _cuda_missing() -> str:
         return reason
     function = operator_library().peft_kernels_cuda_missing
     function.restype = ctypes.c_char_p
-    missing = function().decode()
-    return f"{LIBRARY.name}: {missing}" if missing else _gpu_missing()
+    if missing := function().decode():
+        return f"{LIBRARY.name}: {missing}"
+    if missing := _gpu_missing():
+        return missing
+    if (found := _capability()) and not operator_library().peft_kernels_cuda_serves(*found):
+        wanted = f"compute capability {found[0]}.{found[1]}"
+        return f"{LIBRARY.name} has no code for {wanted}; building with PK_CUDA_ARCHS={found[0]}{found[1]} makes it"
+    return ""
 
 
 def _triton_missing() -> str:
@@ -104,14 +138,15 @@ def _preference(device_type: str) -> tuple[str, ...]:
     """The backends for a device type, best first."""
     if device_type != "cuda":
         return ("cpu", "reference")
-    if not torch.cuda.is_available():
-        return UNMEASURED
-    return MEASURED.get(torch.cuda.get_device_capability(), UNMEASURED)
+    return MEASURED.get(_capability(), UNMEASURED)
 
 
 @cache
 def bound(device_type: str) -> str:
-    """The backend that `peft_kernels::<op>` runs for tensors of a device type."""
+    """The backend that `peft_kernels::<op>` runs for tensors of a device type.
+
+    Raises ValueError for a device type that none serves ("meta"), and for a wrong PEFT_KERNELS_BACKEND.
+    """
     wanted = os.environ.get("PEFT_KERNELS_BACKEND", "")
     known = all_backends()
     if wanted and wanted not in known:
@@ -121,7 +156,14 @@ def bound(device_type: str) -> str:
     if wanted and device_type in known[wanted].devices:
         return wanted
     usable = (known[name] for name in _preference(device_type))
-    return next(b.name for b in usable if b.available and device_type in b.devices)
+    found = next((b.name for b in usable if b.available and device_type in b.devices), None)
+    if found is None:
+        served = ", ".join(dict.fromkeys(device for b in known.values() for device in b.devices))
+        raise ValueError(
+            f"peft_kernels serves tensors on {served}, got '{device_type}': weights that are not loaded yet, or are "
+            "offloaded, have to be moved to one of those devices first"
+        )
+    return found
 
 
 def without_kernel(device_type: str) -> str:
@@ -164,8 +206,18 @@ def set_instruction_set(name: str) -> None:
         raise ValueError(f"instruction set '{name}' is not available here")
 
 
+def poison_memory(*, on: bool) -> float:
+    """Makes the C++ operators fill what they allocate with NaN, or stop doing so; for tests.
+
+    Returns a number that they have allocated afterwards and not written: NaN shows that it works.
+    """
+    function = operator_library().peft_kernels_poison
+    function.restype = ctypes.c_float
+    return function(int(on))
+
+
 def cuda_summary() -> str:
-    """What the CUDA runtime inside the operator library sees: its devices, or why there are none."""
+    """What the CUDA runtime inside the operator library sees: its devices, or why there are none. Initialises CUDA."""
     if operator_library() is None:
         return _load_library()
     function = operator_library().peft_kernels_cuda_devices

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from peft_kernels import registry
+from peft_kernels import backends, registry
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,17 @@ def _distance(a: Tensor, exact: Tensor) -> float:
 
 @contextlib.contextmanager
 def poisoned_memory():
-    """Inside, memory that PyTorch hands out uninitialised is full of NaN: an output that was not written shows."""
+    """Inside, what PyTorch or our C++ allocates uninitialised is full of NaN: an output that was not written shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    native = backends.operator_library() is not None
+    if native:
+        backends.poison_memory(on=True)
     try:
         yield
     finally:
+        if native:
+            backends.poison_memory(on=False)
         torch.use_deterministic_algorithms(before[0])
         torch.utils.deterministic.fill_uninitialized_memory = before[1]

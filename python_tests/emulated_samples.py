@@ -22,6 +22,8 @@ SCHEDULES = [(0, LATE), (1, RANDOM), (2, EARLY)] if BUILD == "plain" else [(3, R
 
 registry._define(f"peft_kernels_emulated_{BUILD}", [op for op in registry.ops().values() if "cuda" in op.backends])
 LIBRARY.peft_kernels_bind(f"peft_kernels_emulated_{BUILD}".encode(), b"CPU")
+LIBRARY.peft_kernels_poison.restype = ctypes.c_float
+POISON = LIBRARY.peft_kernels_poison(1)  # for all that follows: it is a library of tests
 OP = registry.ops()["lora_linear"]
 FORWARD, BACKWARD = testing.operators(f"emulated_{BUILD}", OP)
 MASK = getattr(torch.ops, f"peft_kernels_emulated_{BUILD}").lora_dropout_mask.default
@@ -41,6 +43,10 @@ def _in_order():
 
 def set_schedule(seed, copies):
     LIBRARY.peft_kernels_emulator_schedule(ctypes.c_uint64(seed), copies)
+
+
+def test_what_the_operators_allocate_is_poisoned():
+    assert math.isnan(POISON)
 
 
 @pytest.mark.parametrize("sample,pair,schedule", RUNS)

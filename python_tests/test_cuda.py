@@ -131,8 +131,7 @@ def test_shapes_on_a_device_that_is_not_there(pair):
 def test_an_unmeasured_gpu_is_served_by_the_definition(monkeypatch):
     rows = {name: backends.Backend(name, ("cuda",), "") for name in ("cuda", "reference", "triton")}
     monkeypatch.setattr(backends, "all_backends", lambda: rows)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(backends, "_capability", lambda: (9, 0))
     monkeypatch.delenv("PEFT_KERNELS_BACKEND", raising=False)
     choose = backends.bound.__wrapped__
     monkeypatch.setattr(backends, "MEASURED", {})

@@ -46,6 +46,12 @@ def test_matches_oracle(op, backend, device, sample, pair, count_sample):
 
 
 @pytest.mark.skipif("cpu" not in backends.linked("lora_linear", "cpu"), reason="the CPU kernels are not built")
+def test_poisoned_memory_reaches_what_the_operators_allocate():
+    with testing.poisoned_memory():
+        assert math.isnan(torch.empty(1).item()) and math.isnan(backends.poison_memory(on=True))
+
+
+@pytest.mark.skipif("cpu" not in backends.linked("lora_linear", "cpu"), reason="the CPU kernels are not built")
 @pytest.mark.parametrize("isa", ["default", "avx2", "avx512", "avx512_bf16"])
 @pytest.mark.parametrize("op", [pytest.param(op, id=name) for name, op in OPS.items() if "cpu" in op.backends])
 def test_every_instruction_set(op, isa):

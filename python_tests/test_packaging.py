@@ -1,6 +1,7 @@
 """What is shipped: the operator library keeps to torch's stable ABI and to itself, and the wheel holds what it must."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -14,7 +15,8 @@ import pytest
 from peft_kernels import backends
 
 ROOT = Path(__file__).parent.parent
-EXPORTS = {f"peft_kernels_{name}" for name in ("bind", "cuda_devices", "cuda_missing", "isa", "set_isa")}
+CALLED = ("bind", "cuda_devices", "cuda_missing", "cuda_serves", "isa", "poison", "set_isa")
+EXPORTS = {f"peft_kernels_{name}" for name in CALLED}
 # Weak, since only a CUDA build of torch has them: the current stream and the library GEMM.
 OF_CUDA = {"aoti_torch_get_current_cuda_stream", "aoti_torch_cuda_mm_out", "aoti_torch_cuda_addmm_out"}
 
@@ -97,6 +99,29 @@ print(backends.cuda_summary())
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():
         assert line.startswith("_ops.abi3.so does not load with torch") and "must be built again: /" in line
+
+
+def test_ptx_is_of_no_family_of_architectures():
+    """PTX of compute_90a could be compiled for nothing later; the latest architecture gives it, wherever named."""
+    code = """
+import runpy, setuptools
+setuptools.setup = lambda **_: None
+made = runpy.run_path("setup.py")
+made["cuda_archs"].__globals__["ask"] = lambda *_: "sm_80 sm_90 sm_100"
+archs = made["cuda_archs"]("nvcc")
+print("", *archs, *made["gencode"](archs), sep=chr(10))
+"""
+    said = {}
+    for wanted in ("90a;80;120", "100f;90a"):
+        environment = os.environ | {"PK_CUDA_ARCHS": wanted}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        said[wanted] = done.stdout.splitlines()
+    option = "-gencode=arch=compute_{0},code={1}_{0}".format
+    machine = [option("80", "sm"), option("90a", "sm"), option("90", "compute")]
+    assert said["90a;80;120"][-5:] == ["80", "90a", *machine]
+    assert said["100f;90a"][-3:] == [option("90a", "sm"), option("100f", "sm"), option("100", "compute")]
 
 
 @built

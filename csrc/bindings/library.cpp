@@ -4,6 +4,7 @@
 
 #include "bindings/batched_lora.h"
 #include "bindings/lora_linear.h"
+#include "bindings/tensors.h"
 #include "common/instruction_set.h"
 
 #define PK_EXPORT extern "C" __attribute__((visibility("default")))
@@ -28,6 +29,11 @@ PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
 #ifdef PK_WITH_CUDA
   if (cuda) pk::bind_lora_linear_cuda(*library);
 #endif
+}
+
+// For tests: see poison() in tensors.h.
+PK_EXPORT float peft_kernels_poison(int on) {
+  return pk::poison(on != 0);
 }
 
 // The instruction set that the CPU kernels use: "default", "avx2", "avx512" or "avx512_bf16".

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -42,6 +43,8 @@ inline Device cpu() {
   return {aoti_torch_device_type_cpu(), 0};
 }
 
+inline bool poisoned = false;  // set by poison() alone
+
 // An uninitialised contiguous tensor.
 inline Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, Device device) {
   constexpr int64_t kMostDims = 64;  // torch's own limit
@@ -55,11 +58,21 @@ inline Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, Device dev
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dim, sizes, strides, dtype, device.type, device.index, &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  if (poisoned) torch::stable::fill_(tensor, NAN);
+  return tensor;
 }
 
 inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype, Device device = cpu()) {
   return empty(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype, device);
+}
+
+// For tests: from now on, what is allocated here is full of NaN, so that what nobody wrote shows, or again what it
+// happens to be. torch's own fill_uninitialized_memory does not reach the stable ABI. Returns a float that is allocated
+// afterwards.
+inline float poison(bool on) {
+  poisoned = on;
+  return *static_cast<const float*>(empty({1}, aoti_torch_dtype_float32()).const_data_ptr());
 }
 
 // The [..., last] tensor whose leading sizes and device are those of `like`.

@@ -1,5 +1,6 @@
 // Device query: names, compute capability, memory, and which of this library's machine code each device would run.
 // Free of torch, so that it answers the same under a CPU-only torch, and without a driver (the runtime is static).
+// All CUDA files are compiled for the same architectures.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -56,6 +57,16 @@ std::string query() {
 }
 
 }  // namespace
+
+bool cuda_serves(int major, int minor) {
+  constexpr int kCompiled[] = {__CUDA_ARCH_LIST__};  // 800, 900, ...: nvcc's own list, the latest one last
+  int latest = 0;
+  for (const int arch : kCompiled) {
+    latest = arch;
+    if (arch / 100 == major && arch % 100 / 10 <= minor) return true;
+  }
+  return major * 100 + minor * 10 >= latest;
+}
 
 const char* cuda_device_summary() {
   static const std::string text = query();

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "bindings/lora_linear.h"
+#include "bindings/tensors.h"
 #include "emulator/emulator.h"
 
 #define PK_EXPORT extern "C" __attribute__((visibility("default")))
@@ -11,6 +12,10 @@
 PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
   using torch::stable::detail::StableLibrary;
   pk::bind_lora_linear_cuda(*new StableLibrary(StableLibrary::Kind::IMPL, ns, device, __FILE__, __LINE__));
+}
+
+PK_EXPORT float peft_kernels_poison(int on) {
+  return pk::poison(on != 0);
 }
 
 // The order of threads and blocks (0: as numbered), and when a cp.async lands: 0 late, 1 early, 2 at random.
