@@ -124,6 +124,13 @@ def _pool_expand_kernel(
                 tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+def _depth(x: Tensor, pages_in: Tensor) -> int:
+    """Columns of x in one step of the shrink. Where rows lie on no 16 bytes, each element has an address of its own."""
+    if x.shape[1] % 16:
+        return 32 if x.dtype.itemsize == 2 else 16
+    return 128 if x.dtype.itemsize == pages_in.dtype.itemsize == 2 else 32
+
+
 def _shrink(x: Tensor, route: Tensor, pages_in: Tensor, table: list[Tensor], columns: list[int], tiles: int) -> Tensor:
     """h [parts, M, ranks of all slices]; what no routed slot has is not written."""
     M, K = x.shape
@@ -136,7 +143,7 @@ def _shrink(x: Tensor, route: Tensor, pages_in: Tensor, table: list[Tensor], col
     slices = tuple(zip(table, widths, columns, strict=False))
     _pool_shrink_kernel[(tiles, blocks, parts)](
         h, x, pages_in, route, slices, M, HEADER + 2 * M, each, K, x.stride(0), h.stride(1), h.stride(0),
-        BLOCK_K=128 if x.dtype.itemsize == 2 and pages_in.dtype.itemsize == 2 else 32,
+        BLOCK_K=_depth(x, pages_in),
         ACCUMULATOR=tl.float64 if double else tl.float32, FACTOR=exact_parts(x.dtype, pages_in.dtype),
         num_warps=4, num_stages=2 if double else 3, maxnreg=128, enable_fp_fusion=True,
     )  # fmt: skip
@@ -157,7 +164,8 @@ def forward(
     if tiles == 0:
         return
     double, narrow = x.dtype is torch.float64, pages_in.dtype.itemsize == 2
-    columns, begin, block = [0], [0], 128 if narrow else 64
+    block = 128 if narrow and all(out.shape[1] % 16 == 0 for out in y) else 64
+    columns, begin = [0], [0]
     for out, numbers in zip(y, table, strict=True):
         columns.append(columns[-1] + (numbers.shape[1] - FIRST_PAGE) // 2 * PAGE)
         begin.append(begin[-1] + triton.cdiv(out.shape[1], block) * block)
