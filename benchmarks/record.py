@@ -61,7 +61,6 @@ class Row:
 FIELDS = tuple(field.name for field in dataclasses.fields(Row))
 # Columns that came later, and what they say of a CSV without them: those were all of CPUs.
 _LATER = {"timing": "eager", "not_timed": "", "driver": "", "triton": "", "cuda": ""}
-_NUMBERS = {field.name: field.type for field in dataclasses.fields(Row) if field.type in (int, float)}
 
 
 def _version(distribution: str) -> str:
@@ -140,12 +139,14 @@ def _text(value) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path, kind: type = Row) -> list:
     """The rows of a CSV. Raises ValueError where its columns are neither this version's nor an earlier one's."""
+    fields = {field.name: field.type if field.type in (int, float) else str for field in dataclasses.fields(kind)}
+    later = _LATER if kind is Row else {}
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        earlier = tuple(name for name in FIELDS if name not in _LATER)
-        if tuple(reader.fieldnames or ()) not in (FIELDS, earlier):
-            raise ValueError(f"{path.name}: columns must be {', '.join(FIELDS)}, got {reader.fieldnames}")
-        lines = [_LATER | line for line in reader]
-    return [Row(**{name: _NUMBERS.get(name, str)(text) for name, text in line.items()}) for line in lines]
+        earlier = [name for name in fields if name not in later]
+        if list(reader.fieldnames or ()) not in (list(fields), earlier):
+            raise ValueError(f"{path.name}: columns must be {', '.join(fields)}, got {reader.fieldnames}")
+        lines = [later | line for line in reader]
+    return [kind(**{name: fields[name](text) for name, text in line.items()}) for line in lines]

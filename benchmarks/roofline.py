@@ -37,6 +37,12 @@ def measure(device: torch.device, dtype: torch.dtype) -> Peak:
     )
 
 
+def read_rate(device: torch.device) -> float:
+    """Bytes per second of reading alone: the best of a few sums over a large buffer."""
+    source = torch.ones((1024 if device.type == "cuda" else 256) << 18, device=device)
+    return source.nbytes / _best(source.sum, device)
+
+
 def _best(run, device: torch.device, repeats: int = 6) -> float:
     times = []
     for _ in range(repeats):

@@ -2,6 +2,7 @@
 
     python benchmarks/run.py --op lora_linear --grid cpu --out benchmarks/results/lora_linear_cpu.csv
     python benchmarks/run.py --op lora_linear --device cuda --grid gpu --graphs --out build/lora_linear_cuda.csv
+    python benchmarks/run.py --op batched_lora --grid cpu --out benchmarks/results/batched_lora_cpu.csv
     python benchmarks/run.py --op limits --device cuda --out build/limits_cuda.csv
 
 Nothing is timed while a backend fails its samples: the run is refused with exit code 2.
@@ -24,9 +25,12 @@ from rich.markup import escape
 
 from benchmarks import arms as contenders
 from benchmarks import cuda_clock, gate, limits, measure, plan, record, roofline, shapes
+from benchmarks.batched_lora import arms as mixed_arms
+from benchmarks.batched_lora import cells as mixed_cells
+from benchmarks.batched_lora import timing as mixed
 from peft_kernels import memory, registry
 
-OPS = ("lora_linear", "seam", "limits")
+OPS = ("lora_linear", "seam", "batched_lora", "limits")
 LEAST_ROUNDS = {"cpu": 15, "gpu": 50, "full": 50, "quick": 5}
 SECONDS = {"cpu": 30.0, "gpu": 1.0, "full": 0.5, "quick": 0.3}
 FOREIGN = ("inductor", "peft", "peer")  # backends that are not ours
@@ -167,13 +171,21 @@ def show(cell: shapes.Cell, rows: list[record.Row], seconds: float) -> None:
 
 def main(
     op: Annotated[
-        str, typer.Option(help="lora_linear; seam: the price of the call alone; limits: what the device can do")
+        str,
+        typer.Option(
+            help="lora_linear; batched_lora: one batch, many adapters; seam: the price of the call alone; "
+            "limits: what the device can do"
+        ),
     ] = "lora_linear",
     grid: Annotated[
         str, typer.Option(help="cpu and gpu (feed the README), full (shapes of models, for a GPU), quick")
     ] = "quick",
     arms: Annotated[
-        str, typer.Option(help=f"Comma-separated, of {', '.join(shapes.ARMS)}; default: all, on cuda without reference")
+        str,
+        typer.Option(
+            help=f"Comma-separated, of {', '.join(shapes.ARMS)} (default: all, on cuda without reference); "
+            f"of batched_lora: {', '.join(mixed_arms.ARMS)}"
+        ),
     ] = "",
     rounds: Annotated[int, typer.Option(help="Least rounds per cell; 0: the grid's own")] = 0,
     seconds: Annotated[
@@ -186,17 +198,22 @@ def main(
 ) -> None:
     """Times OP on GRID: the two frozen arms, and the chosen arms in every variant of the adapter."""
     target = torch.device(device)
-    wanted = tuple(arm for arm in arms.split(",") if arm) or shapes.kinds(target.type)
+    known_arms, every_arm = shapes.ARMS, shapes.kinds(target.type)
+    if op == "batched_lora":
+        known_arms = every_arm = mixed_arms.ARMS
+    wanted = tuple(arm for arm in arms.split(",") if arm) or every_arm
     for value, known, option in (
         (op, OPS, "--op"),
         (grid, shapes.GRIDS, "--grid"),
-        *((a, shapes.ARMS, "--arms") for a in wanted),
+        *((a, known_arms, "--arms") for a in wanted),
     ):
         if value not in known:
             raise typer.BadParameter(f"must be one of {', '.join(known)}, got '{value}'", param_hint=option)
     if op == "limits":
         return show_limits(target, rounds or 50, out)
     warnings.filterwarnings("ignore", module="peft")
+    if op == "batched_lora":
+        return time_mixed_batches(mixed_cells.cells(grid, model), wanted, grid, target, rounds, seconds, out)
     cells = shapes.cells(op, grid, model)
     refuse_wrong_results(cells, wanted, target)
     peaks = {dtype: roofline.measure(target, dtype) for dtype in dict.fromkeys(cell.dtype for cell in cells)}
@@ -207,6 +224,26 @@ def main(
         console.print(f"{_name(dtype)}: {rates}")
     console.print(asked.describe(cells, wanted, peaks))
     time_cells(cells, wanted, Run(target, asked, peaks, record.provenance(target)), out)
+
+
+def time_mixed_batches(
+    cells: list[mixed_cells.Cell],
+    wanted: tuple[str, ...],
+    grid: str,
+    device: torch.device,
+    rounds: int,
+    seconds: float,
+    out: Path | None,
+) -> None:
+    """batched_lora: the gate, then cell by cell."""
+    try:
+        ran = mixed.refuse_wrong_results(cells, device)
+    except gate.RedGateError as red:
+        console.print(f"[red]refused:[/red] {red}")
+        raise typer.Exit(2) from None
+    run = mixed.start(device, grid, rounds, seconds)
+    console.print(f"gate: {ran} samples right; {len(cells)} cells; this machine reads {run.bytes_per_s / 1e9:.1f} GB/s")
+    mixed.time_cells(cells, wanted, run, lambda text: console.print(escape(text)), out)
 
 
 def show_limits(device: torch.device, rounds: int, out: Path | None) -> None:

@@ -5,15 +5,28 @@ report = peft_kernels.patch(model)      # the PEFT model that is there trains an
 """
 
 from peft_kernels import backends, registry
-from peft_kernels.ops import lora_dropout_mask, lora_linear, lora_linear_group, new_seed
+from peft_kernels.ops import (
+    AdapterPool,
+    Site,
+    batched_lora,
+    batched_lora_route,
+    lora_dropout_mask,
+    lora_linear,
+    lora_linear_group,
+    new_seed,
+)
 
 registry.link()
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterPool",
     "PatchReport",
     "PeftKernelsCallback",
+    "Site",
     "backends",
+    "batched_lora",
+    "batched_lora_route",
     "lora_dropout_mask",
     "lora_linear",
     "lora_linear_group",

@@ -1,8 +1,9 @@
 """One declaration per op: it feeds dispatch, tests, opcheck, benchmarks and the README's support table.
 
-An Op is a handful of Functions (forward, backward, companions), each a schema with a fake and a reference
-implementation, plus what they share: autograd, autocast, samples, bad inputs and the cost model. `link()` turns
-the declarations into torch operators, in one namespace per backend and in `peft_kernels` for the bound ones.
+An Op is a handful of Functions (forward, perhaps a backward, companions), each a schema with a fake and a reference
+implementation, plus what they share: autograd and autocast where there are any, samples, bad inputs and the cost
+model. `link()` turns the declarations into torch operators, in one namespace per backend and in `peft_kernels` for the
+bound ones.
 """
 
 import importlib
@@ -35,6 +36,7 @@ class Sample:
     why: str
     make: Callable[..., dict]
     dtypes: tuple[tuple[torch.dtype, torch.dtype], ...]  # (activations, factors) that the sample is run in
+    busy: bool = False  # enough work for several threads: also run with several numbers of them
 
 
 @dataclass(frozen=True)
@@ -57,24 +59,38 @@ class Cost:
 
 @dataclass(frozen=True)
 class Op:
-    """`functions[0]` is the forward; `autograd(namespace)` and `autocast(namespace, device_type)` make its kernels
-    for those dispatch keys; `cost(**arguments)` gives a Cost for "forward" and one for "backward";
-    `evaluate(forward, backward, arguments, dy)` gives every output and every gradient by name, for the oracle;
+    """`functions[0]` is the forward, `<name>_backward` among them the backward if there is one, the rest companions.
+
+    `check(**arguments)` refuses what the op cannot take; `public` names the function of peft_kernels that takes the
+    same arguments by name, if users call one. `evaluate(forward, backward, arguments, dy)` gives every output and every
+    gradient by name, for the oracle; what has the rows of the argument x is called `y[g]`, `h` or `grad x[0]`. Without
+    a backward it is given None and no dy. It leaves the arguments as they were, even if the forward works in place.
+    `cost(**arguments)` gives a Cost for "forward" and, with a backward, one for "backward".
+    `autograd(namespace)` and `autocast(namespace, device_type)` make the forward's kernels for those dispatch keys.
     `python_backends` names the module of each backend that is written in Python, whose `FUNCTIONS` has a kernel for
     every function. It is imported only where that backend is available."""
 
     name: str
     formula: str
     functions: tuple[Function, ...]
-    autograd: Callable[[ModuleType], Callable]
-    autocast: Callable[[ModuleType, str], Callable]
     samples: Callable[[], list[Sample]]
     bad_inputs: Callable[[], list[BadInput]]
     evaluate: Callable[..., dict[str, torch.Tensor]]
     cost: Callable[..., dict[str, Cost]]
     check: Callable[..., None]
+    public: str = ""
+    autograd: Callable[[ModuleType], Callable] | None = None
+    autocast: Callable[[ModuleType, str], Callable] | None = None
     backends: tuple[str, ...] = field(default=("reference", "cpu"))
     python_backends: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def forward(self) -> Function:
+        return self.functions[0]
+
+    @property
+    def backward(self) -> Function | None:
+        return next((f for f in self.functions if f.name == f"{self.name}_backward"), None)
 
 
 _SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
@@ -133,8 +149,9 @@ def _define(namespace: str, ops: list[Op]) -> None:
         for function in op.functions:
             library.define(function.name + function.schema, tags=(torch.Tag.needs_fixed_stride_order,))
             torch.library.register_fake(f"{namespace}::{function.name}", function.fake, lib=library)
-        library.impl(op.name, op.autograd(torch_ops), "Autograd")
-        for device in ("CPU", "CUDA"):
+        if op.autograd:
+            library.impl(op.name, op.autograd(torch_ops), "Autograd")
+        for device in ("CPU", "CUDA") if op.autocast else ():
             library.impl(op.name, op.autocast(torch_ops, device.lower()), f"Autocast{device}")
 
 

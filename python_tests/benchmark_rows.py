@@ -1,8 +1,11 @@
-"""Made-up rows of a benchmark, and a CSV of them."""
+"""Made-up rows of the benchmarks, and a CSV of them."""
 
 import dataclasses
 
+import torch
+
 from benchmarks import record
+from benchmarks.batched_lora import cells, timing
 
 
 def made_up(arm, M=16, ratio=1.0, dtype="float32", adapter="", p="", direction="forward+backward", **changes):
@@ -39,3 +42,17 @@ def write(path, rows, kind=record.Row):
     writer.write(rows)
     writer.close()
     return path
+
+
+def mixed_rows(ratio=1.1, share=0.9, not_timed=""):
+    """Every cell of batched_lora's CPU grid."""
+    origin = record.provenance(torch.device("cpu"))
+    times = dict.fromkeys(("ms_p20", "ms_p50", "ms_p80", "gbs", "tflops"), 1.5)
+    return [
+        timing.Row(
+            **timing.labels(cell, arm, "cpu"), rounds=15, **times, ratio_p20=ratio, ratio_p50=ratio, ratio_p80=ratio,
+            aa_spread=0.02, read_gbs=20.0, read_share=share, not_timed=not_timed, **origin,
+        )
+        for cell in cells.cells("cpu")
+        for arm in ("base", "base_again", "peft", "op", "op alone")
+    ]  # fmt: skip

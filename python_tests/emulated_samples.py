@@ -20,7 +20,7 @@ LATE, EARLY, RANDOM = 0, 1, 2  # when a cp.async lands
 # (order of threads and blocks, copies). What asan and race find does not hang on the schedule.
 SCHEDULES = [(0, LATE), (1, RANDOM), (2, EARLY)] if BUILD == "plain" else [(3, RANDOM)]
 
-registry._define(f"peft_kernels_emulated_{BUILD}", list(registry.ops().values()))
+registry._define(f"peft_kernels_emulated_{BUILD}", [op for op in registry.ops().values() if "cuda" in op.backends])
 LIBRARY.peft_kernels_bind(f"peft_kernels_emulated_{BUILD}".encode(), b"CPU")
 OP = registry.ops()["lora_linear"]
 FORWARD, BACKWARD = testing.operators(f"emulated_{BUILD}", OP)
@@ -28,6 +28,7 @@ MASK = getattr(torch.ops, f"peft_kernels_emulated_{BUILD}").lora_dropout_mask.de
 RUNS = [
     pytest.param(sample, pair, schedule, id=f"{sample.id}-{'/'.join(str(d)[6:] for d in pair)}-{schedule[0]}")
     for sample in OP.samples()
+    if not sample.busy  # minutes each
     for pair in sample.dtypes
     for schedule in SCHEDULES
 ]

@@ -6,8 +6,8 @@
 //
 // A route sorts rows by slot and cuts them into tiles of up to kTile rows of one slot. A tile and a slice make a Piece;
 //   shrink   unit: one piece, one page of A, all of K or one chunk of it   -> h
-//   expand   unit: one piece, kBlock columns of y                          -> y
-// so every factor is read from memory once per tile, in runs of whole rows.
+//   expand   unit: one piece, a block of columns of y                      -> y
+// so every factor is read from memory once per tile, in long runs.
 #pragma once
 
 #include <cstdint>
@@ -36,8 +36,9 @@ constexpr int64_t kPageRows = 8;
 enum TableField { kTableRank, kTableBias, kTablePages };
 
 constexpr int64_t kChunk = 512;    // elements of K that are summed on their own; the sums are added in order
-constexpr int64_t kBlock = 512;    // columns of y in one unit
-constexpr int64_t kFewUnits = 32;  // with fewer units than that, the shrink is cut along K too
+constexpr int64_t kBlock = 512;    // columns of y in one unit, at least: for kTile rows
+constexpr int64_t kWidest = 4096;  // and at most, for few rows: a processor's prefetcher wants long runs
+constexpr int64_t kFewUnits = 32;  // with fewer units than that they are cut smaller, the shrink along K too
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -60,6 +61,7 @@ struct Piece {          // the rows of one tile in one slice
   int64_t slot, slice, rank, bias;
   const int32_t* pages_A;
   const int32_t* pages_B;
+  int64_t block;           // columns of y in one unit: kBlock times a power of 2, at most kTile kBlock / count
   int64_t h;               // floats before its h, [parts][count][kPageRows * pages()]
   int64_t shrink, expand;  // its first unit of each phase
 

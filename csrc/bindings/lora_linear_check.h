@@ -20,6 +20,7 @@ struct ForwardArguments {
   const std::vector<double>& scaling;
   const std::vector<double>& dropout_p;
   const OptionalTensor& seed;
+  const char* op = "lora_linear";  // what a message begins with
 };
 
 // The dtypes of the op; nullopt for all others.
@@ -48,17 +49,18 @@ class LoraLinearCheck {
     for (size_t i = 0; i < L; ++i) numbers(i);
   }
 
- private:
+ protected:
   static constexpr int64_t kMaxRank = 512;
 
   template <class... Parts>
-  static void require(bool condition, const Parts&... parts) {
-    if (!condition) STD_TORCH_CHECK(false, "lora_linear: ", parts...);
+  void require(bool condition, const Parts&... parts) const {
+    if (!condition) STD_TORCH_CHECK(false, a_.op, ": ", parts...);
   }
 
   static std::string name_of(int32_t code) {
     const std::optional<Dtype> dtype = dtype_of(code);
     if (!dtype && code == aoti_torch_dtype_int32()) return "int32";
+    if (!dtype && code == aoti_torch_dtype_int64()) return "int64";
     if (!dtype && code == aoti_torch_dtype_uint8()) return "uint8";
     if (!dtype) return "another";
     static const char* const names[] = {"float32", "float16", "bfloat16", "float64"};
@@ -71,7 +73,7 @@ class LoraLinearCheck {
     return text + "]";
   }
 
-  static void same_length(const char* name, size_t length, size_t L) {
+  void same_length(const char* name, size_t length, size_t L) const {
     require(length == L, name, " must have one entry per lora_A (", L, "), got ", length);
   }
 
@@ -88,7 +90,7 @@ class LoraLinearCheck {
     if (device == device_) return;
     require(false, name, "[", i, "] must be on x's device ", name_of(device_), ", got ", name_of(device));
   }
-  static void has_dtype(const char* name, size_t i, const Tensor& tensor, int32_t wanted, const char* as) {
+  void has_dtype(const char* name, size_t i, const Tensor& tensor, int32_t wanted, const char* as) const {
     const int32_t code = dtype_code(tensor);
     if (code != wanted) {
       require(false, name, "[", i, "] must have dtype ", name_of(wanted), ", as ", as, ", got ", name_of(code));

@@ -12,6 +12,8 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define PK_INLINE inline __attribute__((always_inline))
@@ -44,8 +46,16 @@ PK_INLINE void store(float* p, vf v) {
   *reinterpret_cast<vf_unaligned*>(p) = v;
 }
 
+// gcc 12 makes six instructions of __builtin_convertvector to or from twice the width with AVX2, three of them
+// shuffles.
 PK_INLINE vf load(const bf16* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+#elif defined(__AVX2__)
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16);
+#else
   return (vf)(__builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(p), vu) << 16);
+#endif
 }
 
 PK_INLINE void store(bf16* p, vf v) {
@@ -54,7 +64,13 @@ PK_INLINE void store(bf16* p, vf v) {
 #else
   const vu bits = (vu)v;
   const vu rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector((v == v) ? rounded : ((bits >> 16) | 0x40u), vh);
+  const vu result = (v == v) ? rounded : ((bits >> 16) | 0x40u);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m128i low = _mm256_castsi256_si128((__m256i)result), high = _mm256_extracti128_si256((__m256i)result, 1);
+  *reinterpret_cast<vh_unaligned*>(p) = (vh)_mm_packus_epi32(low, high);
+#else
+  *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(result, vh);
+#endif
 #endif
 }
 
@@ -132,6 +148,20 @@ PK_INLINE void store_n(T* p, vf v, int64_t n) {
   T lanes[kLanes];
   store(lanes, v);
   __builtin_memcpy(p, lanes, n * sizeof(T));
+}
+
+// a b + c, rounded once wherever the instruction set can, never left to the compiler to fuse or not: for results whose
+// bits must not depend on the shape of the loop around them.
+PK_INLINE vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;  // no instruction to fuse them into
+#endif
 }
 
 // Lane i survives if bit i is set, else becomes +0 (whatever it was: a dropped NaN is gone).

@@ -149,7 +149,7 @@ void x_pass_unit(const Problem& p, int64_t k0, float* da) {
       const Adapter& adapter = p.adapter[l];
       uint32_t mask[kRowBlock][kMaskWords];
       for (int64_t i = 0; adapter.dropout.active() && i < rows; ++i) {
-        keep_words(mask[i], adapter.dropout, row0 + i, k0 / 32, (cols + 31) / 32);
+        keep_words(mask[i], adapter.dropout, mask_row(p, row0 + i), k0 / 32, (cols + 31) / 32);
       }
       const float* ds = p.ds + row0 * p.R + adapter.rank0;
       if (p.dx) {

@@ -22,7 +22,7 @@ void shrink_unit(const Problem& p, int64_t row0, const Adapter& adapter) {
     prefetch_rows(x + rows * p.x_stride + k, min(kRowBlock, p.M - row0 - rows), n, p.x_stride);
     if (dropout.active()) {
       uint32_t mask[kRowBlock][kMaskWords];
-      for (int64_t i = 0; i < rows; ++i) keep_words(mask[i], dropout, row0 + i, k / 32, (n + 31) / 32);
+      for (int64_t i = 0; i < rows; ++i) keep_words(mask[i], dropout, mask_row(p, row0 + i), k / 32, (n + 31) / 32);
       dots<true>(h, p.R, rows, adapter.R, x + k, p.x_stride, a + k, p.K, n, scaling(adapter) * dropout.scale, mask[0]);
     } else {
       dots<false>(h, p.R, rows, adapter.R, x + k, p.x_stride, a + k, p.K, n, scaling(adapter));

@@ -72,6 +72,7 @@ struct Problem {
   const Adapter* adapter;  // [L]
   const void* x;           // [M, K], rows x_stride apart
   int64_t x_stride;
+  const int32_t* rows;     // [M], the row that each row of x stands for in the dropout masks; null: itself
   void* h;                 // [M, R] = s drop(x) A^T, side by side; fp32 (fp64 for fp64)
   float* ds;               // [M, R] = s dy B, or null: not wanted
   float* ds_part;          // [units of a member][panel rows, R]: parts of the panel's ds
@@ -80,6 +81,10 @@ struct Problem {
   bool base;               // few rows: the kernels add x W^T to y, or dy W to dx
   float* scratch;          // member_scratch(), or x_pass_scratch() floats if that is more
 };
+
+inline int64_t mask_row(const Problem& p, int64_t m) {
+  return p.rows ? p.rows[m] : m;
+}
 
 // A range of units [begin, end) of one phase.
 using Phase = void (*)(const Problem&, int64_t begin, int64_t end);

@@ -14,14 +14,14 @@ double* doubles(void* p) {
 }
 
 // drop_l(x)[m, k] / x[m, k]: 0 or 1 / (1 - p).
-double keep_factor(const Dropout& dropout, int64_t m, int64_t k) {
+double keep_factor(const Problem& p, const Dropout& dropout, int64_t m, int64_t k) {
   if (!dropout.active()) return 1.0;
-  const bool keeps = kept(dropout, static_cast<uint32_t>(m), static_cast<uint32_t>(k));
+  const bool keeps = kept(dropout, static_cast<uint32_t>(mask_row(p, m)), static_cast<uint32_t>(k));
   return keeps ? static_cast<double>(kKeepAll) / dropout.threshold : 0.0;
 }
 
 double dropped(const Problem& p, const Dropout& dropout, int64_t m, int64_t k) {
-  const double factor = keep_factor(dropout, m, k);
+  const double factor = keep_factor(p, dropout, m, k);
   return factor == 0 ? 0.0 : factor * doubles(p.x)[m * p.x_stride + k];  // not a product: a dropped NaN is gone
 }
 
@@ -64,7 +64,7 @@ void backward_adapter(const Problem& p, const Adapter& adapter) {
     for (int64_t k = 0; k < p.K; ++k) {
       double dA = 0;
       for (int64_t m = 0; m < p.M; ++m) {
-        if (p.dx) doubles(p.dx)[m * p.K + k] += keep_factor(adapter.dropout, m, k) * ds[m * R + r] * A[r * p.K + k];
+        if (p.dx) doubles(p.dx)[m * p.K + k] += keep_factor(p, adapter.dropout, m, k) * ds[m * R + r] * A[r * p.K + k];
         if (adapter.dA) dA += ds[m * R + r] * dropped(p, adapter.dropout, m, k);
       }
       if (adapter.dA) doubles(adapter.dA)[r * p.K + k] = dA;

@@ -13,6 +13,7 @@ using lora_linear::blocks;
 using lora_linear::kBlock;
 using lora_linear::kPitch;
 using lora_linear::kRowBlock;
+using lora_linear::mask_row;
 using lora_linear::Member;
 using lora_linear::pitch;
 using lora_linear::Problem;

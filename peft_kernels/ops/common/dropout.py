@@ -85,6 +85,18 @@ def mask_reference(seed: Tensor, rows: int, cols: int, p: float, stream: int) ->
     return lane < threshold(p)
 
 
+def scaled_mask(seed: Tensor | None, rows: int, cols: int, p: float, stream: int, dtype: torch.dtype) -> Tensor | None:
+    """drop(x) = scaled_mask * x; None where nothing is dropped."""
+    if threshold(p) == 65536:
+        return None
+    return mask_reference(seed, rows, cols, p, stream).to(dtype) * keep_scale(p)
+
+
+def drop(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x under a scaled mask. where, not *: a NaN in a dropped element must not reach the result."""
+    return x if mask is None else torch.where(mask > 0, x * mask, 0)
+
+
 DROPOUT_MASK = Function(
     name="lora_dropout_mask",
     schema="(Tensor seed, int rows, int cols, float p, int stream) -> Tensor",

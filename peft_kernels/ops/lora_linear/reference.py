@@ -8,23 +8,8 @@ Arithmetic in fp32 for all 16- and 32-bit inputs, in fp64 for fp64.
 import torch
 from torch import Tensor
 
-from peft_kernels.ops.common.dropout import keep_scale, mask_reference, threshold
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def _scaled_mask(seed: Tensor | None, rows: int, cols: int, p: float, stream: int, dtype: torch.dtype) -> Tensor | None:
-    """drop(x) = scaled_mask * x; None where nothing is dropped."""
-    if threshold(p) == 65536:
-        return None
-    return mask_reference(seed, rows, cols, p, stream).to(dtype) * keep_scale(p)
-
-
-def _drop(x: Tensor, scaled_mask: Tensor | None) -> Tensor:
-    # where, not *: a NaN in a dropped element must not reach the result
-    return x if scaled_mask is None else torch.where(scaled_mask > 0, x * scaled_mask, 0)
+from peft_kernels.ops.common.dropout import drop, scaled_mask
+from peft_kernels.ops.common.projections import accumulator
 
 
 def forward(
@@ -39,11 +24,11 @@ def forward(
     dropout_p: list[float],
     seed: Tensor | None,
 ) -> tuple[list[Tensor], Tensor]:
-    dtype = _accumulator(x.dtype)
+    dtype = accumulator(x.dtype)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [M, K]
     M, K = rows.shape
     h = [
-        s * (_drop(rows, _scaled_mask(seed, M, K, p, i, dtype)) @ a.to(dtype).mT)  # [M, R_l]
+        s * (drop(rows, scaled_mask(seed, M, K, p, i, dtype)) @ a.to(dtype).mT)  # [M, R_l]
         for i, (a, s, p) in enumerate(zip(lora_A, scaling, dropout_p, strict=True))
     ]
     y = []
@@ -78,24 +63,24 @@ def backward(
     dA_l = ds_l^T drop_l(x)          dB_l = dy_g^T h_l
     dW_g = dy_g^T x,  db_g = colsum(dy_g),  db_Bl = s_l colsum(dy_g)
     """
-    dtype, G, L, K = _accumulator(dy[0].dtype), len(weight), len(lora_A), weight[0].shape[1]
+    dtype, G, L, K = accumulator(dy[0].dtype), len(weight), len(lora_A), weight[0].shape[1]
     rows = None if x is None else x.reshape(-1, K).to(dtype)
     dys = [d.reshape(-1, d.shape[-1]).to(dtype) for d in dy]
     M = dys[0].shape[0]
     ds = [scaling[i] * (dys[member[i]] @ lora_B[i].to(dtype)) for i in range(L)]  # [M, R_l]
-    masks = [_scaled_mask(seed, M, K, dropout_p[i], i, dtype) for i in range(L)]
+    masks = [scaled_mask(seed, M, K, dropout_p[i], i, dtype) for i in range(L)]
     offset = [sum(a.shape[0] for a in lora_A[:i]) for i in range(L)]  # where h_l starts in h
 
     def dx():
         out = sum(d @ w.to(dtype) for d, w in zip(dys, weight, strict=True))
         for i in range(L):
-            out = out + _drop(ds[i] @ lora_A[i].to(dtype), masks[i])
+            out = out + drop(ds[i] @ lora_A[i].to(dtype), masks[i])
         return out.to(dy[0].dtype).reshape(*dy[0].shape[:-1], K)
 
     makers = [dx]
     makers += [lambda g=g: (dys[g].mT @ rows).to(weight[g].dtype) for g in range(G)]
     makers += [lambda g=g: dys[g].sum(0).to(weight[g].dtype) for g in range(G)]
-    makers += [lambda i=i: (ds[i].mT @ _drop(rows, masks[i])).to(lora_A[i].dtype) for i in range(L)]
+    makers += [lambda i=i: (ds[i].mT @ drop(rows, masks[i])).to(lora_A[i].dtype) for i in range(L)]
     makers += [
         lambda i=i: (dys[member[i]].mT @ h[:, offset[i] : offset[i] + lora_A[i].shape[0]]).to(lora_B[i].dtype)
         for i in range(L)

@@ -1,0 +1,212 @@
+"""Times the arms of a cell in interleaved rounds, each step with empty caches, as a layer of a large model finds them.
+
+On a CPU a buffer twice the size of the last cache is read before every step; on a GPU steps are replayed from CUDA
+graphs with a cold L2. Ratios are to the base layer of the same round.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import gate, limits, measure, record, roofline
+from benchmarks.batched_lora import arms as contenders
+from benchmarks.batched_lora.arms import Arm
+from benchmarks.batched_lora.cells import Cell
+from peft_kernels import backends, registry
+
+LEAST_ROUNDS = {"cpu": 15, "gpu": 50, "full": 30, "quick": 5}
+SECONDS = {"cpu": 5.0, "gpu": 0.5, "full": 0.3, "quick": 0.1}
+FOREIGN = ("peft", "torch")  # backends that are not ours
+_DEFAULT_CACHE = 32 << 20  # where the system does not say
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm of one cell."""
+
+    op: str
+    arm: str
+    backend: str
+    dtype: str
+    site: str
+    M: int
+    K: int
+    N: str  # of each projection, joined by "+"
+    adapters: int  # in the pool
+    present: int  # that some row has
+    popularity: str
+    r: str
+    rounds: int
+    ms_p20: float
+    ms_p50: float
+    ms_p80: float
+    ratio_p20: float  # to the base layer of the same round
+    ratio_p50: float
+    ratio_p80: float
+    aa_spread: float  # how far from 1 the middle 60% of the rounds put the ratio of the two equal base arms
+    gbs: float  # of the least traffic that the arm's work needs
+    tflops: float
+    read_gbs: float  # what this machine reads at, measured in the same process
+    read_share: float  # gbs / read_gbs
+    not_timed: str  # why this arm has no time (its numbers are NaN); empty where it has
+    device: str
+    driver: str
+    threads: int
+    torch: str
+    triton: str
+    cuda: str
+    transformers: str
+    peft: str
+    peft_kernels: str
+    commit: str
+    date: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """What holds for every cell of a run."""
+
+    device: torch.device
+    rounds: int
+    seconds: float
+    bytes_per_s: float  # read rate of the machine
+    origin: dict[str, str | int]
+
+
+def last_cache() -> int:
+    """Bytes of the processor's largest cache."""
+    texts = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(text[:-1]) << {"K": 10, "M": 20}[text[-1]] for text in texts), default=_DEFAULT_CACHE)
+
+
+def clock(device: torch.device) -> Callable[[Arm], float]:
+    """ms of one step of an arm that finds nothing in a cache."""
+    if device.type == "cuda":
+        return limits.clock(device)
+    other = torch.ones(2 * last_cache() // 4)
+
+    def wall(arm: Arm) -> float:
+        other.sum()
+        start = time.perf_counter_ns()
+        arm.run()
+        return (time.perf_counter_ns() - start) * 1e-6
+
+    return wall
+
+
+@torch.no_grad()
+def time_cell(cell: Cell, kinds: tuple[str, ...], run: Run) -> list[Row]:
+    """All arms of a cell, and a row that says why for each contender that could not be timed."""
+    torch.manual_seed(0)
+    arms, left_out = contenders.build(cell, run.device, kinds)
+    step, able = clock(run.device), []
+    for arm in arms:
+        try:
+            step(arm)
+            able.append(arm)
+        except Exception as error:
+            if arm.backend not in FOREIGN:
+                raise
+            left_out[arm.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return rows_of(cell, measure.interleave(able, step, run.rounds, run.seconds), left_out, run)
+
+
+def rows_of(cell: Cell, times: dict[Arm, list[float]], left_out: dict[str, str], run: Run) -> list[Row]:
+    base, again = (taken for arm, taken in times.items() if arm.name in ("base", "base_again"))
+    spread = max(abs(ratio - 1) for ratio in measure.ratios(again, base))
+    rows = []
+    for arm, taken in times.items():
+        ms, ratio = measure.quantiles(taken), measure.ratios(taken, base)
+        gbs = arm.cost.bytes / ms[1] * 1e-6
+        rows.append(
+            Row(
+                **labels(cell, arm.name, arm.backend),
+                rounds=len(taken),
+                **dict(zip(("ms_p20", "ms_p50", "ms_p80"), ms, strict=True)),
+                **dict(zip(("ratio_p20", "ratio_p50", "ratio_p80"), ratio, strict=True)),
+                aa_spread=spread,
+                gbs=gbs,
+                tflops=arm.cost.flops / ms[1] * 1e-9,
+                read_gbs=run.bytes_per_s * 1e-9,
+                read_share=gbs * 1e9 / run.bytes_per_s,
+                not_timed="",
+                **run.origin,
+            )
+        )
+    nothing = {field: math.nan for field, kind in Row.__annotations__.items() if kind is float}
+    for name, reason in left_out.items():
+        rows.append(Row(**labels(cell, name, ""), rounds=0, **nothing, not_timed=reason, **run.origin))
+    return rows
+
+
+def labels(cell: Cell, arm: str, backend: str) -> dict[str, str | int]:
+    """The columns that say what was timed."""
+    ids = cell.ids()
+    return {
+        "op": "batched_lora",
+        "arm": arm,
+        "backend": backend,
+        "dtype": str(cell.dtype).removeprefix("torch."),
+        "site": cell.site,
+        "M": cell.M,
+        "K": cell.K,
+        "N": "+".join(map(str, cell.N)),
+        "adapters": cell.adapters,
+        "present": ids[ids >= 0].unique().numel(),
+        "popularity": cell.popularity,
+        "r": cell.r,
+    }
+
+
+def refuse_wrong_results(cells: Iterable[Cell], device: torch.device) -> int:
+    """The gate: every backend that is timed through the samples, in the dtypes that are timed; how many ran.
+
+    Raises gate.RedGateError.
+    """
+    names = [name for name in backends.linked("batched_lora_", device.type) if name != "reference"]
+    pairs = {(cell.dtype, cell.dtype) for cell in cells}
+    return gate.check(registry.ops()["batched_lora_"], names, pairs, device)
+
+
+def time_cells(cells: list[Cell], kinds: tuple[str, ...], run: Run, say: Callable[[str], None], out: Path | None):
+    """Cell by cell, said and written as they finish."""
+    writer = record.Writer(out, Row) if out else None
+    for cell in cells:
+        start = time.perf_counter()
+        rows = time_cell(cell, kinds, run)
+        say(described(cell, rows, time.perf_counter() - start))
+        if writer:
+            writer.write(rows)
+    if writer:
+        writer.close()
+        say(f"written: {out}")
+
+
+def described(cell: Cell, rows: list[Row], seconds: float) -> str:
+    """One block per cell."""
+    base = rows[0]
+    lines = [
+        f"{cell.title}: base {base.ms_p50:.3f} ms, A/A {base.aa_spread:.1%}, {base.rounds} rounds, {seconds:.0f} s"
+    ]
+    for row in rows[2:]:
+        outcome = f"not timed: {row.not_timed}"
+        if not row.not_timed:
+            spread = f"({row.ratio_p20:.3f} - {row.ratio_p80:.3f})"
+            outcome = f"{row.ratio_p50:.3f} {spread}  {row.ms_p50:.3f} ms, {row.gbs:.1f} GB/s, {row.read_share:.0%}"
+        lines.append(f"  {row.arm + ' ' + row.backend:24s} {outcome}")
+    return "\n".join(lines)
+
+
+def start(device: torch.device, grid: str, rounds: int, seconds: float) -> Run:
+    """A run with the grid's own rounds and seconds where none are asked for (0 and below 0)."""
+    return Run(
+        device,
+        rounds or LEAST_ROUNDS[grid],
+        SECONDS[grid] if seconds < 0 else seconds,
+        roofline.read_rate(device),
+        record.provenance(device),
+    )

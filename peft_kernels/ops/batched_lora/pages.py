@@ -1,0 +1,87 @@
+"""Where a pool's numbers lie: pages of 8 rank rows, shared by all sites of one width, and one table per site.
+
+pages [P, 8, width]: a factor of rank R takes ceil(R / 8) pages anywhere, so ranks are never padded to a largest one. A
+bias takes the row after the last rank row of B^T. table int32 [slots, 2 + 2 T]: rank, row of the bias among the rows
+of the pages (or -1), T pages of A, T pages of B^T; T is doubled when a larger rank comes. Growth makes a new tensor and
+copies: whoever holds the old one goes on with it, and a captured graph must be captured again.
+"""
+
+import torch
+from torch import Tensor
+
+from peft_kernels.ops.batched_lora.pooled_reference import FIRST_PAGE, PAGE
+
+
+def _refuse_growth_in_capture(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("AdapterPool: pages or tables would have to grow while a CUDA graph is captured; add first")
+
+
+class PageStore:
+    """All rank rows of one width. `pages` is replaced when it grows."""
+
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device):
+        self.pages = torch.zeros(0, PAGE, width, dtype=dtype, device=device)
+        self.growths = 0
+        self._free: list[int] = []
+
+    def take(self, rows: int) -> list[int]:
+        """Numbers of pages with room for some rows; the caller gives them back or loses them."""
+        count = -(-rows // PAGE)
+        if count > len(self._free):
+            self._grow(len(self.pages) + count - len(self._free))
+        taken, self._free = self._free[:count], self._free[count:]
+        return taken
+
+    def give_back(self, numbers: list[int]) -> None:
+        self._free = numbers + self._free
+
+    def write(self, numbers: list[int], rows: Tensor) -> None:
+        """rows [R, width] into the first R rows of some pages."""
+        for number, piece in zip(numbers, rows.split(PAGE), strict=True):
+            self.pages[number, : len(piece)] = piece
+
+    def _grow(self, needed: int) -> None:
+        _refuse_growth_in_capture(self.pages.device)
+        before = len(self.pages)
+        pages = self.pages.new_zeros(max(needed, 2 * before), *self.pages.shape[1:])
+        pages[:before] = self.pages
+        self._free += range(before, len(pages))
+        self.pages, self.growths = pages, self.growths + 1
+
+
+class SiteTable:
+    """What one site knows of every slot. `table` is replaced when a rank needs more columns."""
+
+    def __init__(self, slots: int, wide: torch.dtype, device: torch.device):
+        self.table = torch.zeros(slots, FIRST_PAGE + 2, dtype=torch.int32, device=device)
+        self.scaling = torch.zeros(slots, dtype=wide, device=device)
+        self.growths = 0
+
+    def reserve(self, rank: int) -> None:
+        """Room for a rank."""
+        before, needed = (self.table.shape[1] - FIRST_PAGE) // 2, -(-rank // PAGE)
+        if needed <= before:
+            return
+        _refuse_growth_in_capture(self.table.device)
+        most = max(needed, 2 * before)
+        table = self.table.new_zeros(len(self.table), FIRST_PAGE + 2 * most)
+        table[:, : FIRST_PAGE + before] = self.table[:, : FIRST_PAGE + before]
+        table[:, FIRST_PAGE + most : FIRST_PAGE + most + before] = self.table[:, FIRST_PAGE + before :]
+        self.table, self.growths = table, self.growths + 1
+
+    def publish(self, slot: int, rank: int, biased: bool, scaling: float, a: list[int], b: list[int]) -> None:
+        """The row of a slot that nobody reads yet: its rank, which makes the rest count, is written last."""
+        most = (self.table.shape[1] - FIRST_PAGE) // 2
+        row = [0] * (FIRST_PAGE + 2 * most)
+        row[1] = b[rank // PAGE] * PAGE + rank % PAGE if biased else -1
+        pages = -(-rank // PAGE)
+        row[FIRST_PAGE : FIRST_PAGE + pages] = a
+        row[FIRST_PAGE + most : FIRST_PAGE + most + pages] = b[:pages]
+        self.scaling[slot] = scaling
+        self.table[slot, 1:] = torch.tensor(row[1:], dtype=torch.int32, device=self.table.device)
+        self.table[slot, 0] = rank
+
+    def withdraw(self, slot: int) -> None:
+        """The slot no longer touches this site; its pages may be taken after this."""
+        self.table[slot, 0] = 0

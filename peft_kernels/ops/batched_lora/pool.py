@@ -1,0 +1,321 @@
+"""AdapterPool: many adapters of one model in memory, each ready for any row of any batch; `batched_lora_` reads it.
+
+Writers (add, remove, the end of a pin) hold a lock. Readers hold none, and never see half an adapter:
+  - A slot that a name stands for, or that is pinned, is never written. add() fills a slot that nobody knows, its rank
+    last in every table, and only then publishes the name, by putting a new dict in place of the old one.
+  - remove() and replace take the name away first. The slot is freed when no pin holds it: rank 0 in every table, then
+    its pages go back. Whoever still uses its number without a pin gets nothing added, or a later adapter, or (where
+    tables() is from before that adapter made the pool grow) a refusal.
+  - A tensor that grows is replaced by a larger copy before the name of the adapter that needed it is published. So take
+    ids first and tables() after: the tables then know every slot of the ids.
+On a GPU all of this is ordered by the stream that is current; add and run on the same one.
+"""
+
+import difflib
+import math
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peft_kernels.ops.batched_lora.pages import PageStore, SiteTable
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_FEATURES = {  # parts of a tensor's name that belong to something else than plain LoRA
+    "lora_magnitude_vector": "DoRA",
+    "lora_embedding_": "LoRA on an embedding",
+    "modules_to_save": "modules_to_save",
+}
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place of the model that adapters may touch: a linear layer from K to N features.
+
+    Example:
+        >>> site = peft_kernels.Site(K=64, N=32)
+    """
+
+    K: int
+    N: int
+
+
+class Tables(NamedTuple):
+    """What `batched_lora_` takes for one slice."""
+
+    pages_in: Tensor  # [P, 8, K]
+    pages_out: Tensor  # [P', 8, N]
+    table: Tensor  # int32 [slots, 2 + 2 T]
+    scaling: Tensor  # [slots]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One site's part of an adapter, checked and in the pool's dtype."""
+
+    site: str
+    a: Tensor  # [R, K]
+    b: Tensor  # [R, N], or [R + 1, N] with the bias last
+    scaling: float
+    biased: bool
+
+    @property
+    def rank(self) -> int:
+        return len(self.a)
+
+
+def _require(condition: bool, text: str, error: type[Exception] = ValueError) -> None:
+    if not condition:
+        raise error(f"AdapterPool: {text}")
+
+
+class AdapterPool:
+    """Adapters of one model, with true ranks, added, replaced and removed while batches run.
+
+    Args:
+        sites: `Site(K, N)` of every place that an adapter may touch, by name.
+        adapters: the most names at a time. There is one slot more, so that a full pool can still replace.
+        dtype: what factors are stored in: that of the activations, or float32.
+        device: where they are stored.
+        max_rank: larger ranks are refused.
+
+    An adapter takes `ceil(r / 8)` pages of 8 rows for each factor that it has, and nothing at sites that it does not
+    touch. Pages are shared by all sites of one width and doubled when they run out: an allocation and a copy, counted
+    by `growths`. A captured CUDA graph holds addresses from before, so it must be captured again when `growths` has
+    changed, and growing inside a capture raises. Safe for any number of threads.
+
+    Raises:
+        ValueError, TypeError: sites, adapters, dtype or max_rank that make no pool.
+
+    Example:
+        >>> pool = peft_kernels.AdapterPool({"q_proj": peft_kernels.Site(64, 32)}, adapters=8)
+        >>> slot = pool.add("alice", {"q_proj": (torch.randn(4, 64), torch.randn(32, 4), 2.0, None)})
+        >>> pool.ids(["alice", None, "alice"]).tolist()
+        [0, -1, 0]
+    """
+
+    def __init__(
+        self,
+        sites: Mapping[str, Site],
+        adapters: int = 256,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        max_rank: int = 512,
+    ):
+        _require(len(sites) >= 1, "sites must name at least one site, got none")
+        for name, site in sites.items():
+            _require(site.K >= 1 and site.N >= 1, f"site '{name}' must have K and N of 1 or more, got {site}")
+        _require(adapters >= 1, f"adapters must be 1 or more, got {adapters}")
+        _require(max_rank >= 1, f"max_rank must be 1 or more, got {max_rank}")
+        _require(dtype in _FLOATS, f"dtype must be float32, float16, bfloat16 or float64, got {dtype}", TypeError)
+        self.sites, self.adapters, self.max_rank = dict(sites), adapters, max_rank
+        self.slots = adapters + 1  # what `batched_lora_route` takes as `adapters`
+        self.dtype, self.device = dtype, torch.device(device)
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        widths = {width for site in sites.values() for width in (site.K, site.N)}
+        with torch.inference_mode(False):
+            self._stores = {width: PageStore(width, dtype, self.device) for width in widths}
+            self._tables = {name: SiteTable(self.slots, wide, self.device) for name in sites}
+        self._lock = threading.RLock()
+        self._slot_of: dict[str, int] = {}  # replaced, never changed
+        self._free = list(range(self.slots))
+        self._held: dict[int, list[tuple[str, int, list[int]]]] = {}  # site, width and pages, by slot
+        self._pins: Counter[int] = Counter()
+
+    # -- readers --
+
+    def __len__(self) -> int:
+        return len(self._slot_of)
+
+    def names(self) -> list[str]:
+        """The adapters that are there, in the order in which they came."""
+        return list(self._slot_of)
+
+    def slot(self, name: str) -> int:
+        """The slot of an adapter's present version. Raises KeyError if there is no such adapter."""
+        return _slot(self._slot_of, name)
+
+    def ids(self, names: Iterable[str | None]) -> Tensor:
+        """The slot of each row's adapter, -1 for None: int32, on the pool's device. Raises KeyError as slot()."""
+        slot_of = self._slot_of  # one state of the pool for the whole batch
+        slots = [-1 if name is None else _slot(slot_of, name) for name in names]
+        return torch.tensor(slots, dtype=torch.int32, device=self.device)
+
+    def tables(self, site: str) -> Tables:
+        """What `batched_lora_` takes for one site. Take the ids first. Raises KeyError if there is no such site."""
+        if site not in self.sites:
+            raise KeyError(f"AdapterPool: no site '{site}' in this pool{_nearest(site, self.sites)}")
+        table = self._tables[site]
+        where = self.sites[site]
+        return Tables(self._stores[where.K].pages, self._stores[where.N].pages, table.table, table.scaling)
+
+    @property
+    def growths(self) -> int:
+        """How often a tensor of tables() was replaced by a larger one."""
+        return sum(part.growths for part in (*self._stores.values(), *self._tables.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated: pages, free ones included, tables and scalings."""
+        tables = sum(table.table.nbytes + table.scaling.nbytes for table in self._tables.values())
+        return tables + sum(store.pages.nbytes for store in self._stores.values())
+
+    # -- writers --
+
+    def add(self, name: str, tensors: Mapping[str, tuple], replace: bool = False, allow_nonfinite: bool = False) -> int:
+        """Adds an adapter and returns its slot; all of it, or nothing where anything is refused.
+
+        Args:
+            name: letters, digits, `_`, `-` and `.`, from 1 to 64 of them, beginning with a letter or digit, no `..`.
+            tensors: `(lora_A [r, K], lora_B [N, r], scaling, lora_bias [N] or None)` by site.
+            replace: a new version of an adapter that is there. It gets a slot of its own; requests that pinned the old
+                one keep it.
+            allow_nonfinite: take infinities and NaN, which then stay in the rows of this adapter.
+
+        Raises:
+            ValueError, TypeError: naming the site, the tensor and the rule; or the name is taken.
+            RuntimeError: the pool is full.
+        """
+        with self._writing():
+            _check_name(name)
+            before = self._slot_of.get(name)
+            _require(before is None or replace, f"there is an adapter '{name}'; replace=True makes a new version of it")
+            entries = [self._entry(site, entry, allow_nonfinite) for site, entry in tensors.items()]
+            _require(len(entries) >= 1, f"adapter '{name}' must touch at least one site, got none")
+            full = len(self._slot_of) >= self.adapters and before is None
+            _require(not full, f"full: it has all of its {self.adapters} adapters; remove one first", RuntimeError)
+            pinned = "full: every free slot holds an old version that is still pinned"
+            _require(bool(self._free), pinned, RuntimeError)
+            slot = self._free.pop(0)
+            self._held[slot] = []
+            try:
+                self._fill(slot, entries)
+            except BaseException:
+                self._release(slot)
+                raise
+            self._slot_of = self._slot_of | {name: slot}
+            if before is not None and not self._pins[before]:
+                self._release(before)
+            return slot
+
+    def remove(self, name: str) -> None:
+        """Takes an adapter away; what pinned it keeps it until its pin goes. Raises KeyError as slot()."""
+        with self._writing():
+            slot = self.slot(name)
+            self._slot_of = {n: s for n, s in self._slot_of.items() if n != name}
+            if not self._pins[slot]:
+                self._release(slot)
+
+    @contextmanager
+    def pin(self, name: str) -> Iterator[int]:
+        """Gives the slot of an adapter's present version and keeps it as it is until the block ends."""
+        with self._lock:
+            slot = self.slot(name)
+            self._pins[slot] += 1
+        try:
+            yield slot
+        finally:
+            with self._writing():
+                self._pins[slot] -= 1
+                if not self._pins[slot] and slot not in self._slot_of.values():
+                    self._release(slot)
+
+    # -- parts of the writers; the lock is held --
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """The lock; and what is made or changed inside inference mode can be changed outside of it too."""
+        with self._lock, torch.inference_mode(False):
+            yield
+
+    def _fill(self, slot: int, entries: list[_Entry]) -> None:
+        """Factors into pages and rows of tables that nobody reads; what is taken is held from then on."""
+        pages = []
+        for entry in entries:
+            site = self.sites[entry.site]
+            self._tables[entry.site].reserve(entry.rank)
+            for width, rows in ((site.K, entry.a), (site.N, entry.b)):
+                pages.append(self._stores[width].take(len(rows)))
+                self._held[slot].append((entry.site, width, pages[-1]))
+                self._stores[width].write(pages[-1], rows)
+        for entry, a, b in zip(entries, pages[::2], pages[1::2], strict=True):
+            self._tables[entry.site].publish(slot, entry.rank, entry.biased, entry.scaling, a, b)
+
+    def _release(self, slot: int) -> None:
+        """Withdraws a slot from every table, then gives its pages back; it is taken again as late as possible."""
+        held = self._held.pop(slot)
+        for site, _, _ in held:
+            self._tables[site].withdraw(slot)
+        for _, width, numbers in held:
+            self._stores[width].give_back(numbers)
+        self._free.append(slot)
+
+    def _entry(self, site: str, entry: tuple, allow_nonfinite: bool) -> _Entry:
+        for part, feature in _FEATURES.items():
+            _require(part not in site, f"{feature} is not supported, got '{site}'")
+        _require(site in self.sites, f"no site '{site}' in this model{_nearest(site, self.sites)}")
+        shaped = isinstance(entry, tuple) and len(entry) == 4
+        got = f"{type(entry).__name__} of {len(entry)}" if isinstance(entry, (tuple, list)) else type(entry).__name__
+        _require(shaped, f"site '{site}' must have a tuple (lora_A, lora_B, scaling, lora_bias), got {got}", TypeError)
+        a, b, scaling, bias = entry
+        K, N = self.sites[site].K, self.sites[site].N
+        _check_factor(site, "lora_A", a, (None, K), f"r, in_features={K}")
+        r = len(a)
+        fits = f"lora_A of site '{site}' must have a rank r from 1 to {self.max_rank}, got {r}"
+        _require(1 <= r <= self.max_rank, fits)
+        _check_factor(site, "lora_B", b, (N, r), f"out_features={N}, r={r}")
+        if bias is not None:
+            _check_factor(site, "lora_bias", bias, (N,), f"out_features={N}")
+        number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
+        _require(number, f"scaling of site '{site}' must be a number, got {type(scaling).__name__}", TypeError)
+        finite = math.isfinite(scaling) and abs(scaling) <= torch.finfo(torch.float32).max
+        _require(finite, f"scaling of site '{site}' must be finite in float32, got {scaling}")
+        stored = {"lora_A": a, "lora_B": b} | ({} if bias is None else {"lora_bias": bias})
+        stored = {name: tensor.detach().to(self.device, self.dtype) for name, tensor in stored.items()}
+        for name, tensor in () if allow_nonfinite else stored.items():
+            bad = tensor.numel() - int(tensor.isfinite().sum())
+            dtype = str(self.dtype).removeprefix("torch.")
+            text = f"{name} of site '{site}' has {bad} values of {tensor.numel()} that are not finite in {dtype}"
+            _require(bad == 0, f"{text}; allow_nonfinite=True takes them")
+        b_rows = torch.cat([stored["lora_B"].mT, *(t[None] for n, t in stored.items() if n == "lora_bias")])
+        return _Entry(site, stored["lora_A"], b_rows, float(scaling), bias is not None)
+
+
+def _slot(slot_of: Mapping[str, int], name: str) -> int:
+    try:
+        return slot_of[name]
+    except KeyError:
+        raise KeyError(f"AdapterPool: no adapter '{name}' in this pool") from None
+
+
+def _check_name(name: str) -> None:
+    _require(isinstance(name, str), f"a name must be a str, got {type(name).__name__}", TypeError)
+    _require(name != "__base__", "the name '__base__' is reserved")
+    _require(
+        _NAME.fullmatch(name) is not None and ".." not in name,
+        f"a name must have 1 to 64 letters, digits, '_', '-' or '.', begin with a letter or digit and have no '..', "
+        f"got {name[:80]!r}",
+    )
+
+
+def _check_factor(site: str, name: str, tensor: Tensor, shape: tuple[int | None, ...], words: str) -> None:
+    """One tensor of a site; None in its shape stands for any size."""
+    what = f"{name} of site '{site}' must"
+    _require(isinstance(tensor, Tensor), f"{what} be a Tensor, got {type(tensor).__name__}", TypeError)
+    plain = tensor.layout is torch.strided and tensor.dtype in _FLOATS and not tensor.is_meta
+    kind = "meta" if tensor.is_meta else f"{tensor.layout} {tensor.dtype}".replace("torch.", "")
+    _require(plain, f"{what} be a dense tensor of floats, got {kind}", TypeError)
+    fits = tensor.dim() == len(shape) and all(w in (None, n) for w, n in zip(shape, tensor.shape, strict=True))
+    _require(fits, f"{what} have shape [{words}], got {list(tensor.shape)}")
+
+
+def _nearest(site: str, sites: Mapping[str, Site]) -> str:
+    near = difflib.get_close_matches(site, sites, n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""

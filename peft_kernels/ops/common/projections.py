@@ -1,0 +1,242 @@
+"""What the families that add adapters to frozen projections share: checks, autograd, autocast.
+
+y_g = x W_g^T + b_g + what the adapters l of projection g add. M rows of x, K in_features, N out_features, R rank;
+G projections (index g), L adapters (index i). `op` is the name that a message begins with.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+from peft_kernels.registry import below_autograd
+
+MAX_RANK = 512
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+# -- check ------------------------------------------------------------------------------------------------------------
+
+
+def require(op: str, condition: bool, text: str, error: type[Exception] = ValueError) -> None:
+    if not condition:
+        raise error(f"{op}: {text}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(op: str, name: str, tensor: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...], rule: str) -> None:
+    """Type, layout, dtype and device of one tensor; `rule` names the dtypes allowed."""
+    require(op, isinstance(tensor, Tensor), f"{name} must be a Tensor, got {type(tensor).__name__}", TypeError)
+    require(
+        op,
+        tensor.layout is torch.strided,
+        f"{name} must be a dense (strided) tensor, got layout {tensor.layout}",
+        TypeError,
+    )
+    require(op, tensor.dtype in dtypes, f"{name} must have dtype {rule}, got {_name(tensor.dtype)}", TypeError)
+    require(op, tensor.device == x.device, f"{name} must be on x's device {x.device}, got {tensor.device}", TypeError)
+
+
+def _check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], words: str) -> None:
+    require(op, tuple(tensor.shape) == shape, f"{name} must have shape [{words}], got {list(tensor.shape)}")
+
+
+def _check_base(op: str, x: Tensor, weight: list[Tensor], bias: list[Tensor | None]) -> None:
+    """x and the frozen projections."""
+    check_tensor(op, "x", x, x, FLOATS, "float32, float16, bfloat16 or float64")
+    require(op, x.dim() >= 1, "x must have shape [..., in_features], got a 0-d tensor")
+    require(op, len(weight) >= 1, "weight must name at least one projection, got none")
+    require(op, len(bias) == len(weight), f"bias must have one entry per weight ({len(weight)}), got {len(bias)}")
+    K = x.shape[-1]
+    require(op, K >= 1, f"x must have at least one feature, got shape {list(x.shape)}")
+    for g, (w, b) in enumerate(zip(weight, bias, strict=True)):
+        check_tensor(op, f"weight[{g}]", w, x, (x.dtype,), f"{_name(x.dtype)}, as x")
+        require(
+            op,
+            w.dim() == 2 and w.shape[1] == K and w.shape[0] >= 1,
+            f"weight[{g}] must have shape [out_features, in_features={K}], got {list(w.shape)}",
+        )
+        if b is not None:
+            check_tensor(op, f"bias[{g}]", b, x, (x.dtype,), f"{_name(x.dtype)}, as weight")
+            _check_shape(op, f"bias[{g}]", b, (w.shape[0],), f"out_features={w.shape[0]}")
+
+
+def _check_factors(op: str, x: Tensor, weight: list[Tensor], lora_A, lora_B, lora_bias, member: list[int]) -> None:
+    """The adapters' tensors against x and their projections."""
+    allowed = (torch.float64,) if x.dtype is torch.float64 else FLOATS[:3]
+    rule = "float64, as x" if x.dtype is torch.float64 else "float32, float16 or bfloat16"
+    K = x.shape[-1]
+    for i, (a, b, c, g) in enumerate(zip(lora_A, lora_B, lora_bias, member, strict=True)):
+        require(op, 0 <= g < len(weight), f"member[{i}] must lie in [0, {len(weight)}), got {g}")
+        check_tensor(op, f"lora_A[{i}]", a, x, allowed, rule)
+        if i == 0:
+            allowed, rule = (a.dtype,), f"{_name(a.dtype)}, as lora_A[0]"
+        require(
+            op,
+            a.dim() == 2 and a.shape[1] == K,
+            f"lora_A[{i}] must have shape [r, in_features={K}], got {list(a.shape)}",
+        )
+        r, N = a.shape[0], weight[g].shape[0]
+        require(op, 1 <= r <= MAX_RANK, f"lora_A[{i}] must have a rank r from 1 to {MAX_RANK}, got {r}")
+        check_tensor(op, f"lora_B[{i}]", b, x, allowed, rule)
+        _check_shape(op, f"lora_B[{i}]", b, (N, r), f"out_features={N}, r={r}")
+        if c is not None:
+            check_tensor(op, f"lora_bias[{i}]", c, x, allowed, rule)
+            _check_shape(op, f"lora_bias[{i}]", c, (N,), f"out_features={N}")
+
+
+def check_projections(op: str, x, weight, bias, lora_A, lora_B, lora_bias, lists: dict[str, list], seed) -> None:
+    """Refuses what no family takes, in words. `lists`: what else has one entry per adapter, by name."""
+    _check_base(op, x, weight, bias)
+    L = len(lora_A)
+    require(op, L >= 1, "lora_A must name at least one adapter, got none")
+    for name, entries in {"lora_B": lora_B, "lora_bias": lora_bias, **lists}.items():
+        require(op, len(entries) == L, f"{name} must have one entry per lora_A ({L}), got {len(entries)}")
+    _check_factors(op, x, weight, lora_A, lora_B, lora_bias, lists["member"])
+    for i, (s, p) in enumerate(zip(lists["scaling"], lists["dropout_p"], strict=True)):
+        require(op, math.isfinite(s), f"scaling[{i}] must be finite, got {s}")
+        require(op, 0 <= p < 1, f"dropout_p[{i}] must lie in [0, 1), got {p}")
+    if any(p > 0 for p in lists["dropout_p"]):
+        text = "seed must be given where dropout_p > 0; peft_kernels.new_seed(x.device) makes one"
+        require(op, seed is not None, text)
+    if seed is not None:  # read even where nothing is dropped
+        check_tensor(op, "seed", seed, x, (torch.int64,), "int64")
+        require(op, seed.dim() == 0, f"seed must be a 0-d tensor, got shape {list(seed.shape)}")
+
+
+# -- fake -------------------------------------------------------------------------------------------------------------
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums are kept in."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def fake_outputs(x: Tensor, weight: list[Tensor], width: int) -> tuple[list[Tensor], Tensor]:
+    """y and h, `width` columns wide."""
+    h = x.new_empty((math.prod(x.shape[:-1]), width), dtype=accumulator(x.dtype))
+    return [x.new_empty((*x.shape[:-1], w.shape[0])) for w in weight], h
+
+
+def fake_gradients(dy, weight, lora_A, lora_B, needs) -> list[Tensor]:
+    """Gradients of (x, *weight, *bias, *lora_A, *lora_B, *lora_bias); empty where `needs` says no."""
+    dx = dy[0].new_empty((*dy[0].shape[:-1], weight[0].shape[1]))
+    bias = [w.new_empty(w.shape[0]) for w in weight]
+    lora_bias = [b.new_empty(b.shape[0]) for b in lora_B]
+    weights, a, b = ([t.new_empty(t.shape) for t in group] for group in (weight, lora_A, lora_B))
+    full = [dx, *weights, *bias, *a, *b, *lora_bias]
+    return [tensor if need else tensor.new_empty(0) for tensor, need in zip(full, needs, strict=True)]
+
+
+# -- autograd and autocast --------------------------------------------------------------------------------------------
+
+
+def differentiable(op: str, forward_op: Callable, backward_op: Callable) -> Callable:
+    """`run(x, route, tensors, lists, seed)`: a plain call where nothing needs a gradient, else one Function.
+
+    The operators take (x, [route,] weight, bias, lora_A, lora_B, lora_bias, *lists, seed) and (dy, x, h, [route,]
+    weight, lora_A, lora_B, *lists, seed, needs); lists[0] is `member`, `tensors` the five lists of tensors, and a route
+    of None is left out. A Function on the Autograd key costs 25-40 us less per call than
+    torch.library.register_autograd.
+    """
+
+    class Projections(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, lists, seed, route, x, *tensors):
+            # tensors: G weight, G bias, L lora_A, L lora_B, L lora_bias
+            L = len(lists[0])
+            G = (len(tensors) - 3 * L) // 2
+            weight, bias, a, b, c = _split(tensors, G, L)
+            routed = () if route is None else (route,)
+            with below_autograd():
+                y, h = forward_op(x, *routed, weight, bias, a, b, c, *lists, seed)
+            needs = ctx.needs_input_grad[3:]
+            reads_x = any(needs[1 : 1 + G]) or any(needs[1 + 2 * G : 1 + 2 * G + L])
+            reads_h = any(needs[1 + 2 * G + L : 1 + 2 * G + 2 * L])
+            ctx.save_for_backward(x if reads_x else None, h if reads_h else None, seed, route, *weight, *a, *b)
+            ctx.lists = lists
+            ctx.mark_non_differentiable(h)
+            ctx.set_materialize_grads(False)
+            return (*y, h)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, *grads):
+            dy = grads[:-1]
+            needs = ctx.needs_input_grad[3:]
+            if all(d is None for d in dy):
+                return (None,) * (3 + len(needs))
+            x, h, seed, route, *tensors = ctx.saved_tensors
+            G, L = len(dy), len(ctx.lists[0])
+            weight, a, b = tensors[:G], tensors[G : G + L], tensors[G + L :]
+            if any(d is None for d in dy):  # a projection whose output was not used
+                like = next(d for d in dy if d is not None)
+                dy = [
+                    like.new_zeros((*like.shape[:-1], w.shape[0])) if d is None else d
+                    for d, w in zip(dy, weight, strict=True)
+                ]
+            routed = () if route is None else (route,)
+            out = backward_op(dy, x, h, *routed, weight, a, b, *ctx.lists, seed, needs)
+            return (None, None, None, *(grad if need else None for grad, need in zip(out, needs, strict=True)))
+
+    def run(x, route, tensors, lists, seed):
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(op, x, tensors)
+        if torch.is_grad_enabled() and _any_requires_grad(x, tensors):
+            *y, h = Projections.apply(lists, seed, route, x, *(t for group in tensors for t in group))
+            return y, h
+        routed = () if route is None else (route,)
+        with below_autograd():
+            return forward_op(x, *routed, *tensors, *lists, seed)
+
+    return run
+
+
+def _split(tensors, G: int, L: int):
+    return (
+        tensors[:G],
+        tensors[G : 2 * G],
+        tensors[2 * G : 2 * G + L],
+        tensors[2 * G + L : 2 * G + 2 * L],
+        tensors[2 * G + 2 * L :],
+    )
+
+
+def _refuse_tangents(op: str, x, lists) -> None:
+    for tensor in (x, *(t for tensors in lists for t in tensors)):
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(f"{op}: no forward-mode derivative (jvp, dual tensors); use reverse mode")
+
+
+def _any_requires_grad(x, lists) -> bool:
+    if x.requires_grad:
+        return True
+    for tensors in lists:
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def autocasting(device_type: str) -> Callable:
+    """`run(forward_op, x, routed, weight, bias, rest)`: x, weight and bias take the autocast dtype, as in F.linear;
+    the factors, in `rest`, keep their own."""
+    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
+
+    def run(forward_op, x, routed, weight, bias, rest):
+        dtype = torch.get_autocast_dtype(device_type)
+
+        def cast(tensor):
+            eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype is not torch.float64
+            return tensor.to(dtype) if eligible else tensor
+
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            return forward_op(cast(x), *routed, [cast(w) for w in weight], [cast(b) for b in bias], *rest)
+
+    return run

@@ -1,0 +1,47 @@
+"""Small adapter pools, calls of batched_lora_ on them, and equality of bits."""
+
+import pytest
+import torch
+
+from peft_kernels import Site, backends, registry, testing
+
+OP = registry.ops()["batched_lora_"]
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+BACKENDS = [pytest.param(name, id=name) for name in backends.linked("batched_lora_", "cpu")]
+needs_cpu = pytest.mark.skipif("cpu" not in backends.linked("batched_lora_", "cpu"), reason="no CPU kernels here")
+SITES = {"q": Site(40, 24), "v": Site(40, 33), "down": Site(24, 40)}
+
+
+def factors(K, N, r, dtype=F32, biased=False):
+    return torch.randn(r, K).to(dtype), torch.randn(N, r).to(dtype), 0.5, torch.randn(N).to(dtype) if biased else None
+
+
+def adapter(sites=SITES, ranks=(3, 9, 0), **more):
+    """An adapter with a rank for each site; 0: it does not touch the site."""
+    return {n: factors(s.K, s.N, r, **more) for (n, s), r in zip(sites.items(), ranks, strict=True) if r}
+
+
+def arguments(pool, sites, ids, x, y):
+    """What the op takes for some sites of one x."""
+    tables = [pool.tables(site) for site in sites]
+    ids = torch.as_tensor(ids, dtype=torch.int32)  # of which some may be out of range
+    routed = torch.ops.peft_kernels.batched_lora_route.default(ids, pool.slots)
+    lists = ([getattr(t, name) for t in tables] for name in ("pages_out", "table", "scaling"))
+    return dict(zip(("y", "x", "route", "pages_in"), (y, x, routed, tables[0].pages_in), strict=True)) | dict(
+        zip(("pages_out", "table", "scaling"), lists, strict=True)
+    )
+
+
+def run(backend, pool, sites, ids, x, y):
+    """y after the op; the y given keeps what it held."""
+    out = OP.evaluate(*testing.operators(backend, OP), arguments(pool, sites, ids, x, y), [])
+    return [out[f"y[{g}]"] for g in range(len(y))]
+
+
+def same(a, b):
+    """Equal bits; any NaN equals any other."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(*(bits(t.nan_to_num(7.0)) for t in (a, b)))
+
+
+def bits(tensor):
+    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
