@@ -3,6 +3,7 @@
 // objects, the kernels and csrc/bindings (PK_EMULATED).
 #include <cstdint>
 
+#include "bindings/batched_lora.h"
 #include "bindings/lora_linear.h"
 #include "emulator/emulator.h"
 
@@ -10,7 +11,9 @@
 
 PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
   using torch::stable::detail::StableLibrary;
-  pk::bind_lora_linear_cuda(*new StableLibrary(StableLibrary::Kind::IMPL, ns, device, __FILE__, __LINE__));
+  auto* library = new StableLibrary(StableLibrary::Kind::IMPL, ns, device, __FILE__, __LINE__);
+  pk::bind_lora_linear_cuda(*library);
+  pk::bind_batched_lora_pool_cuda(*library);
 }
 
 // The order of threads and blocks (0: as numbered), and when a cp.async lands: 0 late, 1 early, 2 at random.
