@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from peft_kernels import registry, testing
+from peft_kernels.ops.batched_lora import pooled_samples, route
 from peft_kernels.ops.lora_linear.samples import problem
 
 BUILD, LIBRARY = os.environ["PK_EMULATED"], ctypes.CDLL(os.environ["PK_EMULATED_LIBRARY"])
@@ -20,18 +21,22 @@ LATE, EARLY, RANDOM = 0, 1, 2  # when a cp.async lands
 # (order of threads and blocks, copies). What asan and race find does not hang on the schedule.
 SCHEDULES = [(0, LATE), (1, RANDOM), (2, EARLY)] if BUILD == "plain" else [(3, RANDOM)]
 
-registry._define(f"peft_kernels_emulated_{BUILD}", [op for op in registry.ops().values() if "cuda" in op.backends])
+OPS = [op for op in registry.ops().values() if "cuda" in op.backends]
+registry._define(f"peft_kernels_emulated_{BUILD}", OPS)
 LIBRARY.peft_kernels_bind(f"peft_kernels_emulated_{BUILD}".encode(), b"CPU")
 LIBRARY.peft_kernels_poison.restype = ctypes.c_float
 POISON = LIBRARY.peft_kernels_poison(1)  # for all that follows: it is a library of tests
-OP = registry.ops()["lora_linear"]
+OP, POOLED = registry.ops()["lora_linear"], registry.ops()["batched_lora_"]
 FORWARD, BACKWARD = testing.operators(f"emulated_{BUILD}", OP)
 MASK = getattr(torch.ops, f"peft_kernels_emulated_{BUILD}").lora_dropout_mask.default
+ROUTE = getattr(torch.ops, f"peft_kernels_emulated_{BUILD}").batched_lora_route.default
 RUNS = [
-    pytest.param(sample, pair, schedule, id=f"{sample.id}-{'/'.join(str(d)[6:] for d in pair)}-{schedule[0]}")
-    for sample in OP.samples()
+    pytest.param(op, sample, pair, schedule, id=f"{op.name}-{sample.id}-{_pair}-{schedule[0]}")
+    for op in OPS
+    for sample in op.samples()
     if not sample.busy  # minutes each
     for pair in sample.dtypes
+    for _pair in ["/".join(str(d)[6:] for d in pair)]
     for schedule in SCHEDULES
 ]
 
@@ -49,11 +54,11 @@ def test_what_the_operators_allocate_is_poisoned():
     assert math.isnan(POISON)
 
 
-@pytest.mark.parametrize("sample,pair,schedule", RUNS)
-def test_matches_oracle(sample, pair, schedule, count_sample):
+@pytest.mark.parametrize("op,sample,pair,schedule", RUNS)
+def test_matches_oracle(op, sample, pair, schedule, count_sample):
     set_schedule(*schedule)
     with testing.poisoned_memory():
-        testing.assert_matches_oracle(OP, sample.make("cpu", *pair), FORWARD, BACKWARD)
+        testing.assert_matches_oracle(op, sample.make("cpu", *pair), *testing.operators(f"emulated_{BUILD}", op))
     count_sample((f"emulated-{BUILD}", "cpu"))
 
 
@@ -117,9 +122,41 @@ def test_only_needed_gradients_are_written():
         assert all(alone[j].numel() == 0 for j in range(14) if j != i)
 
 
-@pytest.mark.parametrize("bad", [pytest.param(b, id=b.id) for b in OP.bad_inputs()])
-def test_bad_input_is_refused_in_words(bad):
+@pytest.mark.parametrize("op,bad", [pytest.param(op, b, id=f"{op.name}-{b.id}") for op in OPS for b in op.bad_inputs()])
+def test_bad_input_is_refused_in_words(op, bad):
     with pytest.raises((RuntimeError, ValueError, TypeError)) as caught:
-        FORWARD(*bad.make("cpu").values())
+        testing.operators(f"emulated_{BUILD}", op)[0](*bad.make("cpu").values())
     if "sparse" not in bad.id and "device" not in bad.id:  # those two PyTorch's dispatcher refuses before the kernel
         assert bad.text in str(caught.value)
+
+
+# -- batches over a pool ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("M,adapters", [(0, 3), (1, 1), (33, 2), (64, 64), (70, 5000), (1500, 20000)])
+def test_route_is_equal(M, adapters, dtype):
+    ids = torch.randint(-2, adapters + 1, (M,), generator=torch.Generator().manual_seed(M)).to(dtype)
+    with testing.poisoned_memory():
+        assert torch.equal(ROUTE(ids, adapters), route.reference(ids, adapters))
+
+
+@pytest.mark.parametrize("pair", pooled_samples.PAIRS, ids=str)
+@pytest.mark.parametrize("K,N", [(520, (264, 40)), (67, (131,))])
+def test_a_row_of_a_batch_has_the_bits_of_the_row_alone(K, N, pair):
+    ranks = tuple((r, 70 - r)[: len(N)] for r in (1, 8, 17, 0, 64))
+    arguments = pooled_samples.problem("cpu", *pair, rows=37, K=K, N=N, ranks=ranks, biased=True)
+    forward = testing.operators(f"emulated_{BUILD}", POOLED)[0]
+    whole = POOLED.evaluate(forward, None, arguments, None)
+    ids = route.row_ids(arguments["route"], 37)
+    for row in (0, 1, 18, 36):
+        alone = {"x": arguments["x"][row : row + 1], "route": ROUTE(ids[row : row + 1], len(ranks))}
+        alone["y"] = [y[row : row + 1] for y in arguments["y"]]
+        alone = POOLED.evaluate(forward, None, arguments | alone, None)
+        assert all(torch.equal(alone[name][0], whole[name][row]) for name in whole)
+
+
+def test_nine_slices_go_in_two_turns():
+    sizes = dict(rows=5, K=40, N=(24,) * 9, ranks=((3,) * 9, (0, 8) * 4 + (1,)))
+    arguments = pooled_samples.problem("cpu", BF16, BF16, **sizes)
+    testing.assert_matches_oracle(POOLED, arguments, *testing.operators(f"emulated_{BUILD}", POOLED))

@@ -28,16 +28,23 @@ BUDGET = {
     "lora_linear_product_kernel": 80,
     "lora_linear_*sum_kernel": 64,
     "lora_dropout_mask_kernel": 64,
+    "batched_lora_forward_route_kernel": 64,
+    "batched_lora_forward_pool_shrink_kernel": 128,
+    "batched_lora_forward_pool_expand_kernel": 160,
+    "batched_lora_forward_pool_*_plain_kernel": 160,
 }
 # Instructions of every instance: tensor cores, and ldmatrix where operands go through shared memory
 MEANT = {
-    "shrink": "HMMA LDSM",
-    "few_rows": "HMMA",
-    "expand": "HMMA LDSM",
-    "dy_pass": "HMMA LDSM",
-    "x_pass": "HMMA LDSM",
+    "forward_shrink": "HMMA LDSM",
+    "forward_few_rows": "HMMA",
+    "forward_expand": "HMMA LDSM",
+    "backward_dy_pass": "HMMA LDSM",
+    "backward_x_pass": "HMMA LDSM",
+    "pool_shrink": "HMMA",
+    "pool_expand": "HMMA LDSM",
 }
-COPIED = ("shrink", "dy_pass", "x_pass")  # by cp.async, but for the instances that take rows without 16-byte alignment
+# By cp.async, but for the instances that take rows without 16-byte alignment
+COPIED = ("forward_shrink", "backward_dy_pass", "backward_x_pass", "pool_expand")
 MOST_SECONDS = 8 * 60  # of nvcc, on two cores: half of the processor time
 
 

@@ -251,17 +251,12 @@ std::vector<Tensor> backward(const std::vector<Tensor>& dy, const OptionalTensor
 }
 
 Tensor route(const Tensor& adapter_ids, int64_t adapters) {
-  const int32_t code = dtype_code(adapter_ids);
-  STD_TORCH_CHECK(code == aoti_torch_dtype_int32() || code == aoti_torch_dtype_int64(),
-                  "batched_lora_route: adapter_ids must be an int32 or int64 tensor");
-  STD_TORCH_CHECK(adapter_ids.dim() == 1, "batched_lora_route: adapter_ids must have shape [rows]");
-  STD_TORCH_CHECK(1 <= adapters && adapters <= INT32_MAX,
-                  "batched_lora_route: adapters must be from 1 to 2^31 - 1, got ", adapters);
+  check_ids(adapter_ids, adapters);
   const Tensor ids = dense(adapter_ids);
   const int64_t M = ids.size(0);
   const Tensor out = empty({batched_lora::route_size(M, adapters)}, aoti_torch_dtype_int32());
   auto* to = static_cast<int32_t*>(out.mutable_data_ptr());
-  if (code == aoti_torch_dtype_int32()) {
+  if (dtype_code(ids) == aoti_torch_dtype_int32()) {
     batched_lora::make_route(static_cast<const int32_t*>(ids.const_data_ptr()), M, adapters, to);
   } else {
     batched_lora::make_route(static_cast<const int64_t*>(ids.const_data_ptr()), M, adapters, to);

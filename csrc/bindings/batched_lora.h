@@ -7,5 +7,6 @@ namespace pk {
 
 void bind_batched_lora_cpu(torch::stable::detail::StableLibrary& library);
 void bind_batched_lora_pool_cpu(torch::stable::detail::StableLibrary& library);
+void bind_batched_lora_pool_cuda(torch::stable::detail::StableLibrary& library);
 
 }  // namespace pk

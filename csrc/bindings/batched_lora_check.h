@@ -9,6 +9,15 @@
 
 namespace pk {
 
+inline void check_ids(const Tensor& adapter_ids, int64_t adapters) {
+  const int32_t code = dtype_code(adapter_ids);
+  STD_TORCH_CHECK(code == aoti_torch_dtype_int32() || code == aoti_torch_dtype_int64(),
+                  "batched_lora_route: adapter_ids must be an int32 or int64 tensor");
+  STD_TORCH_CHECK(adapter_ids.dim() == 1, "batched_lora_route: adapter_ids must have shape [rows]");
+  STD_TORCH_CHECK(1 <= adapters && adapters <= INT32_MAX,
+                  "batched_lora_route: adapters must be from 1 to 2^31 - 1, got ", adapters);
+}
+
 class BatchedLoraCheck : LoraLinearCheck {
  public:
   BatchedLoraCheck(const ForwardArguments& arguments, const Tensor& route, const std::vector<int64_t>& adapter)
@@ -38,7 +47,7 @@ class BatchedLoraCheck : LoraLinearCheck {
     if (code != aoti_torch_dtype_int32()) require(false, "route must have dtype int32, got ", name_of(code));
     const Device device = device_of(route_);
     if (!(device == device_)) {
-      require(false, "route must be on x's device ", name_of(device_), ", got ", name_of(device));
+      require(false, "route must be on x's device ", words_of(device_), ", got ", words_of(device));
     }
     const int64_t numbers = route_.numel() - batched_lora::kRouteHeader - 2 * M;
     const int64_t tiles = numbers / batched_lora::kTileFields, whole = M / batched_lora::kTile;

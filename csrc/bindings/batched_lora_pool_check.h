@@ -1,5 +1,6 @@
 // What the kernels of batched_lora_ need to be safe, in the words of `check` in
-// peft_kernels/ops/batched_lora/pooled.py. The numbers inside route and table are checked by make_work().
+// peft_kernels/ops/batched_lora/pooled.py. The numbers inside route and table are checked by make_work() on the CPU,
+// and trusted on a GPU.
 #pragma once
 
 #include <string>
@@ -22,7 +23,7 @@ struct PoolArguments {
 
 class PoolCheck {
  public:
-  explicit PoolCheck(const PoolArguments& arguments) : a_(arguments) {}
+  explicit PoolCheck(const PoolArguments& arguments) : a_(arguments), device_(device_of(arguments.x)) {}
 
   void run() const {
     x();
@@ -36,7 +37,7 @@ class PoolCheck {
     require(dtype_code(a_.route) == aoti_torch_dtype_int32(), "route must have dtype int32, got another");
     const int64_t M = a_.x.size(0), slots = a_.table[0].size(0);
     const int64_t size = batched_lora::route_size(M, slots);
-    require(a_.route.is_cpu(), "route must be on x's device cpu, got another");
+    on_device("route", a_.route);
     require(a_.route.dim() == 1 && a_.route.size(0) == size && a_.route.is_contiguous(),
             "route must be contiguous, of shape [", size, "] for M=", M, " and adapters=", slots, ", got ",
             [&] { return shape_of(a_.route); });
@@ -72,9 +73,15 @@ class PoolCheck {
   static void same_length(const char* name, size_t length, size_t G) {
     require(length == G, name, " must have one entry per y (", G, "), got ", length);
   }
-  static void tensor(const std::string& name, const Tensor& t, int32_t dtype, const char* as) {
+  void on_device(const std::string& name, const Tensor& t) const {
+    const Device device = device_of(t);
+    require(
+        device == device_, name, " must be on x's device ", [&] { return words_of(device_); }, ", got ",
+        [&] { return words_of(device); });
+  }
+  void tensor(const std::string& name, const Tensor& t, int32_t dtype, const char* as) const {
     require(dtype_code(t) == dtype, name, " must have dtype ", name_of(dtype), as, ", got ", name_of(dtype_code(t)));
-    require(t.is_cpu(), name, " must be on x's device cpu, got another");
+    on_device(name, t);
   }
   static bool unit_stride(const Tensor& t) { return t.size(1) == 1 || t.stride(1) == 1; }
 
@@ -124,6 +131,7 @@ class PoolCheck {
   }
 
   const PoolArguments& a_;
+  const Device device_;
 };
 
 }  // namespace pk

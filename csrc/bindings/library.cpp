@@ -27,7 +27,10 @@ PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
     pk::bind_batched_lora_pool_cpu(*library);
   }
 #ifdef PK_WITH_CUDA
-  if (cuda) pk::bind_lora_linear_cuda(*library);
+  if (cuda) {
+    pk::bind_lora_linear_cuda(*library);
+    pk::bind_batched_lora_pool_cuda(*library);
+  }
 #endif
 }
 

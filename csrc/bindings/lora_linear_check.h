@@ -77,18 +77,11 @@ class LoraLinearCheck {
     require(length == L, name, " must have one entry per lora_A (", L, "), got ", length);
   }
 
-  static std::string name_of(Device device) {
-    if (device.type == aoti_torch_device_type_cpu()) return "cpu";
-    if (device.type == aoti_torch_device_type_meta()) return "meta";
-    const bool cuda = device.type == aoti_torch_device_type_cuda();
-    return (cuda ? "cuda:" : "device " + std::to_string(device.type) + ":") + std::to_string(device.index);
-  }
-
   // Index and rule are turned into words only where the rule is broken.
   void on_device(const char* name, size_t i, const Tensor& tensor) const {
     const Device device = device_of(tensor);
     if (device == device_) return;
-    require(false, name, "[", i, "] must be on x's device ", name_of(device_), ", got ", name_of(device));
+    require(false, name, "[", i, "] must be on x's device ", words_of(device_), ", got ", words_of(device));
   }
   void has_dtype(const char* name, size_t i, const Tensor& tensor, int32_t wanted, const char* as) const {
     const int32_t code = dtype_code(tensor);
@@ -172,7 +165,7 @@ class LoraLinearCheck {
     if (dtype != aoti_torch_dtype_int64()) require(false, "seed must have dtype int64, got ", name_of(dtype));
     const Device device = device_of(*a_.seed);
     if (!(device == device_)) {
-      require(false, "seed must be on x's device ", name_of(device_), ", got ", name_of(device));
+      require(false, "seed must be on x's device ", words_of(device_), ", got ", words_of(device));
     }
     if (a_.seed->dim() != 0) require(false, "seed must be a 0-d tensor, got shape ", shape_of(*a_.seed));
   }

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <string>
 #include <vector>
 
 namespace pk {
@@ -37,6 +38,13 @@ inline Device device_of(const Tensor& tensor) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device.type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
   return device;
+}
+
+inline std::string words_of(Device device) {
+  if (device.type == aoti_torch_device_type_cpu()) return "cpu";
+  if (device.type == aoti_torch_device_type_meta()) return "meta";
+  const bool cuda = device.type == aoti_torch_device_type_cuda();
+  return (cuda ? "cuda:" : "device " + std::to_string(device.type) + ":") + std::to_string(device.index);
 }
 
 inline Device cpu() {

@@ -56,4 +56,9 @@ __forceinline__ void cp_async_wait() {
 
 #endif
 
+// Can the rows of a matrix be read 16 bytes at a time? The last, partial vector of a row is zero-filled, not read over.
+inline bool vector_rows(const void* data, int64_t ld, int bytes_each) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && ld * bytes_each % 16 == 0;
+}
+
 }  // namespace pk

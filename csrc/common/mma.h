@@ -16,6 +16,12 @@
 
 namespace pk {
 
+// Rows of a tile of 16-bit elements lie kCols + 8 apart: 16 bytes over a multiple of 128 where kCols is a multiple of
+// 64, so that the eight rows of an ldmatrix meet in no bank.
+constexpr int tile_pitch(int cols) {
+  return cols + 8;
+}
+
 #ifdef __CUDACC__
 
 template <int kMatrices>

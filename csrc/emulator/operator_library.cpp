@@ -3,6 +3,7 @@
 // objects, the kernels and csrc/bindings (PK_EMULATED).
 #include <cstdint>
 
+#include "bindings/batched_lora.h"
 #include "bindings/lora_linear.h"
 #include "bindings/tensors.h"
 #include "emulator/emulator.h"
@@ -11,7 +12,9 @@
 
 PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
   using torch::stable::detail::StableLibrary;
-  pk::bind_lora_linear_cuda(*new StableLibrary(StableLibrary::Kind::IMPL, ns, device, __FILE__, __LINE__));
+  auto* library = new StableLibrary(StableLibrary::Kind::IMPL, ns, device, __FILE__, __LINE__);
+  pk::bind_lora_linear_cuda(*library);
+  pk::bind_batched_lora_pool_cuda(*library);
 }
 
 PK_EXPORT float peft_kernels_poison(int on) {

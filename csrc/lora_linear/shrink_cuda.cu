@@ -57,19 +57,6 @@ struct Share {
   }
 };
 
-// value = the sum of three bf16: its bits 8 by 8, of which rounding could not keep all near the largest fp32. Infinity
-// is in the first part alone.
-__device__ __forceinline__ void cut_pair(float first, float second, uint32_t (&parts)[3]) {
-#pragma unroll
-  for (int i = 0; i < 3; ++i) {
-    const uint32_t low = __float_as_uint(first) & 0xFFFF0000u, high = __float_as_uint(second) & 0xFFFF0000u;
-    parts[i] = low >> 16 | high;
-    if (i == 2) break;
-    first = fabsf(first) == INFINITY ? 0.f : first - __uint_as_float(low);
-    second = fabsf(second) == INFINITY ? 0.f : second - __uint_as_float(high);
-  }
-}
-
 // A right operand of 32 columns and eight ranks, in parts whose sum it is: b[step of 16 columns][part].
 template <class T>
 __device__ __forceinline__ void load_right(uint32_t (&b)[2][1][2], const T* factors) {

@@ -8,7 +8,7 @@ factors of one adapter for one projection.
 from torch import Tensor, int32
 
 from peft_kernels.ops.batched_lora import reference
-from peft_kernels.ops.batched_lora.route import HEADER, ROUTE, TILE, row_ids
+from peft_kernels.ops.batched_lora.route import HEADER, TILE, row_ids
 from peft_kernels.ops.batched_lora.samples import bad_inputs, evaluate, samples
 from peft_kernels.ops.common.projections import (
     autocasting,
@@ -125,7 +125,6 @@ BATCHED_LORA = register(
         functions=(
             Function("batched_lora", SCHEMA, fake, forward_reference),
             Function("batched_lora_backward", BACKWARD_SCHEMA, backward_fake, reference.backward),
-            ROUTE,
         ),
         samples=samples,
         bad_inputs=bad_inputs,

@@ -10,7 +10,7 @@ from torch import Tensor
 from peft_kernels.ops.batched_lora import pooled_reference
 from peft_kernels.ops.batched_lora.pooled_reference import PAGE, tiles
 from peft_kernels.ops.batched_lora.pooled_samples import bad_inputs, evaluate, samples
-from peft_kernels.ops.batched_lora.route import length
+from peft_kernels.ops.batched_lora.route import ROUTE, length
 from peft_kernels.ops.common.projections import FLOATS, check_tensor, require
 from peft_kernels.registry import Cost, Function, Op, register
 
@@ -138,13 +138,13 @@ POOLED = register(
     Op(
         name=NAME,
         formula="y[i] += s[a(i)] (x[i] A[a(i)]^T) B[a(i)]^T, factors in pages",
-        functions=(Function(NAME, SCHEMA, fake, reference),),
+        functions=(Function(NAME, SCHEMA, fake, reference), ROUTE),
         samples=samples,
         bad_inputs=bad_inputs,
         evaluate=evaluate,
         cost=cost,
         check=check,
-        backends=("reference", "cpu", "triton"),
+        backends=("reference", "cpu", "cuda", "triton"),
         python_backends={"triton": "peft_kernels.ops.batched_lora.triton_kernel"},
     )
 )

@@ -17,6 +17,7 @@ from torch import Tensor
 from peft_kernels.ops.batched_lora.pooled import check
 from peft_kernels.ops.batched_lora.pooled_reference import FIRST_PAGE, PAGE
 from peft_kernels.ops.batched_lora.route import HEADER, TILE, capacity
+from peft_kernels.ops.batched_lora.route import reference as route_reference
 from peft_kernels.ops.lora_linear.triton_tiles import PROGRAMS, accumulator, exact_parts, product, product_of_parts
 
 CHUNK = tl.constexpr(512)  # of K; csrc/batched_lora/batched_lora.h has the same
@@ -182,4 +183,4 @@ def forward(
         )  # fmt: skip
 
 
-FUNCTIONS = {"batched_lora_": forward}
+FUNCTIONS = {"batched_lora_": forward, "batched_lora_route": route_reference}

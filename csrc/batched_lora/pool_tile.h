@@ -1,0 +1,57 @@
+// What the kernels over an adapter pool share: the tile of a block, read from route and table.
+#pragma once
+
+#include "batched_lora/batched_lora_cuda.h"
+#include "common/launch.h"
+
+namespace pk::batched_lora {
+
+constexpr int kTileMost = static_cast<int>(kTile), kPage = static_cast<int>(kPageRows);
+
+// Up to 16 rows of one slot in one slice. rank = 0: there is nothing to do.
+struct PoolTile {
+  int rank, rows;
+  int64_t first;         // position of its first row
+  const int32_t* order;  // numbers of its rows
+  const int32_t* entry;  // of the table
+  int64_t slot;
+};
+
+__device__ __forceinline__ PoolTile pool_tile(const Pool& call, const Slice& slice, int64_t index) {
+  const int32_t* const header = call.route;
+  const int32_t* const order = header + kRouteHeader + call.M;
+  const int32_t* const tile = order + call.M + index * kTileFields;
+  const bool used = index < header[kTilesUsed] && header[kRouteRows] == call.M && header[kRouteAdapters] == call.slots;
+  const int64_t slot = tile[kTileAdapter], first = tile[kTileFirst];
+  const int32_t* const entry = slice.table + (used ? slot : 0) * (kTablePages + 2 * slice.T);
+  return {used ? entry[kTableRank] : 0, tile[kTileRows], first, order + (used ? first : 0), entry, slot};
+}
+
+// The first column of a slice in h.
+__device__ __forceinline__ int64_t h_column(const Pool& call, int slice) {
+  int64_t column = 0;
+  for (int g = 0; g < slice; ++g) column += call.slice[g].T * kPageRows;
+  return column;
+}
+
+// Blocks that take turns at the ranks of one tile, slice and part: more of them where there is little else to do. They
+// are at most `steps`, the shares into which the ranks of the widest table can be cut.
+inline int rank_lanes(const Pool& call, int64_t steps) {
+  constexpr int64_t kFillingBlocks = 1024;
+  const int64_t blocks = tile_capacity(call.M, call.slots) * call.parts * call.slices;
+  const int64_t lanes = kFillingBlocks / (blocks + 1);
+  return static_cast<int>(lanes < 1 ? 1 : lanes < steps ? lanes : steps);
+}
+
+inline int64_t most_pages(const Pool& call) {
+  int64_t pages = 0;
+  for (int g = 0; g < call.slices; ++g) pages = call.slice[g].T > pages ? call.slice[g].T : pages;
+  return pages;
+}
+
+// Nothing to launch: a grid has at least one block.
+inline bool no_tiles(const Pool& call) {
+  return call.slices == 0 || tile_capacity(call.M, call.slots) == 0;
+}
+
+}  // namespace pk::batched_lora
