@@ -237,7 +237,7 @@ class Run {
       pages_out_.push_back(std::make_unique<Matrix>(pair_.pages, pages_ * kPageRows * N));
       y_.push_back(std::make_unique<Matrix>(pair_.x, M_ * stride, c_.offset));
       for (int64_t adapter = 0; adapter < slots_; ++adapter) {
-        int32_t* const entry = table_[g]->data() + slot_of(adapter) * width;
+        int32_t* const entry = table_[g]->host() + slot_of(adapter) * width;
         for (int64_t i = 0; i < width; ++i) entry[i] = -7;
         entry[kTableRank] = c_.ranks[adapter][g];
         for (int r = 0; r < entry[kTableRank]; ++r) {
