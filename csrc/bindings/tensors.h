@@ -67,7 +67,7 @@ inline Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, Device dev
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dim, sizes, strides, dtype, device.type, device.index, &handle));
   Tensor tensor(handle);
-  if (poisoned) torch::stable::fill_(tensor, NAN);
+  if (poisoned) torch::stable::fill_(tensor, dtype == aoti_torch_dtype_int32() ? -1 : NAN);
   return tensor;
 }
 
@@ -75,8 +75,8 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype, Device 
   return empty(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype, device);
 }
 
-// For tests: from now on, what is allocated here is full of NaN, so that what nobody wrote shows, or again what it
-// happens to be. torch's own fill_uninitialized_memory does not reach the stable ABI. Returns a float that is allocated
+// For tests: from now on, what is allocated here is full of NaN (or -1), so that what nobody wrote shows, or again what
+// it happens to be. torch's own fill_uninitialized_memory does not reach the stable ABI. Returns a float that is allocated
 // afterwards.
 inline float poison(bool on) {
   poisoned = on;

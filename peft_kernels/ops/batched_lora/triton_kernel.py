@@ -18,7 +18,14 @@ from peft_kernels.ops.batched_lora.pooled import check
 from peft_kernels.ops.batched_lora.pooled_reference import FIRST_PAGE, PAGE
 from peft_kernels.ops.batched_lora.route import HEADER, TILE, capacity
 from peft_kernels.ops.batched_lora.route import reference as route_reference
-from peft_kernels.ops.lora_linear.triton_tiles import PROGRAMS, accumulator, exact_parts, product, product_of_parts
+from peft_kernels.ops.common.triton_products import (
+    PROGRAMS,
+    accumulator,
+    exact_parts,
+    product,
+    product_of_parts,
+    rest_of,
+)
 
 CHUNK = tl.constexpr(512)  # of K; csrc/batched_lora/batched_lora.h has the same
 ROWS = tl.constexpr(TILE)
@@ -112,7 +119,7 @@ def _pool_expand_kernel(
                     if NARROW:
                         high = h.to(b.dtype)
                         acc = product(high, b, acc)
-                        acc = product((h - high.to(ACCUMULATOR)).to(b.dtype), b, acc)
+                        acc = product(rest_of(h, high).to(b.dtype), b, acc)
                     else:
                         acc = product(h, b, acc)
                 bias_row = tl.load(row_ptr + 1).to(tl.int64)

@@ -19,18 +19,15 @@ from torch import Tensor
 
 from peft_kernels.ops.common.dropout import threshold
 from peft_kernels.ops.common.triton_dropout import keep_tile
+from peft_kernels.ops.common.triton_products import accumulator, exact_parts, product, product_of_parts
 from peft_kernels.ops.lora_linear.op import check_backward
 from peft_kernels.ops.lora_linear.triton_gemm import Base, LowRank, concat_gemm
 from peft_kernels.ops.lora_linear.triton_tiles import (
     MOST_ADAPTERS,
-    accumulator,
     architecture,
-    exact_parts,
     factor_tile,
     input_tile,
     low_unit,
-    product,
-    product_of_parts,
     split,
     sum_partials,
     unit_rows,

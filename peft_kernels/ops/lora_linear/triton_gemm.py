@@ -16,15 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from peft_kernels.ops.common.triton_dropout import keep_tile
-from peft_kernels.ops.lora_linear.triton_tiles import (
-    MOST_ADAPTERS,
-    accumulator,
-    architecture,
-    gemm_tile,
-    has_tensor_memory,
-    product,
-    product_of_parts,
-)
+from peft_kernels.ops.common.triton_products import accumulator, product, product_of_parts
+from peft_kernels.ops.lora_linear.triton_tiles import MOST_ADAPTERS, architecture, gemm_tile, has_tensor_memory
 
 
 class Base(NamedTuple):

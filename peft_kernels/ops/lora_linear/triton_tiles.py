@@ -1,11 +1,9 @@
-"""What the Triton kernels of lora_linear share: the product of two tiles, fp32 numbers as 16-bit parts, sums of
-partials in a fixed order, and the table of tile sizes.
+"""What the Triton kernels of lora_linear share: h and ds stored as 16-bit parts, sums of partials in a fixed order, and
+the table of tile sizes.
 
-An fp32 number v next to 16-bit activations becomes v = v0 + v1 (+ v2), each a 16-bit number, so that products run on
-tensor cores and lose nothing that shows: two parts where the result is rounded to 16 bits; three of bf16 (24 bits) or
-two of fp16 (22 bits) where it stays fp32. h and ds carry s, and the largest fp16 is 65504: they are cut into fp16 in
-units of `low_unit`, and the sums of their products are multiplied by it. Tiles depend on shape, dtype and architecture
-only, never on a measurement at run time, so results are repeatable and nothing is timed at import.
+h and ds carry s, and the largest fp16 is 65504: they are cut into fp16 in units of `low_unit`, and the sums of their
+products are multiplied by it. Tiles depend on shape, dtype and architecture only, never on a measurement at run time,
+so results are repeatable and nothing is timed at import.
 """
 
 import math
@@ -17,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
+from peft_kernels.ops.common.triton_products import PROGRAMS, rest_of
+
 MOST_ADAPTERS = 8  # of one launch: a kernel has code for each, and 33 compile for minutes
-PROGRAMS = 264  # what split work aims at: two programs for each of an H200's 132 processors
 
 
 class Tile(NamedTuple):
@@ -29,32 +28,6 @@ class Tile(NamedTuple):
     K: int
     num_warps: int
     num_stages: int
-
-
-@triton.jit
-def product(a, b, accumulator):
-    """accumulator + a b; fp32 products are exact, not tf32."""
-    return tl.dot(a, b, accumulator, input_precision="ieee", out_dtype=accumulator.dtype)
-
-
-@triton.jit
-def rest_of(value, part):
-    """value - part, the part being narrower; 0 beside an infinity or NaN, which is in the part whole."""
-    part = part.to(value.dtype)
-    return tl.where(tl.abs(part) < float("inf"), value - part, 0.0)
-
-
-@triton.jit
-def product_of_parts(a, b, accumulator, PARTS: tl.constexpr):
-    """accumulator + a b, where b is wider than a and goes in as PARTS numbers of a's dtype (1: as it is)."""
-    part = b.to(a.dtype)
-    accumulator = product(a, part, accumulator)
-    rest = b.to(accumulator.dtype)
-    for _ in tl.static_range(PARTS - 1):
-        rest = rest_of(rest, part)
-        part = rest.to(a.dtype)
-        accumulator = product(a, part, accumulator)
-    return accumulator
 
 
 @triton.jit
@@ -96,18 +69,6 @@ def sum_partials(out: Tensor, partial: Tensor, parts: Tensor | None = None, unit
         0 if parts is None else parts.stride(0),
         PARTS=0 if parts is None else parts.shape[0], BLOCK=256, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What h, ds and sums are kept in."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def exact_parts(narrow: torch.dtype, wide: torch.dtype) -> int:
-    """How many numbers of one dtype make one of another, where the result is kept in fp32."""
-    if narrow.itemsize > 2 or narrow is wide:
-        return 1
-    return 3 if narrow is torch.bfloat16 else 2
 
 
 def low_unit(dtype: torch.dtype, scaling: list[float]) -> float:
