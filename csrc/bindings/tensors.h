@@ -75,9 +75,9 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype, Device 
   return empty(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype, device);
 }
 
-// For tests: from now on, what is allocated here is full of NaN (or -1), so that what nobody wrote shows, or again what
-// it happens to be. torch's own fill_uninitialized_memory does not reach the stable ABI. Returns a float that is allocated
-// afterwards.
+// For tests: from now on, what is allocated here is full of NaN (integers of -1), so that what nobody wrote shows, or
+// again what it happens to be. torch's own fill_uninitialized_memory does not reach the stable ABI. Returns a float
+// that is allocated afterwards.
 inline float poison(bool on) {
   poisoned = on;
   return *static_cast<const float*>(empty({1}, aoti_torch_dtype_float32()).const_data_ptr());
