@@ -52,6 +52,10 @@ def check_backward(dy, x, h, weight, lora_A, lora_B, member, scaling, dropout_p,
         fits = h.device == weight[0].device and h.dtype is accumulator(weight[0].dtype) and h.is_contiguous()
         fits = fits and tuple(h.shape) == (M, sum(a.shape[0] for a in lora_A))
         require(op, fits, "h must be the contiguous [M, R] that the forward returned")
+    reads_x = any(needs[1 : 1 + G]) or any(needs[1 + 2 * G : 1 + 2 * G + L])
+    require(op, x is not None or not reads_x, "x must be given for gradients of weight or lora_A")
+    reads_h = any(needs[1 + 2 * G + L : 1 + 2 * G + 2 * L])
+    require(op, h is not None or not reads_h, "h must be given for gradients of lora_B")
 
 
 def fake(x, weight, bias, lora_A, lora_B, lora_bias, member, scaling, dropout_p, seed):
