@@ -4,6 +4,8 @@ import peft_kernels
 report = peft_kernels.patch(model)      # the PEFT model that is there trains and generates on fused kernels
 """
 
+import importlib
+
 from peft_kernels import backends, registry
 from peft_kernels.ops import (
     AdapterPool,
@@ -23,11 +25,15 @@ __all__ = [
     "AdapterPool",
     "PatchReport",
     "PeftKernelsCallback",
+    "Runner",
     "Site",
     "adapter_ids",
+    "attach_pool",
     "backends",
     "batched_lora",
     "batched_lora_route",
+    "generate_batch",
+    "init_continuous_batching",
     "lora_dropout_mask",
     "lora_linear",
     "lora_linear_group",
@@ -37,12 +43,20 @@ __all__ = [
     "unpatch",
 ]
 
-_FROM_INTEGRATIONS = {"adapter_ids", "patch", "unpatch", "PatchReport", "PeftKernelsCallback"}
+_FROM_INTEGRATIONS = {
+    "PatchReport": "transformers",
+    "PeftKernelsCallback": "transformers",
+    "Runner": "runner",
+    "adapter_ids": "rows",
+    "attach_pool": "pooled",
+    "generate_batch": "continuous",
+    "init_continuous_batching": "continuous",
+    "patch": "transformers",
+    "unpatch": "transformers",
+}
 
 
 def __getattr__(name):  # transformers and peft are imported when patching is asked for, not before
     if name in _FROM_INTEGRATIONS:
-        from peft_kernels.integrations import rows, transformers
-
-        return getattr(rows if name == "adapter_ids" else transformers, name)
+        return getattr(importlib.import_module(f"peft_kernels.integrations.{_FROM_INTEGRATIONS[name]}"), name)
     raise AttributeError(f"module 'peft_kernels' has no attribute '{name}'")

@@ -5,11 +5,13 @@ PEFT is off in the same dtype, plus what rounding each term of the longest sum o
 """
 
 import copy
+from collections import Counter
 
 import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_kernels
 from peft_kernels.integrations import rows
@@ -153,6 +155,19 @@ def assert_as_close_as_peft(patched: dict[str, Tensor], plain: dict[str, Tensor]
     assert not failed, "; ".join(failed)
 
 
+class Operators(TorchDispatchMode):
+    """Counts the calls of this library's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "peft_kernels":
+            self.calls[function._opname] += 1
+        return function(*args, **kwargs or {})
+
+
 NAMES = ["default", "other", "__base__", "other"]
 # layers with one row of input per sequence, which PEFT asks for
 TARGETS = {"opt": ["q_proj", "k_proj", "v_proj", "out_proj"]}
@@ -190,3 +205,45 @@ class Mask(nn.Module):
         keep = peft_kernels.lora_dropout_mask(self.seed, x.numel() // x.shape[-1], x.shape[-1], self.p, self.stream)
         kept_of_65536 = max(1, int((1 - self.p) * 65536 + 0.5))
         return x * keep.view(x.shape) * (65536 / kept_of_65536)
+
+
+RANKS = {"french": 4, "german": 8, "greek": 3}
+ROWS = ["greek", None, "french", "german", "french"]
+
+
+def with_adapter(base: nn.Module, seed: int, **changes) -> nn.Module:
+    """A copy of a model with one trained adapter, another one for each seed."""
+    model = get_peft_model(copy.deepcopy(base), lora_config(**changes))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1 + torch.rand(parameter.shape, generator=generator) / 2)
+            elif "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5 / 4)
+    return model.eval()
+
+
+def served(name: str = "llama", **changes) -> tuple[nn.Module, nn.Module, dict[str, nn.Module]]:
+    """The plain model, one with a pool, and by name the PEFT models whose adapters the pool has."""
+    plain = base_model(name).eval()
+    changes = {"target_modules": TARGETS.get(name, "all-linear")} | changes
+    alone = {n: with_adapter(plain, i, r=r, **changes) for i, (n, r) in enumerate(RANKS.items())}
+    model = copy.deepcopy(plain)
+    pool = peft_kernels.attach_pool(model, adapters=8)
+    for n, peft in alone.items():
+        pool.load(n, peft)
+    return plain, model, alone
+
+
+@torch.no_grad()
+def each_alone(plain: nn.Module, alone: dict[str, nn.Module], rows: list, inputs: dict) -> dict[str, Tensor]:
+    """Logits of each row by PEFT's model of its adapter, or by the plain model."""
+    outputs = {n: (plain if n is None else alone[n])(**inputs).logits for n in dict.fromkeys(rows)}
+    return {"logits": torch.stack([outputs[n][i] for i, n in enumerate(rows)])}
+
+
+def in_rows(rows: list):
+    """The context of a call whose rows have these adapters."""
+    names = [n for n in dict.fromkeys(rows) if n is not None]
+    return peft_kernels.adapter_ids([-1 if n is None else names.index(n) for n in rows], names)

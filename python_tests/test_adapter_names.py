@@ -4,7 +4,6 @@ checkpointing, threads, exceptions, layers without a kernel."""
 import copy
 import pickle
 import threading
-from collections import Counter
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from models import (
     GENERATING,
     MODELS,
     NAMES,
+    Operators,
     assert_as_close_as_peft,
     base_model,
     batch,
@@ -28,24 +28,10 @@ from models import (
 )
 from peft import get_peft_model
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_kernels
 from peft_kernels.integrations import peft
 from peft_kernels.integrations.peft import INACTIVE
-
-
-class Operators(TorchDispatchMode):
-    """Counts the calls of this library's operators."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "peft_kernels":
-            self.calls[function._opname] += 1
-        return function(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -7,6 +7,7 @@ Where a member cannot be fused at this moment, the family's own forward runs, an
 
 import functools
 import importlib
+from collections.abc import Callable
 
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def project(owner: nn.Module, x: Tensor) -> list[Tensor] | None:
 
 
 def _mlp_forward(self, x: Tensor) -> Tensor:
-    projected = project(self, x)
+    projected = self.project(x)
     if projected is None:
         return self.family_class.forward(self, x)
     gate, up = projected
@@ -63,7 +64,7 @@ def _mlp_forward(self, x: Tensor) -> Tensor:
 def _attention_forward(
     self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
 ):
-    projected = project(self, hidden_states)
+    projected = self.project(hidden_states)
     if projected is None:
         return self.family_class.forward(
             self, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
@@ -90,9 +91,8 @@ def _attention_forward(
 _FORWARDS = {"qkv": _attention_forward, "gate_up": _mlp_forward}
 
 
-@functools.cache
-def fused_class(group: Group) -> type:
-    """The subclass whose instances compute a group in one call."""
+def grouped_class(prefix: str, group: Group, project: Callable[[nn.Module, Tensor], list[Tensor] | None]) -> type:
+    """A subclass whose instances get y of each projection of x from `project`, where that gives any."""
     modeling = importlib.import_module(group.family.module)
     family_class = getattr(modeling, group.owner)
     members = {
@@ -101,9 +101,16 @@ def fused_class(group: Group) -> type:
         "group": group,
         "family_class": family_class,
         "modeling": modeling,
+        "project": project,
         "forward": _FORWARDS[group.kind],
     }
-    return type(PREFIX + group.owner, (family_class,), members)
+    return type(prefix + group.owner, (family_class,), members)
+
+
+@functools.cache
+def fused_class(group: Group) -> type:
+    """The subclass whose instances compute a group in one call."""
+    return grouped_class(PREFIX, group, project)
 
 
 def __getattr__(name: str):  # how pickle finds a class by its name

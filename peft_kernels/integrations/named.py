@@ -23,6 +23,7 @@ from peft_kernels.integrations.rows import (
     by_peft,
     current,
     entered,
+    expansion,
     from_names,
     keeping,
     outside_graph,
@@ -45,15 +46,8 @@ class FusedLoraModel(LoraModel):
             with super()._enable_peft_forward_hooks(*args, **kwargs):
                 yield
             return
-        with entered(from_names(names, known, _expansion(kwargs))):
+        with entered(from_names(names, known, expansion(kwargs))):
             yield
-
-
-def _expansion(kwargs: dict) -> int:
-    """How many times generate, called with these arguments, repeats each sequence."""
-    config = kwargs.get("generation_config")
-    sizes = (kwargs.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences"))
-    return max(size or 1 for size in sizes)
 
 
 def _known_adapters(model: nn.Module) -> set[str] | None:
@@ -88,7 +82,7 @@ def _rebuild(make, family_class):
     return family_class.__new__(make(family_class))
 
 
-def _subclass(make, family_class: type, members: dict) -> type:
+def subclass(make, family_class: type, members: dict) -> type:
     """A subclass without state, that pickle and copy make again from the class."""
     members |= {
         "__doc__": family_class.__doc__,
@@ -109,7 +103,7 @@ def asking_class(family_class: type) -> type:
             return outside_graph(forward, self, *args, **kwargs)
         return by_peft(family_class.forward, self, rows, *args, **kwargs)
 
-    return _subclass(asking_class, family_class, {"forward": forward, "asks_for_rows": True})
+    return subclass(asking_class, family_class, {"forward": forward, "asks_for_rows": True})
 
 
 def _kept_checkpoint(self):
@@ -128,4 +122,4 @@ def _keep_checkpoint(self, checkpoint):
 @functools.cache
 def keeping_class(family_class: type[GradientCheckpointingLayer]) -> type:
     """A layer whose checkpointed forward is called in the backward with the adapters of the rows of its first call."""
-    return _subclass(keeping_class, family_class, {CHECKPOINT: property(_kept_checkpoint, _keep_checkpoint)})
+    return subclass(keeping_class, family_class, {CHECKPOINT: property(_kept_checkpoint, _keep_checkpoint)})

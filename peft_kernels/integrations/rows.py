@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 from transformers.pytorch_utils import Conv1D
 
 from peft_kernels.integrations.counts import mark_trained_by_row, was_trained_by_row
-from peft_kernels.ops import batched_lora_route
+from peft_kernels.ops import AdapterPool, batched_lora_route
 
 BASE = "__base__"  # PEFT's name for rows without an adapter
 KEPT_ROUTES = 8  # a generation without a cache asks for another one at every token
@@ -26,42 +26,27 @@ NOTHING = object()  # it is known that the call gives no adapters to rows
 OUTSIDE = object()  # there are adapters of rows, and a graph is being traced
 
 
-class RowAdapters:
-    """The adapters of the rows of one call: `adapters[ids[i]]` is row i's, -1 stands for none.
+class Rows:
+    """What the rows of one call have: ids[i] is row i's, -1 stands for none, and all are below `count`.
 
     ids [B], one per sequence, or [B, S], one per token. `source` is what the user gave, for messages. `expand`: so many
-    times generate may repeat each sequence (beams). `seen`: whether a layer has asked. `found`: the ids of the adapters
-    that some layer has, or None where no layer has looked for any. `calls`: by module, what a generation gathered for
-    its first token and calls again with for the others; None where the model may change between two forwards.
+    times generate may repeat each sequence (beams).
     """
 
-    def __init__(self, source: str, ids: Tensor, adapters: tuple[str, ...], expand: int = 1, calls: dict | None = None):
-        self.source, self.ids, self.adapters, self.expand, self.calls = source, ids, adapters, expand, calls
-        self.seen = False
-        self.found: set[int] | None = None
+    def __init__(self, source: str, ids: Tensor, count: int, expand: int = 1):
+        self.source, self.ids, self.count, self.expand = source, ids, count, expand
         self._routes: dict[tuple, Tensor] = {}
-        self._names: dict[tuple, list[str]] = {}
 
-    def route(self, x: Tensor) -> Tensor:
-        """For `batched_lora` on x [..., K]."""
-        key = x.shape[:-1], x.device
+    def route(self, leading: torch.Size, device: torch.device) -> Tensor:
+        """For an op on x [*leading, K]."""
+        # A graph that is captured must hold its own route: the one from before is not made again by a replay.
+        key = leading, device, device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         try:
             return self._routes[key]
         except KeyError:
             if len(self._routes) == KEPT_ROUTES:
                 del self._routes[next(iter(self._routes))]
-            ids = self._flat(key[0]).to(x.device)
-            return self._routes.setdefault(key, batched_lora_route(ids, max(1, len(self.adapters))))
-
-    def look(self, present: Container[str]) -> None:
-        """Notes which of the adapters a layer has."""
-        self.found = (self.found or set()).union(i for i, name in enumerate(self.adapters) if name in present)
-
-    def names(self, leading: torch.Size) -> list[str]:
-        """For PEFT's own forward, whose input has these leading sizes."""
-        if leading not in self._names:
-            self._names[leading] = [BASE if i < 0 else self.adapters[i] for i in self._flat(leading).tolist()]
-        return self._names[leading]
+            return self._routes.setdefault(key, batched_lora_route(self._flat(leading).to(device), self.count))
 
     def _flat(self, leading: torch.Size) -> Tensor:
         """The id of each row of a tensor with these leading sizes."""
@@ -78,6 +63,47 @@ class RowAdapters:
             )
         flat = self.ids.reshape(-1)
         return flat.repeat_interleave(M // flat.numel()) if flat.numel() else flat
+
+
+class RowAdapters(Rows):
+    """The adapters of the rows of one call: `adapters[ids[i]]` is row i's.
+
+    `seen`: whether a layer has asked. `found`: the ids of the adapters that some layer has, or None where no layer has
+    looked for any. `calls`: by module, what a generation gathered for its first token and calls again with for the
+    others; None where the model may change between two forwards.
+    """
+
+    def __init__(self, source: str, ids: Tensor, adapters: tuple[str, ...], expand: int = 1, calls: dict | None = None):
+        super().__init__(source, ids, max(1, len(adapters)), expand)
+        self.adapters, self.calls = adapters, calls
+        self.seen = False
+        self.found: set[int] | None = None
+        self._names: dict[tuple, list[str]] = {}
+        self._in_pools: dict[AdapterPool, Rows] = {}
+        self._pins = contextlib.ExitStack()
+
+    def in_pool(self, pool: AdapterPool) -> Rows:
+        """The same rows, with the slots of their adapters in a pool; the slots are pinned until the call ends."""
+        self.seen = True
+        if pool not in self._in_pools:
+            slots = [self._pins.enter_context(pool.pin(name)) for name in self.adapters]
+            slot_of = torch.tensor([*slots, -1], dtype=torch.int32, device=self.ids.device)  # an id of -1 reads the last
+            self._in_pools[pool] = Rows(self.source, slot_of[self.ids.long()], pool.slots, self.expand)
+        return self._in_pools[pool]
+
+    def close(self) -> None:
+        """The call has ended: its adapters may go."""
+        self._pins.close()
+
+    def look(self, present: Container[str]) -> None:
+        """Notes which of the adapters a layer has."""
+        self.found = (self.found or set()).union(i for i, name in enumerate(self.adapters) if name in present)
+
+    def names(self, leading: torch.Size) -> list[str]:
+        """For PEFT's own forward, whose input has these leading sizes."""
+        if leading not in self._names:
+            self._names[leading] = [BASE if i < 0 else self.adapters[i] for i in self._flat(leading).tolist()]
+        return self._names[leading]
 
 
 # -- what a call carries ----------------------------------------------------------------------------------------------
@@ -98,6 +124,7 @@ def entered(rows: RowAdapters) -> Iterator[None]:
     finally:
         _CURRENT.reset(token)
         _count(-1)
+        rows.close()
 
 
 def _count(change: int) -> None:
@@ -129,6 +156,14 @@ def current(module: nn.Module) -> RowAdapters | object | None:
     if module.training:
         mark_trained_by_row(module)
     return rows
+
+
+def rows_in_pool(pool: AdapterPool) -> Rows | object | None:
+    """What the rows of the present call have in a pool, None where no call gives adapters to rows; OUTSIDE as above."""
+    if is_compiling():
+        return OUTSIDE if _ENTERED else None
+    rows = _CURRENT.get()
+    return None if rows is None or rows is NOTHING else rows.in_pool(pool)
 
 
 @torch.compiler.disable(reason="which adapter each row has is not known inside a graph")
@@ -190,6 +225,13 @@ def from_names(names: Sequence[str], known: set[str], expand: int) -> RowAdapter
             f"{', '.join(map(repr, sorted(known)))}, and {BASE!r} stands for none"
         )
     return RowAdapters("adapter_names", torch.tensor(ids, dtype=torch.int32), tuple(index), expand, {})
+
+
+def expansion(kwargs: dict) -> int:
+    """How many times generate, called with these arguments, repeats each sequence."""
+    config = kwargs.get("generation_config")
+    sizes = (kwargs.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences"))
+    return max(size or 1 for size in sizes)
 
 
 @contextlib.contextmanager

@@ -47,6 +47,7 @@ from peft_kernels.integrations.targets import forward_is_known, group_of
 
 SHARDABLE = PLAIN | {DTensor}  # a layer-wise FSDP unit holds plain parameters again when its forward runs
 PLAIN_CLASS = {FusedLinear: Linear, FusedLoraModel: LoraModel}
+POOL_SITE = "pool_site"  # what `attach_pool` gives a layer beside its class
 OWN_FORWARD = "the instance has a forward of its own"
 
 
@@ -82,7 +83,7 @@ def patch(model: nn.Module, strict: bool = False) -> PatchReport:
         raise RuntimeError(f"patch(strict=True): nothing was changed, for these would not run fused:\n  {reasons}")
     rows, group_swaps, notes = _plan_groups(model, rows)
     row_swaps = _plan_rows_adapters(model, {id(module) for module, _ in swaps})
-    return PatchReport(model, rows, notes, _swap([*swaps, *group_swaps, *row_swaps]))
+    return PatchReport(model, rows, notes, swap([*swaps, *group_swaps, *row_swaps]))
 
 
 def unpatch(model: nn.Module) -> contextlib.AbstractContextManager:
@@ -103,7 +104,10 @@ def unpatch(model: nn.Module) -> contextlib.AbstractContextManager:
         elif isinstance(module, FusedLinear) or hasattr(kind, "family_class"):
             warnings.warn(f"unpatch: {name} keeps its class, {kind.__name__}, which was made after patch", stacklevel=2)
     restore = contextlib.ExitStack()
-    restore.callback(_swap(swaps))
+    for module in model.modules():
+        if POOL_SITE in module.__dict__:
+            restore.callback(module.__dict__.__setitem__, POOL_SITE, module.__dict__.pop(POOL_SITE))
+    restore.callback(swap(swaps))
     return restore
 
 
@@ -112,7 +116,7 @@ def _plain_class(kind: type) -> type:
     return PLAIN_CLASS.get(kind) or kind.__dict__.get("family_class", kind)
 
 
-def _swap(swaps: list[tuple[nn.Module, type]]) -> Callable[[], None]:
+def swap(swaps: list[tuple[nn.Module, type]]) -> Callable[[], None]:
     """Changes classes; returns what changes them back. A forward that accelerate has saved follows its class."""
     done = []
     for module, kind in swaps:
@@ -124,7 +128,7 @@ def _swap(swaps: list[tuple[nn.Module, type]]) -> Callable[[], None]:
 
     def restore():
         alive = [(module(), before, after) for module, before, after in done]
-        _swap([(module, before) for module, before, after in alive if type(module) is after])
+        swap([(module, before) for module, before, after in alive if type(module) is after])
 
     return restore
 
@@ -152,7 +156,7 @@ def _plan_layers(model: nn.Module) -> tuple[list[Row], list[tuple[nn.Module, typ
 
 def _obstacle(layer: Linear) -> str:
     """Why this layer can be fused in no state, or nothing."""
-    if _forward_was_replaced(layer):
+    if forward_was_replaced(layer):
         return OWN_FORWARD
     base = layer._modules["base_layer"]
     if layer.weight.is_meta:
@@ -174,17 +178,17 @@ def _input_of(base: nn.Module) -> torch.Tensor:
     return weight if isinstance(weight, torch.Tensor) else torch.empty(0)
 
 
-def _forward_was_replaced(module: nn.Module) -> bool:
+def forward_was_replaced(module: nn.Module) -> bool:
     return "forward" in module.__dict__ and not (own_method(module, "forward") or own_method(module, "_old_forward"))
 
 
-def _made_by_fsdp(module: nn.Module) -> bool:
+def made_by_fsdp(module: nn.Module) -> bool:
     return type(module).__name__.startswith("FSDP")
 
 
 def _no_kernel_for(layer: BaseTunerLayer) -> str:
     name = type(layer).__name__
-    if _made_by_fsdp(layer):
+    if made_by_fsdp(layer):
         return "its class was made by FSDP; patch before sharding"
     if is_parametrized(layer):
         return "its class was made by torch.nn.utils.parametrize"
@@ -239,7 +243,7 @@ def _group_obstacle(group, owner, plain, children, lora) -> str:
     """Why the projections can be one call in no state, or nothing."""
     if not forward_is_known(group, plain):
         return f"{plain.__name__}.forward is not the one that is known: another version of transformers, or replaced"
-    if _forward_was_replaced(owner):
+    if forward_was_replaced(owner):
         return OWN_FORWARD
     for path, child in children.items():
         if path not in lora:
@@ -286,7 +290,7 @@ def _plan_rows_adapters(model: nn.Module, fused: set[int]) -> list[tuple[nn.Modu
 
 
 def _keeps_its_class(module: nn.Module) -> bool:
-    return _made_by_fsdp(module) or is_parametrized(module) or _forward_was_replaced(module)
+    return made_by_fsdp(module) or is_parametrized(module) or forward_was_replaced(module)
 
 
 class PeftKernelsCallback(TrainerCallback):

@@ -33,6 +33,11 @@ class PageStore:
         taken, self._free = self._free[:count], self._free[count:]
         return taken
 
+    def reserve(self, pages: int) -> None:
+        """Room for so many pages in all."""
+        if pages > len(self.pages):
+            self._grow(pages)
+
     def give_back(self, numbers: list[int]) -> None:
         self._free = numbers + self._free
 
@@ -55,11 +60,15 @@ class SiteTable:
 
     def __init__(self, slots: int, wide: torch.dtype, device: torch.device):
         self.table = torch.zeros(slots, FIRST_PAGE + 2, dtype=torch.int32, device=device)
+        self.table[:, 1] = -1
         self.scaling = torch.zeros(slots, dtype=wide, device=device)
         self.growths = 0
+        self.touched = False  # until an adapter touches the site, nobody has to look at it
 
     def reserve(self, rank: int) -> None:
         """Room for a rank."""
+        if not self.touched:
+            self.touched, self.growths = True, self.growths + 1
         before, needed = (self.table.shape[1] - FIRST_PAGE) // 2, -(-rank // PAGE)
         if needed <= before:
             return

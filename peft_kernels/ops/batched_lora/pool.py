@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.ops.batched_lora.pages import PageStore, SiteTable
+from peft_kernels.ops.batched_lora.pooled_reference import PAGE
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _FEATURES = {  # parts of a tensor's name that belong to something else than plain LoRA
@@ -156,9 +157,13 @@ class AdapterPool:
         where = self.sites[site]
         return Tables(self._stores[where.K].pages, self._stores[where.N].pages, table.table, table.scaling)
 
+    def touched(self, site: str) -> bool:
+        """Whether some adapter has ever touched a site, or room was reserved there; False: its op may be left out."""
+        return self._tables[site].touched
+
     @property
     def growths(self) -> int:
-        """How often a tensor of tables() was replaced by a larger one."""
+        """How often a tensor of tables() was replaced by a larger one, or a site touched for the first time."""
         return sum(part.growths for part in (*self._stores.values(), *self._tables.values()))
 
     @property
@@ -212,6 +217,29 @@ class AdapterPool:
             self._slot_of = {n: s for n, s in self._slot_of.items() if n != name}
             if not self._pins[slot]:
                 self._release(slot)
+
+    def reserve(self, adapters: int, rank: int, sites: Iterable[str] | None = None) -> None:
+        """Makes room for so many adapters of a rank in all, so that adding them replaces no tensor (`growths`).
+
+        Args:
+            adapters: how many; one more than there are names at a time lets a full pool replace.
+            rank: of each, and one more for a lora_bias, one more for a gain.
+            sites: that they touch: if not given, those that the adapters touch that are there.
+
+        Raises:
+            KeyError: there is no such site.
+        """
+        with self._writing():
+            if sites is None:
+                sites = {site for held in self._held.values() for site, _, _ in held}
+            pages = Counter()
+            for name in sites:
+                self.tables(name)  # raises where there is none
+                self._tables[name].reserve(rank)
+                for width in (self.sites[name].K, self.sites[name].N):
+                    pages[width] += adapters * -(-rank // PAGE)
+            for width, count in pages.items():
+                self._stores[width].reserve(count)
 
     @contextmanager
     def pin(self, name: str) -> Iterator[int]:

@@ -1,0 +1,132 @@
+"""HF PEFT's LoRA adapters, from a folder, the hub or a PeftModel in memory, as what an AdapterPool stores at each site.
+
+Factors keep the checkpoint's values. The scaling is alpha / r (rsLoRA: alpha / sqrt(r), arXiv:2312.03732) with the
+patterns for r and alpha applied. DoRA (arXiv:2402.09353, eq. 5) becomes the row's gain and bias: with the layer's
+y0 = x W^T + b,
+
+    g (x W^T + s x A^T B^T) + b  =  g (y0 + s x A^T B^T) + (1 - g) b,      g = m / |W + s B A| (norm of each row)
+
+What a pool cannot hold is refused by name: parts of the base model that were trained too, or a base that the method
+has changed.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from os import PathLike
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.utils import get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
+from peft.utils.save_and_load import load_peft_weights
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_kernels.ops import SiteAdapter
+
+Source = str | PathLike | PeftModel
+
+PREFIX = "base_model.model."
+SUFFIXES = {  # end of a key -> which tensor of its site it is
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_B.bias": "bias",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_embedding_A": "A",
+    ".lora_embedding_B": "B",
+}
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that also rewrite the base's weights
+
+
+def read_adapter(
+    source: Source, adapter_name: str, module_of: Callable[[str], nn.Module], name: str
+) -> dict[str, SiteAdapter]:
+    """The parts of an adapter by site. `name` is for messages."""
+    if isinstance(source, nn.Module):
+        config = source.peft_config[adapter_name]
+        tensors = get_peft_model_state_dict(source, adapter_name=adapter_name, save_embedding_layers=False)
+    else:
+        config, tensors = PeftConfig.from_pretrained(source), load_peft_weights(source, device="cpu")
+    _refuse(config, name)
+    return {
+        site: _site_adapter(site, parts, config, module_of(site)) for site, parts in _by_site(tensors, name).items()
+    }
+
+
+def _refuse(config: PeftConfig, name: str) -> None:
+    """Raises for what is more than factors on layers."""
+    start = f"adapter '{name}':"
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{start} its peft_type is {config.peft_type}; a pool holds LoRA")
+    trained = {
+        "modules_to_save": config.modules_to_save,
+        "trainable_token_indices": config.trainable_token_indices,
+        "bias": config.bias if config.bias != "none" else None,
+    }
+    for field, value in trained.items():
+        if value:
+            raise ValueError(f"{start} {field}={value!r} trains parts of the base model, which all adapters share here")
+    unsupported = {
+        "target_parameters": config.target_parameters,
+        "layer_replication": config.layer_replication,
+        "alora_invocation_tokens": config.alora_invocation_tokens,
+        "arrow_config": config.arrow_config,
+        "use_qalora": config.use_qalora,
+        "kasa_config": getattr(config, "kasa_config", None),
+        "use_bdlora": getattr(config, "use_bdlora", None),
+        "monteclora_config": getattr(config, "monteclora_config", None),
+    }
+    for field, value in unsupported.items():
+        if value:
+            raise ValueError(f"{start} {field} is not supported by a pool")
+    initial = config.init_lora_weights
+    if isinstance(initial, str) and initial.lower().startswith(CHANGES_BASE):
+        raise ValueError(
+            f"{start} init_lora_weights={initial!r} has changed the base model too; save it again with "
+            "path_initial_model_for_weight_conversion, which makes plain LoRA of it"
+        )
+
+
+def _by_site(tensors: dict[str, Tensor], name: str) -> dict[str, dict[str, Tensor]]:
+    sites = defaultdict(dict)
+    for key, tensor in tensors.items():
+        if ".base_layer." in key:  # PEFT saves an embedding together with the LoRA on it
+            continue
+        suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), None)
+        if suffix is None:
+            raise ValueError(f"adapter '{name}': the tensor {key} is not known to a pool")
+        sites[key.removesuffix(suffix).removeprefix(PREFIX)][SUFFIXES[suffix]] = tensor
+    for site, parts in sites.items():
+        if missing := {"A", "B"} - parts.keys():
+            raise ValueError(f"adapter '{name}': {site} has no lora_{missing.pop()}")
+    return sites
+
+
+def _site_adapter(site: str, parts: dict[str, Tensor], config: LoraConfig, module: nn.Module) -> SiteAdapter:
+    a, b, bias = parts["A"], parts["B"], parts.get("bias")
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), site), config.lora_alpha)
+    rank = len(a)
+    scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    if isinstance(module, nn.Embedding):
+        if "magnitude" in parts:
+            raise ValueError(f"{site}: DoRA on an embedding is not supported by a pool")
+        return SiteAdapter(a, b, scaling * float(getattr(module, "embed_scale", 1.0)))
+    if "magnitude" not in parts:
+        return SiteAdapter(a, b, scaling, bias)
+    if not scaling:
+        b, scaling = torch.zeros_like(b), 1.0
+    gain = parts["magnitude"].float() / _norm(module, a, b, scaling)
+    base_bias = getattr(module, "bias", None)
+    if base_bias is not None:
+        bias = (1 - gain) * base_bias.detach().to(gain) / scaling  # the pool adds scaling * bias
+    return SiteAdapter(a, b, scaling, bias, gain)
+
+
+def _norm(module: nn.Module, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """|W + s B A| of each row, in fp32; one dense matrix for the while."""
+    weight = module.weight.detach()
+    if not weight.is_floating_point():
+        raise ValueError(f"DoRA on a quantised {type(module).__name__} is not supported by a pool")
+    weight = (weight.t() if isinstance(module, Conv1D) else weight).float()
+    return torch.linalg.norm(torch.addmm(weight, b.to(weight), a.to(weight), alpha=scaling), dim=1).cpu()

@@ -1,0 +1,292 @@
+"""A model whose layers take the adapters of a pool: y = base(x), then one in-place call that adds to y.
+
+`attach_pool` gives the model's linear layers and embeddings a subclass whose forward is their own and adds, in place,
+what the adapters of the rows say. The base may be of any kind that gives [..., N], a quantised one too. q, k and v, and
+gate and up, of the families in `targets.py` share one call. Rows without adapters, and calls without any, cost nothing.
+
+An embedding has no x: h[i] is column `token` of its A, gathered, and the identity in place of A makes the rest the call
+of a linear layer with R features.
+"""
+
+import functools
+from collections.abc import Callable
+from weakref import ref
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from transformers.pytorch_utils import Conv1D
+
+from peft_kernels.integrations.checkpoints import Source, read_adapter
+from peft_kernels.integrations.groups import grouped_class
+from peft_kernels.integrations.named import subclass
+from peft_kernels.integrations.peft import intercepted
+from peft_kernels.integrations.rows import OUTSIDE, Rows, outside_graph, rows_in_pool
+from peft_kernels.integrations.targets import Group, forward_is_known, group_of
+from peft_kernels.integrations.transformers import OWN_FORWARD, POOL_SITE, forward_was_replaced, made_by_fsdp, swap
+from peft_kernels.ops import AdapterPool, Site
+from peft_kernels.ops.batched_lora.pool import Tables
+from peft_kernels.ops.batched_lora.pooled_reference import FIRST_PAGE, PAGE
+from peft_kernels.ops.batched_lora.route import HEADER
+
+BATCHED_LORA_ = torch.ops.peft_kernels.batched_lora_.default
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class PoolSite:
+    """Where a layer finds its adapters: a place of a pool. Copies of a model share it."""
+
+    def __init__(self, pool: AdapterPool, name: str):
+        self.pool, self.name = pool, name
+
+    def rows(self) -> Rows | object | None:
+        """What the rows of the present call have in the pool; None where no call gives adapters to rows."""
+        return rows_in_pool(self.pool)
+
+    def tables(self) -> Tables:
+        return self.pool.tables(self.name)
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        raise TypeError("a model cannot be pickled with its AdapterPool; peft_kernels.unpatch(model) takes it off")
+
+
+# -- one call ---------------------------------------------------------------------------------------------------------
+
+
+def add_(rows: Rows, x: Tensor, ys: list[Tensor], sites: list[PoolSite]) -> None:
+    """Adds to each y what the adapters of the rows say. x [..., K], y_g [..., N_g]."""
+    if any(y.requires_grad for y in ys):
+        raise RuntimeError(
+            "attach_pool: a pool is for inference; call the model inside torch.no_grad() or torch.inference_mode(), "
+            "and train adapters with PEFT and peft_kernels.patch"
+        )
+    touched = [(y, site.tables()) for y, site in zip(ys, sites, strict=True) if site.pool.touched(site.name)]
+    if not touched:
+        return
+    ys, tables = zip(*touched, strict=True)
+    route = rows.route(x.shape[:-1], x.device)
+    x = x.reshape(-1, x.shape[-1]).to(ys[0].dtype)
+    BATCHED_LORA_(
+        [y.view(-1, y.shape[-1]) for y in ys],
+        x if x.stride(1) == 1 else x.contiguous(),
+        route,
+        tables[0].pages_in,
+        [t.pages_out for t in tables],
+        [t.table for t in tables],
+        [t.scaling for t in tables],
+    )
+
+
+def add_embedded_(rows: Rows, tokens: Tensor, y: Tensor, site: PoolSite) -> None:
+    """The same for an embedding. tokens [...], y [..., N]; A of the site has a column for each token."""
+    if not site.pool.touched(site.name):
+        return
+    pages_in, pages_out, table, scaling = site.tables()
+    route = rows.route(tokens.shape, tokens.device)
+    T, M = (table.shape[1] - FIRST_PAGE) // 2, tokens.numel()
+    slots = route[HEADER : HEADER + M].clamp(min=0).long()
+    pages = table[slots, FIRST_PAGE : FIRST_PAGE + T].long()  # [M, T]
+    h = pages_in[pages, :, tokens.reshape(-1, 1)].flatten(1)  # [M, 8 T]
+    h = h.where(torch.arange(PAGE * T, device=h.device) < table[slots, :1], 0)  # past a rank there may be anything
+    identity = torch.eye(PAGE * T, dtype=h.dtype, device=h.device).view(T, PAGE, PAGE * T)
+    table = table.clone()
+    table[:, FIRST_PAGE : FIRST_PAGE + T] = torch.arange(T, dtype=table.dtype, device=table.device)
+    y = y.view(-1, y.shape[-1])
+    sums = y.to(h.dtype)  # y itself, where it is of that type
+    BATCHED_LORA_([sums], h, route, identity, [pages_out], [table], [scaling])
+    if sums is not y:
+        y.copy_(sums)
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+def _members(family_class: type, add: Callable) -> dict:
+    def forward(self, x, *args, **kwargs):
+        site = self.pool_site
+        rows = site.rows()
+        if rows is OUTSIDE:
+            return outside_graph(forward, self, x, *args, **kwargs)
+        y = family_class.forward(self, x, *args, **kwargs)
+        if rows is not None:
+            add(rows, x, y, site)
+        return y
+
+    return {"forward": forward}
+
+
+def _add_linear_(rows: Rows, x: Tensor, y: Tensor, site: PoolSite) -> None:
+    add_(rows, x, [y], [site])
+
+
+@functools.cache
+def linear_class(family_class: type) -> type:
+    """A linear layer of some class, with what the adapters of its place add."""
+    return subclass(linear_class, family_class, _members(family_class, _add_linear_))
+
+
+@functools.cache
+def embedding_class(family_class: type) -> type:
+    """An embedding of some class, with what the adapters of its place add."""
+    return subclass(embedding_class, family_class, _members(family_class, add_embedded_))
+
+
+def project(owner: nn.Module, x: Tensor) -> list[Tensor] | None:
+    """y of each projection of an owner with one call for all of them, or None where each has to see to itself."""
+    members = [owner._modules[name] for name in owner.group.projections]
+    if any(POOL_SITE not in member.__dict__ or intercepted(member, x) for member in members):
+        return None
+    sites = [member.pool_site for member in members]
+    rows = sites[0].rows()
+    if rows is None or rows is OUTSIDE:
+        return None
+    ys = [type(member).family_class.forward(member, x) for member in members]
+    add_(rows, x, ys, sites)
+    return ys
+
+
+@functools.cache
+def pooled_group_class(group: Group) -> type:
+    """The subclass whose instances add to all projections of one x in one call."""
+    return grouped_class("Pooled", group, project)
+
+
+# -- a model ----------------------------------------------------------------------------------------------------------
+
+
+class ModelPool(AdapterPool):
+    """The pool of one model, made by `attach_pool`; its sites are the names of the model's layers.
+
+    `left_alone` says, by name, which layers adapters cannot touch, and why.
+    """
+
+    def __init__(self, model: nn.Module, sites: dict[str, Site], left_alone: dict[str, str], **kwargs):
+        super().__init__(sites, **kwargs)
+        self.left_alone = left_alone
+        self._model = ref(model)
+
+    def load(
+        self, name: str, source: Source, adapter_name: str = "default", replace: bool = False,
+        allow_nonfinite: bool = False,
+    ) -> int:  # fmt: skip
+        """Adds an adapter that HF PEFT has made, and returns its slot.
+
+        Args:
+            name: as in `add`.
+            source: a folder or hub id with adapter_config.json and adapter_model.safetensors; or a PeftModel, and then
+                `adapter_name` says which of its adapters.
+            replace, allow_nonfinite: as in `add`.
+
+        LoRA, rsLoRA, lora_bias, DoRA, patterns of ranks and alphas; on linear layers, Conv1D, embeddings and lm_head.
+
+        Raises:
+            ValueError: the adapter is more than that, or does not fit the model; it says where.
+
+        Example:
+            >>> pool = peft_kernels.attach_pool(model, adapters=64)
+            >>> pool.load("french", "checkpoints/french")
+        """
+        return self.add(name, read_adapter(source, adapter_name, self._module, name), replace, allow_nonfinite)
+
+    def _module(self, site: str) -> nn.Module:
+        if reason := self.left_alone.get(site):
+            raise ValueError(f"AdapterPool: {site} cannot take adapters: {reason}")
+        if site not in self.sites:
+            self.tables(site)  # raises, with the nearest name
+        model = self._model()
+        if model is None:
+            raise RuntimeError("AdapterPool: its model is gone")
+        return model.get_submodule(site)
+
+
+def attach_pool(
+    model: nn.Module, adapters: int = 256, *, dtype: torch.dtype | None = None, max_rank: int = 512
+) -> ModelPool:
+    """Lets a model serve many LoRA adapters at once, each row of a batch its own; returns the pool that holds them.
+
+    y[i] = base(x)[i] + s_a (x[i] A_a^T) B_a^T,  a the adapter of row i (Chen et al. 2023, arXiv:2310.18547)
+
+    Args:
+        model: a transformers model, or any module with linear layers or embeddings, on one device; without adapters.
+        adapters, max_rank: as in `AdapterPool`.
+        dtype: what factors are stored in: the model's dtype, if not given, or float32.
+
+    Every linear layer (nn.Linear and its subclasses, Conv1D, lm_head) and nn.Embedding becomes a site; only instances
+    change class, and sites that no adapter touches cost nothing. Which rows have which adapter is said by
+    `peft_kernels.adapter_ids`, for each call. `peft_kernels.unpatch(model)` gives the plain model back.
+
+    Raises:
+        ValueError: the model has PEFT layers or a pool, lies on several devices or on meta, or has no layer to serve.
+
+    Example:
+        >>> pool = peft_kernels.attach_pool(model, adapters=64)
+        >>> pool.load("french", "checkpoints/french"), pool.load("german", "checkpoints/german")
+        >>> with peft_kernels.adapter_ids([0, -1, 1], adapters=["french", "german"]):
+        ...     tokens = model.generate(input_ids, max_new_tokens=20)  # the second of the three by the base model
+    """
+    sites, swaps, left_alone = _plan(model)
+    weight = next(model.parameters())
+    if dtype is None:
+        dtype = next((p.dtype for p in model.parameters() if p.dtype in FLOATS), torch.float32)
+    pool = ModelPool(
+        model, sites, left_alone, adapters=adapters, dtype=dtype, device=weight.device, max_rank=max_rank
+    )
+    for name in sites:
+        model.get_submodule(name).pool_site = PoolSite(pool, name)
+    swap(swaps)
+    return pool
+
+
+def _plan(model: nn.Module):
+    """Sites by name; modules and their new classes; and by name what is left alone and why."""
+    sites, swaps, left_alone, owned = {}, [], {}, set()
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            raise ValueError(
+                f"attach_pool: {name} has PEFT adapters; take them off with model.unload() (and pool.load(name, "
+                "peft_model) before that), or use them where they are with peft_kernels.patch(model)"
+            )
+        if POOL_SITE in module.__dict__:
+            raise ValueError("attach_pool: the model has a pool; peft_kernels.unpatch(model) takes it off")
+        if isinstance(module, nn.MultiheadAttention):
+            owned.update(f"{name}.{child}" if name else child for child, _ in module.named_modules())
+        site = _site(module)
+        if site is None:
+            group = group_of(type(module))
+            if group and forward_is_known(group, type(module)) and not _obstacle(module):
+                swaps.append((module, pooled_group_class(group)))
+        elif reason := "nn.MultiheadAttention reads its weights itself" if name in owned else _obstacle(module):
+            left_alone[name] = reason
+        else:
+            sites[name] = site
+            make = embedding_class if isinstance(module, nn.Embedding) else linear_class
+            swaps.append((module, make(type(module))))
+    if not sites:
+        raise ValueError("attach_pool: the model has no linear layer and no embedding that could take adapters")
+    devices = {str(p.device) for p in model.parameters()}
+    if len(devices) > 1 or "meta" in devices:
+        raise ValueError(f"attach_pool: the model must lie on one device, got {', '.join(sorted(devices))}")
+    return sites, swaps, left_alone
+
+
+def _site(module: nn.Module) -> Site | None:
+    if isinstance(module, nn.Linear):
+        return Site(module.in_features, module.out_features)
+    if isinstance(module, Conv1D):
+        return Site(*module.weight.shape)
+    if isinstance(module, nn.Embedding):
+        return Site(module.num_embeddings, module.embedding_dim)
+    return None
+
+
+def _obstacle(module: nn.Module) -> str:
+    """Why a module cannot change class, or nothing."""
+    if made_by_fsdp(module):
+        return "its class was made by FSDP"
+    if is_parametrized(module):
+        return "its class was made by torch.nn.utils.parametrize"
+    return OWN_FORWARD if forward_was_replaced(module) else ""

@@ -1,0 +1,258 @@
+"""A model that serves the adapters of a pool: against PEFT with each adapter alone, with counts; every kind of LoRA
+that PEFT saves, what is refused, versions, threads, exceptions, and the plain model back."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from models import (
+    GENERATING,
+    MODELS,
+    ROWS,
+    Operators,
+    assert_as_close_as_peft,
+    base_model,
+    each_alone,
+    in_double,
+    in_rows,
+    inputs,
+    nothing_is_left,
+    peft_model,
+    served,
+    with_adapter,
+)
+from peft import IA3Config, get_peft_model
+from torch import nn
+
+import peft_kernels
+from peft_kernels.integrations.targets import group_of
+
+
+def tokens(rows: int = len(ROWS)) -> dict:
+    return {"input_ids": inputs(rows)["input_ids"]}
+
+
+def pool_of(model):
+    return next(m.pool_site.pool for m in model.modules() if "pool_site" in m.__dict__)
+
+
+@torch.no_grad()
+def logits(model, rows=ROWS, batch=None):
+    with in_rows(rows):
+        return model(**batch or tokens(len(rows))).logits
+
+
+def assert_as_alone(plain, model, alone, rows=ROWS):
+    batch = tokens(len(rows))
+    exact = each_alone(in_double(plain), {n: in_double(m) for n, m in alone.items()}, rows, batch)
+    assert_as_close_as_peft({"logits": logits(model, rows)}, each_alone(plain, alone, rows, batch), exact)
+
+
+def calls_per_forward(model, alone):
+    """One for the projections of a known group, one for each other layer that an adapter touches."""
+    touched = {n for m in alone.values() for n in m.targeted_module_names}
+    owners = [n for n, m in model.named_modules() if group_of(getattr(type(m), "family_class", type(m)))]
+    grouped = {name for name in touched if name.rpartition(".")[0] in owners and not name.endswith(("o_proj", "down_proj"))}
+    return len(touched - grouped) + len({(n.rpartition(".")[0]) for n in grouped})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_row_equals_its_adapter_alone(name):
+    plain, model, alone = served(name)
+    with Operators() as operators:
+        assert_as_alone(plain, model, alone)
+    assert operators.calls["batched_lora_"] == calls_per_forward(model, alone)
+    assert operators.calls["batched_lora_route"] <= 2, "one for each number of rows that the layers have"
+    with torch.no_grad(), Operators() as operators:
+        assert model(**tokens()).logits.equal(plain(**tokens()).logits), "no adapters of rows: the plain model"
+    assert not operators.calls and nothing_is_left(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bart"])
+def test_generation(name):
+    assert name in GENERATING
+    plain, model, alone = served(name)
+    asked = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2, "eos_token_id": None, "pad_token_id": 0}
+    with in_rows([n for n in ROWS for _ in range(2)] if name != "bart" else ROWS):
+        if name == "bart":  # its encoder runs before the beams are there
+            asked["num_beams"] = 1
+        found = model.generate(**tokens(), **asked)
+    for i, n in enumerate(ROWS):
+        expected = (plain if n is None else alone[n]).generate(input_ids=tokens()["input_ids"][i : i + 1], **asked)
+        assert found[i].tolist() == expected[0].tolist(), f"row {i}, {n}"
+
+
+KINDS = {
+    "rslora": {"use_rslora": True},
+    "lora_bias": {"lora_bias": True},
+    "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3, "1.mlp.up_proj": 7}},
+    "dora": {"use_dora": True},
+    "lm_head": {"target_modules": ["q_proj", "lm_head"]},
+    "embedding": {"target_modules": ["embed_tokens", "up_proj"]},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_lora(kind):
+    assert_as_alone(*served("gemma3" if kind == "embedding" else "llama", **KINDS[kind]))
+
+
+def test_dora_of_layers_with_a_bias():
+    assert_as_alone(*served("gpt2", use_dora=True))
+
+
+def test_kinds_in_one_batch():
+    plain, model, alone = served()
+    for seed, (kind, changes) in enumerate(KINDS.items()):
+        alone[kind] = with_adapter(plain, 10 + seed, **changes)
+    for kind in list(KINDS)[:5]:
+        pool_of(model).load(kind, alone[kind])
+    assert_as_alone(plain, model, alone, [*list(KINDS)[:5], None, *ROWS])
+
+
+def test_factors_in_fp32_on_a_model_in_bfloat16():
+    plain = base_model("llama").eval()
+    alone = with_adapter(plain, 0, target_modules=["embed_tokens", "q_proj", "down_proj"])
+    exact = each_alone(in_double(plain), {"a": in_double(alone)}, ["a", None], tokens(2))
+    half = {n: m.bfloat16() for n, m in (("plain", copy.deepcopy(plain)), ("a", copy.deepcopy(alone)))}
+    model = copy.deepcopy(half["plain"])
+    peft_kernels.attach_pool(model, dtype=torch.float32).load("a", alone)
+    peft = each_alone(half["plain"], {"a": half["a"]}, ["a", None], tokens(2))
+    assert_as_close_as_peft({"logits": logits(model, ["a", None])}, peft, exact)
+
+
+def test_from_a_folder(tmp_path):
+    plain, model, alone = served(target_modules=["embed_tokens", "q_proj"])
+    alone["french"].save_pretrained(tmp_path)
+    before = logits(model)
+    pool_of(model).load("french", tmp_path, replace=True)
+    assert logits(model).equal(before)
+
+
+REFUSED = {
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "bias": ({"bias": "all"}, "bias='all'"),
+    "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_a_pool_cannot_hold(kind):
+    changes, words = REFUSED[kind]
+    model = base_model("llama").eval()
+    pool = peft_kernels.attach_pool(model)
+    with pytest.raises(ValueError, match=f"adapter 'a': .*{words}"):
+        pool.load("a", with_adapter(base_model("llama"), 0, **changes))
+    assert not len(pool)
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match=r"has PEFT adapters.*model.unload\(\)"):
+        peft_kernels.attach_pool(peft_model("llama"))
+    with pytest.raises(ValueError, match="no linear layer"):
+        peft_kernels.attach_pool(nn.Sequential(nn.LayerNorm(3)))
+    with torch.device("meta"), pytest.raises(ValueError, match="one device, got meta"):
+        peft_kernels.attach_pool(nn.Sequential(nn.Linear(3, 3)))
+    _, model, _ = served()
+    with pytest.raises(ValueError, match="has a pool"):
+        peft_kernels.attach_pool(model)
+    with pytest.raises(TypeError, match=r"unpatch\(model\)"):
+        pickle.dumps(model)
+    with pytest.raises(RuntimeError, match=r"torch.no_grad\(\)"), in_rows(ROWS):
+        model(**tokens())
+    with pytest.raises(KeyError, match="no adapter 'dutch'"), in_rows(["dutch"]):
+        model(**tokens(1))
+    other = get_peft_model(base_model("llama"), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match="peft_type is .*IA3"):
+        pool_of(model).load("ia3", other)
+    with pytest.raises(KeyError, match="did you mean 'model.layers.0"):
+        pool_of(model).load("t5", with_adapter(base_model("bart"), 0))
+    assert nothing_is_left(model)
+
+
+def test_layers_that_are_left_alone():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "linear": nn.Linear(8, 8)})
+    model["own"] = nn.Linear(8, 8)
+    model["own"].forward = lambda x: x
+    pool = peft_kernels.attach_pool(model)
+    assert list(pool.sites) == ["linear"]
+    assert set(pool.left_alone) == {"attention.out_proj", "own"}
+
+
+def test_unpatch_gives_the_plain_model_back():
+    plain, model, _ = served()
+    kinds = [type(m) for m in plain.modules()]
+    served_logits = logits(model)
+    with peft_kernels.unpatch(model):
+        assert [type(m) for m in model.modules()] == kinds
+        assert [vars(m).keys() for m in model.modules()] == [vars(m).keys() for m in plain.modules()]
+        pickle.dumps(model)
+    assert logits(model).equal(served_logits)
+    peft_kernels.unpatch(model)
+    assert [type(m) for m in model.modules()] == kinds
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    peft_kernels.attach_pool(model)
+
+
+def test_a_copy_shares_the_pool():
+    _, model, _ = served()
+    assert logits(copy.deepcopy(model)).equal(logits(model))
+
+
+@torch.no_grad()
+def test_a_call_keeps_the_versions_that_it_began_with():
+    plain, model, alone = served()
+    before, pool = logits(model), pool_of(model)
+    with in_rows(ROWS):
+        model(**tokens())
+        pool.load("french", with_adapter(plain, 9), replace=True)
+        pool.remove("german")
+        assert model(**tokens()).logits.equal(before)
+    after = logits(model, ["french"])
+    alone["french"] = with_adapter(plain, 9)
+    assert_as_alone(plain, model, {"french": alone["french"]}, ["french"])
+    assert not after.equal(before[2:3]) and sum(pool._pins.values()) == 0
+    with pytest.raises(KeyError, match="german"):
+        logits(model, ["german"])
+
+
+def test_threads_with_different_adapters():
+    _, model, _ = served()
+    rows = [[n] for n in (*ROWS, "german", "greek", None)]
+    expected = [logits(model, r) for r in rows]
+    wrong = []
+
+    def work(i):
+        for _ in range(5):
+            if not logits(model, rows[i]).equal(expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(rows))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and nothing_is_left(model)
+
+
+def test_an_exception_leaves_nothing_behind():
+    _, model, _ = served()
+    hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        logits(model)
+    hook.remove()
+    pool = pool_of(model)
+    assert nothing_is_left(model) and sum(pool._pins.values()) == 0
+    for name in pool.names():
+        pool.remove(name)
+
+
+def test_a_hook_on_a_projection_runs():
+    plain, model, alone = served()
+    seen = []
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: seen.append(1))
+    assert_as_alone(plain, model, alone)
+    assert seen
