@@ -8,6 +8,7 @@ from peft_kernels import backends, registry
 from peft_kernels.ops import (
     AdapterPool,
     Site,
+    SiteAdapter,
     batched_lora,
     batched_lora_route,
     lora_dropout_mask,
@@ -24,6 +25,7 @@ __all__ = [
     "PatchReport",
     "PeftKernelsCallback",
     "Site",
+    "SiteAdapter",
     "adapter_ids",
     "backends",
     "batched_lora",
