@@ -10,6 +10,7 @@ from peft_kernels import backends, registry
 from peft_kernels.ops import (
     AdapterPool,
     Site,
+    SiteAdapter,
     batched_lora,
     batched_lora_route,
     lora_dropout_mask,
@@ -27,6 +28,7 @@ __all__ = [
     "PeftKernelsCallback",
     "Runner",
     "Site",
+    "SiteAdapter",
     "adapter_ids",
     "attach_pool",
     "backends",

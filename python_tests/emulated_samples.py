@@ -145,7 +145,7 @@ def test_route_is_equal(M, adapters, dtype):
 @pytest.mark.parametrize("K,N", [(520, (264, 40)), (67, (131,))])
 def test_a_row_of_a_batch_has_the_bits_of_the_row_alone(K, N, pair):
     ranks = tuple((r, 70 - r)[: len(N)] for r in (1, 8, 17, 0, 64))
-    arguments = pooled_samples.problem("cpu", *pair, rows=37, K=K, N=N, ranks=ranks, biased=True)
+    arguments = pooled_samples.problem("cpu", *pair, rows=37, K=K, N=N, ranks=ranks, biased=True, gained=True)
     forward = testing.operators(f"emulated_{BUILD}", POOLED)[0]
     whole = POOLED.evaluate(forward, None, arguments, None)
     ids = route.row_ids(arguments["route"], 37)

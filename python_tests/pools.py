@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_kernels import Site, backends, registry, testing
+from peft_kernels import Site, SiteAdapter, backends, registry, testing
 
 OP = registry.ops()["batched_lora_"]
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -12,8 +12,10 @@ needs_cpu = pytest.mark.skipif("cpu" not in backends.linked("batched_lora_", "cp
 SITES = {"q": Site(40, 24), "v": Site(40, 33), "down": Site(24, 40)}
 
 
-def factors(K, N, r, dtype=F32, biased=False):
-    return torch.randn(r, K).to(dtype), torch.randn(N, r).to(dtype), 0.5, torch.randn(N).to(dtype) if biased else None
+def factors(K, N, r, dtype=F32, biased=False, gained=False):
+    bias, gain = torch.randn(N).to(dtype) if biased else None, 1 + torch.randn(N) / 4
+    without = torch.randn(r, K).to(dtype), torch.randn(N, r).to(dtype), 0.5, bias
+    return SiteAdapter(*without, gain.to(dtype)) if gained else without
 
 
 def adapter(sites=SITES, ranks=(3, 9, 0), **more):

@@ -8,7 +8,7 @@ from peft_kernels.ops.batched_lora import pooled_samples, route
 
 OP = registry.ops()["batched_lora_"]
 F32, BF16 = torch.float32, torch.bfloat16
-M, SIZES = 37, dict(K=520, N=(264, 40), ranks=((1, 70), (8, 62), (17, 53), (0, 70), (64, 6)), biased=True)
+M, SIZES = 37, dict(K=520, N=(264, 40), ranks=((1, 70), (8, 62), (17, 53), (0, 70), (64, 6)), biased=True, gained=True)
 BATCHES = {
     "none": [-1] * M,
     "one": [2] * M,

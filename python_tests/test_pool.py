@@ -1,13 +1,14 @@
 """AdapterPool: slots, memory, pins and replacement, threads; every refusal leaves no trace."""
 
+import itertools
 import math
 import threading
 
 import pytest
 import torch
-from pools import BACKENDS, F16, SITES, adapter, factors, needs_cpu, run, same
+from pools import BACKENDS, BF16, F16, SITES, adapter, factors, needs_cpu, run, same
 
-from peft_kernels import AdapterPool, Site
+from peft_kernels import AdapterPool, Site, SiteAdapter
 
 # -- the pool's life --------------------------------------------------------------------------------------------------
 
@@ -42,13 +43,52 @@ def test_memory_is_true_ranks_and_is_used_again():
     assert pool.growths > growths
 
 
-def test_a_bias_fits_beside_any_rank():
-    pool, x = AdapterPool({"q": Site(40, 24)}), torch.randn(2, 40)
-    for r in (1, 7, 8, 9, 16):
-        a, b, scaling, bias = tensors = factors(40, 24, r, biased=True)
+def test_a_bias_and_a_gain_fit_beside_any_rank():
+    pool, x, before = AdapterPool({"q": Site(40, 24)}), torch.randn(2, 40), torch.randn(2, 24)
+    for r, biased, gained in itertools.product((1, 6, 7, 8, 9, 16), (False, True), (False, True)):
+        tensors = factors(40, 24, r, biased=biased, gained=gained)
         slot = pool.add("a", {"q": tensors}, replace=True)
-        (y,) = run("reference", pool, ("q",), [slot, -1], x, [torch.zeros(2, 24)])
-        torch.testing.assert_close(y[0], scaling * (x[0] @ a.mT @ b.mT + bias))
+        (y,) = run("reference", pool, ("q",), [slot, -1], x, [before])
+        a, b, scaling, bias, gain = SiteAdapter(*tensors)
+        expected = (gain if gained else 1) * (before[0] + scaling * (x[0] @ a.mT @ b.mT))
+        torch.testing.assert_close(y[0], expected + (scaling * bias if biased else 0))
+        assert same(y[1], before[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dora_is_a_gain_and_a_bias(backend):
+    """PEFT: magnitude (x W^T + s x A^T B^T) / ||W + s B A|| + b, where b is the layer's own bias."""
+    x, W, b, magnitude = torch.randn(5, 40), torch.randn(24, 40), torch.randn(24), 4 + torch.rand(24)
+    A, B, s, _ = factors(40, 24, 3)
+    gain = magnitude / (W + s * B @ A).norm(dim=1)
+    pool = AdapterPool(SITES)
+    slot = pool.add("dora", {"q": SiteAdapter(A, B, s, (1 - gain) * b / s, gain)})
+    (y,) = run(backend, pool, ("q",), [slot] * 5, x, [x @ W.mT + b])
+    torch.testing.assert_close(y, gain * (x @ W.mT + s * x @ A.mT @ B.mT) + b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gain_of_zero_leaves_the_bias(backend):
+    pool = AdapterPool(SITES)
+    a, b, s, bias = factors(40, 24, 3, biased=True)
+    slot = pool.add("a", {"q": SiteAdapter(a, b, s, bias, torch.zeros(24))})
+    (y,) = run(backend, pool, ("q",), [slot, -1], torch.randn(2, 40), [torch.randn(2, 24)])
+    assert same(y[0], s * bias)
+
+
+def test_a_gain_is_kept_as_its_distance_from_one():
+    pool, gain = AdapterPool(SITES, dtype=BF16), 1 + torch.linspace(-0.01, 0.01, 24)
+    slot = pool.add("a", {"q": SiteAdapter(*factors(40, 24, 3)[:2], gain=gain)})
+    tables = pool.tables("q")
+    assert same(tables.pages_out.flatten(0, 1)[tables.table[slot, 2]], (gain - 1).to(BF16))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_adapter_may_leave_out_every_site_of_a_width(backend):
+    pool, y = AdapterPool(SITES), [torch.randn(3, 24), torch.randn(3, 33)]
+    slot = pool.add("a", {"v": factors(40, 33, 3)})  # there is no page of width 24
+    out = run(backend, pool, ("q", "v"), [slot] * 3, torch.randn(3, 40), y)
+    assert same(out[0], y[0]) and not same(out[1], y[1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -146,8 +186,8 @@ def changed(site="q", **changes):
     """An adapter with one part of one site made wrong."""
 
     def make():
-        tensors = adapter(biased=True)
-        parts = dict(zip(("a", "b", "scaling", "bias"), tensors[site], strict=True))
+        tensors = adapter(biased=True, gained=True)
+        parts = dict(zip(("a", "b", "scaling", "bias", "gain"), tensors[site], strict=True))
         return tensors | {site: tuple((parts | {n: change(parts[n]) for n, change in changes.items()}).values())}
 
     return make
@@ -171,6 +211,10 @@ REFUSED = [
     ("rank-65", changed(a=lambda a: a.new_zeros(65, 40)), ValueError, "must have a rank r from 1 to 64, got 65"),
     ("ranks", changed(b=lambda b: b[:, 1:]), ValueError, "must have shape [out_features=24, r=3], got [24, 2]"),
     ("bias-shape", changed(bias=lambda b: b[1:]), ValueError, "must have shape [out_features=24], got [23]"),
+    ("gain-nan", changed(gain=spoiled(math.nan)), ValueError, "gain of site 'q' has 3 values of 24 that are not"),
+    ("gain-overflow", changed(gain=spoiled(1e6)), ValueError, "gain of site 'q' has 3 values of 24 that are not"),
+    ("gain-shape", changed(gain=lambda g: g[1:]), ValueError, "must have shape [out_features=24], got [23]"),
+    ("gain-number", changed(gain=lambda g: 1.5), TypeError, "gain of site 'q' must be a Tensor, got float"),
     ("integers", changed(a=lambda a: a.int()), TypeError, "must be a dense tensor of floats, got strided int32"),
     ("sparse", changed(a=lambda a: a.to_sparse()), TypeError, "must be a dense tensor of floats"),
     ("meta", changed(b=lambda b: b.to("meta")), TypeError, "must be a dense tensor of floats, got meta"),
@@ -184,9 +228,9 @@ REFUSED = [
         "pair",
         lambda: {"q": factors(40, 24, 2)[:2]},
         TypeError,
-        "must have a tuple (lora_A, lora_B, scaling, lora_bias)",
+        "must have a SiteAdapter or a tuple (lora_A, lora_B, scaling, lora_bias) or with a gain behind, got tuple of 2",
     ),
-    ("dora", lambda: {"q.lora_magnitude_vector": ()}, ValueError, "DoRA is not supported"),
+    ("dora", lambda: {"q.lora_magnitude_vector": ()}, ValueError, "it goes into the gain of its site's"),
     ("embedding", lambda: {"wte.lora_embedding_A": ()}, ValueError, "LoRA on an embedding is not supported"),
     ("whole-module", lambda: {"modules_to_save.head": ()}, ValueError, "modules_to_save is not supported"),
 ]

@@ -49,7 +49,7 @@ class Traffic:
                 alone[slot] = y  # an evicted slot adds nothing
             return
         ranks = [self.pick(0, 1, 2, 4, 7, 8, 9, 16, 33, 64) for _ in self.sites]
-        tensors = adapter(self.sites, ranks, biased=self.below(3) == 0)
+        tensors = adapter(self.sites, ranks, biased=self.below(3) == 0, gained=self.below(3) == 0)
         if not tensors:
             return
         broken = self.below(20) == 0  # NaN in one element of one factor
@@ -133,14 +133,15 @@ def test_identical_rows_get_identical_bits(backend):
             assert same(rows, rows[:1].expand_as(rows))
 
 
+@pytest.mark.parametrize("part", ["lora_B", "gain"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_in_one_adapter_stays_in_its_rows(backend):
+def test_nan_in_one_adapter_stays_in_its_rows(backend, part):
     pool = AdapterPool(SITES)
     good = pool.add("good", adapter())
     x, y, ids = torch.randn(9, 40), [torch.randn(9, 24)], [good] * 9
     clean = run(backend, pool, ("q",), ids, x, y)[0]
-    tensors = adapter()
-    tensors["q"][1].fill_(math.inf)
+    tensors = adapter(gained=True)
+    getattr(tensors["q"], part).fill_(math.inf if part == "lora_B" else math.nan)
     bad = pool.add("bad", tensors, allow_nonfinite=True)
     ids[2] = ids[7] = bad
     dirty = run(backend, pool, ("q",), ids, x, y)[0]
@@ -171,7 +172,8 @@ def test_numbers_inside_route_and_table_are_checked():
         ("route", 13, 9, "route names row 9 twice or out of range"),
         ("table", (slot, 0), 100, "table[0] must have ranks from 0 to"),
         ("table", (slot, 1), 10**6, "table[0] must have bias rows from -1"),
-        ("table", (slot, 2), -1, "table[0] must name pages from 0"),
+        ("table", (slot, 2), 10**6, "table[0] must have gain rows from -1"),
+        ("table", (slot, 3), -1, "table[0] must name pages from 0"),
     ]:
         call = arguments(pool, ("q",), [slot] * 5, torch.randn(5, 40), [torch.zeros(5, 24)])
         call["table"] = [call["table"][0].clone()]

@@ -98,7 +98,7 @@ def _call_pool(M, pair, N=(4096, 1024, 1024), K=4096, pages=2, slots=64):
         empty(route.length(M, slots), dtype=torch.int32),
         empty(100, 8, K, dtype=pair[1]),
         [empty(100, 8, n, dtype=pair[1]) for n in N],
-        [empty(slots, 2 + 2 * pages, dtype=torch.int32) for _ in N],
+        [empty(slots, 3 + 2 * pages, dtype=torch.int32) for _ in N],
         [empty(slots, dtype=F64 if pair[0] is F64 else F32) for _ in N],
     )
 

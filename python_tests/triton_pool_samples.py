@@ -51,7 +51,7 @@ def test_each_row_has_the_bits_of_the_row_alone(pair, monkeypatch):
     monkeypatch.setattr(triton_kernel, "PROGRAMS", 4)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", triton_interpreter.dot_in_order)
     ids, ranks = [2, 0, 1, 2, 2, -1, 0, 1] * 5, ((9, 0), (24, 3), (1, 16))
-    arguments = problem("cpu", *pair, rows=40, K=1100, N=(70, 40), ranks=ranks, ids=ids, biased=True)
+    arguments = problem("cpu", *pair, rows=40, K=1100, N=(70, 40), ranks=ranks, ids=ids, biased=True, gained=True)
     together = run(arguments)
     for m in (0, 1, 2, 5, 37, 39):
         alone = {"y": [y[m : m + 1] for y in arguments["y"]], "x": arguments["x"][m : m + 1]}

@@ -1,5 +1,6 @@
 // batched_lora on the CPU, free of torch: what many adapters add to one batch, in place.
 //   y_g[i] += s (sum_r h[i, r] B^T[r] + b),  h[i, r] = sum_k x[i, k] A[r, k]     with A, B, b, s of the slot of row i
+//   y_g[i] <- (1 + d) (y_g[i] + s sum_r h[i, r] B^T[r]) + s b                    where the slot has a gain 1 + d
 // M rows of x, K in_features, N_g out_features of slice g, R rank of a slot in a slice (0: it does not touch the
 // slice). Pool: pages of kPageRows rank rows; A has rows of K, B^T rows of N. Accumulation is fp32 for fp32, fp16 and
 // bf16.
@@ -31,9 +32,9 @@ constexpr int64_t route_size(int64_t M, int64_t adapters) {
   return kRouteHeader + 2 * M + tile_capacity(M, adapters) * kTileFields;
 }
 
-// A table row: rank, row of the bias (or -1), then T pages of A and T pages of B^T.
+// A table row: rank, row of the bias (or -1), row of the gain minus one (or -1), T pages of A and T pages of B^T.
 constexpr int64_t kPageRows = 8;
-enum TableField { kTableRank, kTableBias, kTablePages };
+enum TableField { kTableRank, kTableBias, kTableGain, kTablePages };
 
 constexpr int64_t kChunk = 512;    // elements of K that are summed on their own; the sums are added in order
 constexpr int64_t kBlock = 512;    // columns of y in one unit, at least: for kTile rows
@@ -58,7 +59,7 @@ struct Slice {            // one y, sharing x with the others
 struct Piece {          // the rows of one tile in one slice
   const int32_t* rows;  // numbers of rows of x and y
   int64_t count;
-  int64_t slot, slice, rank, bias;
+  int64_t slot, slice, rank, bias, gain;
   const int32_t* pages_A;
   const int32_t* pages_B;
   int64_t block;           // columns of y in one unit: kBlock times a power of 2, at most kTile kBlock / count

@@ -13,16 +13,18 @@ void add_row(const Problem& p, const Piece& piece, int64_t row, std::vector<doub
   const double* x = static_cast<const double*>(p.x) + row * p.x_stride;
   double* y = static_cast<double*>(slice.y) + row * slice.y_stride;
   const double scaling = static_cast<const double*>(slice.scaling)[piece.slot];
-  const double* bias = static_cast<const double*>(slice.pages_out) + piece.bias * slice.N;
+  const double* rows = static_cast<const double*>(slice.pages_out);
   h.assign(piece.rank, 0);
   for (int64_t r = 0; r < piece.rank; ++r) {
     const double* a = page_row(p.pages_in, piece.pages_A, r, p.K);
     for (int64_t k = 0; k < p.K; ++k) h[r] += x[k] * a[k];
   }
   for (int64_t n = 0; n < slice.N; ++n) {
-    double sum = piece.bias < 0 ? 0 : bias[n];
+    const double bias = piece.bias < 0 ? 0 : rows[piece.bias * slice.N + n];
+    double sum = piece.gain < 0 ? bias : 0;
     for (int64_t r = 0; r < piece.rank; ++r) sum += h[r] * page_row(slice.pages_out, piece.pages_B, r, slice.N)[n];
     y[n] += scaling * sum;
+    if (piece.gain >= 0) y[n] = y[n] + rows[piece.gain * slice.N + n] * y[n] + scaling * bias;
   }
 }
 

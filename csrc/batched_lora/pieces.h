@@ -7,7 +7,8 @@
 //            then one tree over its lanes (lane_sums adds the same lanes in the same order at each place); chunks are
 //            kChunk long wherever the work was cut, and are added in order of k;
 //   y[i][n]  one lane, h[i][r] B^T[r][n] added by explicit FMAs in order of r, page after page; then the bias; then one
-//            FMA with the scaling onto y. A stop in between keeps the whole fp32 value.
+//            FMA with the scaling onto y. With a gain: that FMA without the bias gives t, then d t + t, then s b +
+//            that, an FMA each. A stop in between keeps the whole fp32 value.
 // So the number of rows and of columns that a register tile takes at a time (MI, NJ, CV) is free, and so are threads.
 #pragma once
 
@@ -205,14 +206,15 @@ inline void sum_unit(const Problem& p, const Piece& piece) {
   }
 }
 
-// y[rows of the piece, n0 ... n0 + its block] += s (h B^T + b).
+// y[rows of the piece, n0 ... n0 + its block] += s (h B^T + b); or, with a gain, <- (1 + d) (y + s h B^T) + s b.
 template <class T, class F>
 void expand_unit(const Problem& p, const Piece& piece, int64_t n0) {
   const Slice& slice = p.slice[piece.slice];
   const int64_t cols = min(piece.block, slice.N - n0), ldh = piece.pages() * kPageRows, ld = piece.block + kGap;
   const float* h = p.h + piece.h;
-  const float scaling = static_cast<const float*>(slice.scaling)[piece.slot];
+  const vf scaling = vf{} + static_cast<const float*>(slice.scaling)[piece.slot];
   const F* bias = static_cast<const F*>(slice.pages_out) + piece.bias * slice.N + n0;
+  const F* gain = static_cast<const F*>(slice.pages_out) + piece.gain * slice.N + n0;
   alignas(64) float acc[kTile * (kBlock + kGap)];
   for (int64_t i = 0; i < piece.count; ++i) {
     for (int64_t j = 0; j < cols; j += kLanes) store(acc + i * ld + j, vf{});
@@ -225,9 +227,16 @@ void expand_unit(const Problem& p, const Piece& piece, int64_t n0) {
   for (int64_t i = 0; i < piece.count; ++i) {
     T* y = static_cast<T*>(slice.y) + piece.rows[i] * slice.y_stride + n0;
     for (int64_t j = 0; j < cols; j += kLanes) {
-      vf sum = load(acc + i * ld + j);
-      if (piece.bias >= 0) sum += load_n(bias + j, cols - j);
-      store_n(y + j, fma(vf{} + scaling, sum, load_n(y + j, cols - j)), cols - j);
+      vf sum = load(acc + i * ld + j), out = load_n(y + j, cols - j);
+      if (piece.gain < 0) {
+        if (piece.bias >= 0) sum += load_n(bias + j, cols - j);
+        out = fma(scaling, sum, out);
+      } else {
+        out = fma(scaling, sum, out);
+        out = fma(load_n(gain + j, cols - j), out, out);
+        if (piece.bias >= 0) out = fma(scaling, load_n(bias + j, cols - j), out);
+      }
+      store_n(y + j, out, cols - j);
     }
   }
 }

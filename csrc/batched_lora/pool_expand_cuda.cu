@@ -1,5 +1,6 @@
-// Forward of batched_lora over a pool, the expand: y[i, n] += s (sum_r h[p, r] B^T[r, n] + b[n]), rounded once; row i
-// at position p of the route's order, h [parts][M][columns] the shrink's, y [M, N], B^T in pages of 8 rank rows of N.
+// Forward of batched_lora over a pool, the expand: y[i, n] += s (sum_r h[p, r] B^T[r, n] + b[n]), or with a gain
+// (1 + d[n]) (y[i, n] + s sum_r h[p, r] B^T[r, n]) + s b[n], rounded once; row i at position p of the route's order,
+// h [parts][M][columns] the shrink's, y [M, N], B^T, b and d in pages of 8 rows of N.
 // Bound by reading B^T, each element of which a tile reads once, and by y. Grid: (tile, 256 columns, slice), a warp
 // takes 64 columns. Stages of 16 ranks of B^T arrive by cp.async, as many ahead as the ring has; h is added up in the
 // order of its parts for 64 ranks at a time and enters mma.sync as three bf16 parts, which hold all its bits; fp16
@@ -114,18 +115,29 @@ __device__ __forceinline__ void load_outputs(T* to, const Slice& slice, const Po
 
 template <class T>
 __device__ __forceinline__ void add_outputs(const T* y, const float* sums, const Slice& slice, const PoolTile& tile,
-                                            int64_t n, const uint4& bias, float scaling) {
+                                            int64_t n, const uint4& bias, const uint4& gain, float scaling) {
+  const bool gained = tile.entry[kTableGain] >= 0;
   for (int row = warp_index(); row < tile.rows && n < slice.N; row += kWarps) {
     const float* const sum = sums + row * kDeltaPitch + lane_index() * 8;
-    T value[8], vector[8];
+    T value[8], b[8], d[8];
     memcpy(value, __builtin_assume_aligned(y + row * kCols + lane_index() * 8, 16), 16);
-    memcpy(vector, &bias, 16);
+    memcpy(b, &bias, 16);
+    memcpy(d, &gain, 16);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) value[e] = from_float<T>(to_float(value[e]) + scaling * (sum[e] + to_float(vector[e])));
-    uint4 changed;
-    memcpy(&changed, value, 16);
-    *reinterpret_cast<uint4*>(output<T>(slice, tile, row, n)) = changed;
+    for (int e = 0; e < 8; ++e) {
+      value[e] = from_float<T>(changed(to_float(value[e]), sum[e], scaling, to_float(b[e]), to_float(d[e]), gained));
+    }
+    uint4 vector;
+    memcpy(&vector, value, 16);
+    *reinterpret_cast<uint4*>(output<T>(slice, tile, row, n)) = vector;
   }
+}
+
+// 8 neighbours of a row of the pages, zeros where there is no row.
+template <class T>
+__device__ __forceinline__ uint4 load_vector(const Slice& slice, int64_t row, int64_t n) {
+  if (row < 0 || n >= slice.N) return {};
+  return __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(slice.pages_out) + row * slice.N + n));
 }
 
 template <class T, int kStages>
@@ -153,10 +165,8 @@ __global__ void __launch_bounds__(kThreads, kStages > 3               ? 2
     if (i < stages) fill(ring + i * kStage, slice, tile, i, n);
     cp_async_commit();
   }
-  uint4 bias = {};
-  if (const int64_t row = tile.entry[kTableBias]; row >= 0 && n < slice.N) {
-    bias = __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(slice.pages_out) + row * slice.N + n));
-  }
+  const uint4 bias = load_vector<T>(slice, tile.entry[kTableBias], n),
+              gain = load_vector<T>(slice, tile.entry[kTableGain], n);
   const float scaling = static_cast<const float*>(slice.scaling)[tile.slot];
 
   wait_for_previous_launch();
@@ -189,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, kStages > 3               ? 2
     *reinterpret_cast<float2*>(to + 8 * kDeltaPitch) = {sums[j][2], sums[j][3]};
   }
   __syncthreads();
-  add_outputs(y, delta, slice, tile, n, bias, scaling);
+  add_outputs(y, delta, slice, tile, n, bias, gain, scaling);
 }
 
 int64_t column_blocks(const Pool& call) {

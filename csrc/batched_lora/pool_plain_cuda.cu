@@ -116,14 +116,21 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
   }
   if (!inside) return;
-  const int64_t row = tile.entry[kTableBias];
-  const Acc<T> bias = row < 0 ? Acc<T>{0} : static_cast<Acc<T>>(widen(pages[row * slice.N + n]));
-  const Acc<T> scaling = static_cast<const Acc<T>*>(slice.scaling)[tile.slot];
+  const auto value = [&](int64_t row) { return row < 0 ? Acc<T>{0} : Acc<T>{widen(pages[row * slice.N + n])}; };
+  const Acc<T> bias = value(tile.entry[kTableBias]), scaling = static_cast<const Acc<T>*>(slice.scaling)[tile.slot];
+  const auto store = [&](Acc<T> gain, bool gained) {
 #pragma unroll
-  for (int m = 0; m < kTileMost; ++m) {
-    if (m >= tile.rows) break;
-    T* const y = static_cast<T*>(slice.y) + tile.order[m] * slice.y_stride + n;
-    *y = narrow<T>(widen(*y) + scaling * (sum[m] + bias));
+    for (int m = 0; m < kTileMost; ++m) {
+      if (m >= tile.rows) break;
+      T* const y = static_cast<T*>(slice.y) + tile.order[m] * slice.y_stride + n;
+      *y = narrow<T>(changed(widen(*y), sum[m], scaling, bias, gain, gained));
+    }
+  };
+  // A branch in every row would take registers that sm_80 and sm_90a do not leave.
+  if (const int64_t row = tile.entry[kTableGain]; row < 0) {
+    store(0, false);
+  } else {
+    store(value(row), true);
   }
 }
 

@@ -27,6 +27,15 @@ __device__ __forceinline__ PoolTile pool_tile(const Pool& call, const Slice& sli
   return {used ? entry[kTableRank] : 0, tile[kTileRows], first, order + (used ? first : 0), entry, slot};
 }
 
+// y of one element before it is rounded, from the sum over its ranks. gain: minus one. The FMAs are spelled out so that
+// every kernel takes the same ones.
+template <class AccT>
+__device__ __forceinline__ AccT changed(AccT y, AccT sum, AccT scaling, AccT bias, AccT gain, bool gained) {
+  if (!gained) return y + scaling * (sum + bias);
+  const AccT total = fma(scaling, sum, y);
+  return fma(scaling, bias, fma(gain, total, total));
+}
+
 // The first column of a slice in h.
 __device__ __forceinline__ int64_t h_column(const Pool& call, int slice) {
   int64_t column = 0;

@@ -1,5 +1,6 @@
 // From a route and the pool's tables to the pieces that the kernels run over, with every number checked on the way.
 #include <type_traits>
+#include <utility>
 
 #include "batched_lora/batched_lora.h"
 
@@ -51,12 +52,16 @@ std::string bad_route(const Problem& p) {
 // may be rewriting the row of a slot that nobody pinned.
 std::string take_row(const Problem& p, int64_t g, const int32_t* row, Piece& piece, std::vector<int32_t>& numbers) {
   const Slice& slice = p.slice[g];
-  const int64_t rank = piece.rank = row[kTableRank], bias = piece.bias = row[kTableBias];
+  const int64_t rank = piece.rank = row[kTableRank];
   if (rank < 0 || rank > slice.T * kPageRows) {
     return text("table[", g, "] must have ranks from 0 to ", slice.T * kPageRows, ", got ", rank);
   }
-  if (bias < -1 || bias >= slice.pages * kPageRows) {
-    return text("table[", g, "] must have bias rows from -1 to ", slice.pages * kPageRows - 1, ", got ", bias);
+  if (rank == 0) return "";
+  piece.bias = row[kTableBias];
+  piece.gain = row[kTableGain];
+  for (const auto& [number, name] : {std::pair{piece.bias, "bias"}, std::pair{piece.gain, "gain"}}) {
+    if (number >= -1 && number < slice.pages * kPageRows) continue;
+    return text("table[", g, "] must have ", name, " rows from -1 to ", slice.pages * kPageRows - 1, ", got ", number);
   }
   const auto take = [&](const int32_t* from, int64_t pages, const char* name) -> std::string {
     for (int64_t q = 0; q < piece.pages(); ++q) {

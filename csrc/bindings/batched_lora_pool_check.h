@@ -120,8 +120,8 @@ class PoolCheck {
     pages(numbered("pages_out", g), a_.pages_out[g], y.size(1), "out_features");
     tensor(numbered("table", g), table, aoti_torch_dtype_int32(), "");
     const bool first = g == 0 || (table.dim() == 2 && table.size(0) == a_.table[0].size(0));
-    require(first && table.dim() == 2 && table.size(1) >= 4 && table.size(1) % 2 == 0 && table.is_contiguous(),
-            numbered("table", g), " must be contiguous, of shape [slots, 2 + 2 T], T >= 1, slots as in table[0], got ",
+    require(first && table.dim() == 2 && table.size(1) >= 5 && table.size(1) % 2 == 1 && table.is_contiguous(),
+            numbered("table", g), " must be contiguous, of shape [slots, 3 + 2 T], T >= 1, slots as in table[0], got ",
             [&] { return shape_of(table); });
     const bool wide = dtype_code(a_.x) == aoti_torch_dtype_float64();
     tensor(numbered("scaling", g), scaling, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(), "");

@@ -1,6 +1,6 @@
 // The CPU kernels of batched_lora's inference form against double loops, for every instruction set that this processor
-// has: two slices, mixed ranks, scattered pages, NaN wherever nothing may be read; each row bit-equal to the row alone,
-// however the work is cut; and every number of a route or table that must be refused.
+// has: two slices, mixed ranks, biases, gains, scattered pages, NaN wherever nothing may be read; each row bit-equal to
+// the row alone, however the work is cut; and every number of a route or table that must be refused.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -163,7 +163,10 @@ struct Bench {
         pages_out[g].randomize((row[q + kT] * kPageRows + r % kPageRows) * columns(g), columns(g));
       }
       row[kTableBias] = slot % 3 ? -1 : static_cast<int32_t>(slot * kPageRows + 7);
-      if (slot % 3 == 0) pages_out[g].randomize(row[kTableBias] * columns(g), columns(g));
+      row[kTableGain] = slot % 2 ? -1 : static_cast<int32_t>(slot * kPageRows + 6);
+      for (const int32_t other : {row[kTableBias], row[kTableGain]}) {
+        if (other >= 0) pages_out[g].randomize(other * columns(g), columns(g));
+      }
     }
   }
 
@@ -227,6 +230,11 @@ struct Bench {
         want[n] += h * b;
         size[n] += h_size * std::fabs(b);
       }
+    }
+    for (int64_t n = 0; entry[kTableGain] >= 0 && n < N; ++n) {
+      const double gain = 1 + pages_out[g].at(entry[kTableGain] * N + n);
+      want[n] *= gain;
+      size[n] = (size[n] + 1) * (1 + std::fabs(gain));
     }
     for (int64_t n = 0; entry[kTableBias] >= 0 && n < N; ++n) {
       want[n] += s * pages_out[g].at(entry[kTableBias] * N + n);
@@ -324,6 +332,7 @@ void test_refusals() {
   for (int32_t value : {0, 17}) refused(order[20 + kTileRows], value, "outside its rows or adapters");
   for (int32_t value : {-1, 41}) refused(row[kTableRank], value, "table[0] must have ranks from 0 to 40");
   for (int32_t value : {-2, 768}) refused(row[kTableBias], value, "table[0] must have bias rows from -1 to 767");
+  for (int32_t value : {-2, 768}) refused(row[kTableGain], value, "table[0] must have gain rows from -1 to 767");
   for (int32_t value : {-1, 96}) {
     refused(row[kTablePages + 4], value, "table[0] must name pages from 0 to 95 of pages_in");
     refused(row[kTablePages + kT], value, "table[0] must name pages from 0 to 95 of pages_out");

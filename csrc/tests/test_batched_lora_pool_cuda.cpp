@@ -1,6 +1,6 @@
 // The kernels of batched_lora over a pool against double loops, in the emulator and, by the same program, on a GPU:
-// ragged sizes, mixed ranks, scattered pages, several slices, biases, NaN wherever nothing may be read. What is added
-// to a row must have the same bits alone, among others, in any slot, from any pages, with h in parts or whole.
+// ragged sizes, mixed ranks, scattered pages, several slices, biases, gains, NaN wherever nothing may be read. What a
+// row gets must have the same bits alone, among others, in any slot, from any pages, with h in parts or whole.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -169,13 +169,16 @@ class Run {
       }
       for (int64_t n = 0; n < c_.N[g] + c_.gap; ++n) {
         const double before = n < c_.N[g] ? value_at(8, row, g, n) : NAN;
-        double sum = rank && has_bias(adapter) ? bias_value(g, adapter, n) : 0, size = std::fabs(sum);
+        const double bias = rank && has_bias(adapter) ? bias_value(g, adapter, n) : 0;
+        const double gain = rank && has_gain(adapter) ? 1 + gain_value(g, adapter, n) : 1;
+        double sum = 0, size = std::fabs(bias);
         for (int r = 0; r < rank; ++r) {
           sum += h[r] * B_value(g, adapter, r, n);
           size += sizes[r] * std::fabs(B_value(g, adapter, r, n));
         }
-        const double s = rank ? scale(adapter) : 0, want = rank ? before + s * sum : before;
-        right = right && close(y_[g]->at(i * (c_.N[g] + c_.gap) + n), want, 1 + std::fabs(s) * size, rank > 0);
+        const double s = rank ? scale(adapter) : 0, want = rank ? gain * (before + s * sum) + s * bias : before;
+        size = (1 + std::fabs(gain)) * (1 + std::fabs(s) * size);
+        right = right && close(y_[g]->at(i * (c_.N[g] + c_.gap) + n), want, size, rank > 0);
       }
     }
     return right;
@@ -199,6 +202,7 @@ class Run {
   int slices() const { return static_cast<int>(c_.N.size()); }
   int64_t slot_of(int64_t adapter) const { return (adapter + layout_.turn) % slots_; }
   static bool has_bias(int64_t adapter) { return adapter % 3 == 0; }
+  static bool has_gain(int64_t adapter) { return adapter % 2 == 0; }
   static double scale(int64_t adapter) { return adapter % 2 ? -0.75 : 1.5; }
   double x_value(int64_t row, int64_t k) const {
     return with_nan_ && row == kNaNRow && k == c_.K / 2 ? NAN : value_at(1, row, k, 0);
@@ -208,6 +212,7 @@ class Run {
   }
   double B_value(int g, int64_t adapter, int r, int64_t n) const { return value_at(3 + 16 * g, adapter, r, n); }
   double bias_value(int g, int64_t adapter, int64_t n) const { return value_at(4 + 16 * g, adapter, 0, n); }
+  double gain_value(int g, int64_t adapter, int64_t n) const { return value_at(5 + 16 * g, adapter, 0, n); }
 
   bool close(double got, double want, double size, bool changed) const {
     ++compared;
@@ -222,7 +227,7 @@ class Run {
   void add_pool() {
     pages_ = 3;
     for (const auto& ranks : c_.ranks) {
-      for (const int rank : ranks) pages_ += ceil_div(rank, kPageRows) + 1;
+      for (const int rank : ranks) pages_ += ceil_div(rank, kPageRows) + 2;
     }
     while (pages_ % layout_.page_step == 0) ++pages_;
     pages_in_ = std::make_unique<Matrix>(pair_.pages, pages_ * kPageRows * c_.K);
@@ -247,10 +252,12 @@ class Run {
           for (int64_t k = 0; k < c_.K; ++k) pages_in_->set(place * c_.K + k, A_value(g, adapter, r, k));
           for (int64_t n = 0; n < N; ++n) pages_out_[g]->set(place * N + n, B_value(g, adapter, r, n));
         }
-        entry[kTableBias] = -1;
-        if (!has_bias(adapter)) continue;
-        entry[kTableBias] = static_cast<int32_t>(new_page() * kPageRows + 5);
-        for (int64_t n = 0; n < N; ++n) pages_out_[g]->set(entry[kTableBias] * N + n, bias_value(g, adapter, n));
+        const int32_t bias = has_bias(adapter) ? static_cast<int32_t>(new_page() * kPageRows + 5) : -1;
+        const int32_t gain = has_gain(adapter) ? static_cast<int32_t>(new_page() * kPageRows + 3) : -1;
+        entry[kTableBias] = bias;
+        entry[kTableGain] = gain;
+        for (int64_t n = 0; n < N && bias >= 0; ++n) pages_out_[g]->set(bias * N + n, bias_value(g, adapter, n));
+        for (int64_t n = 0; n < N && gain >= 0; ++n) pages_out_[g]->set(gain * N + n, gain_value(g, adapter, n));
       }
       for (int64_t i = 0; i < M_; ++i) {
         for (int64_t n = 0; n < N; ++n) y_[g]->set(i * stride + n, value_at(8, layout_.chosen[i], g, n));

@@ -1,12 +1,13 @@
 """The op families. Importing one registers it; nothing else happens here."""
 
-from peft_kernels.ops.batched_lora import AdapterPool, Site, batched_lora, batched_lora_route
+from peft_kernels.ops.batched_lora import AdapterPool, Site, SiteAdapter, batched_lora, batched_lora_route
 from peft_kernels.ops.common.dropout import lora_dropout_mask, new_seed
 from peft_kernels.ops.lora_linear import lora_linear, lora_linear_group
 
 __all__ = [
     "AdapterPool",
     "Site",
+    "SiteAdapter",
     "batched_lora",
     "batched_lora_route",
     "lora_dropout_mask",

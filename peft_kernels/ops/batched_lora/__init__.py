@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from peft_kernels.ops.batched_lora import pooled  # noqa: F401  (importing it registers batched_lora_)
+from peft_kernels.ops.batched_lora.entries import SiteAdapter
 from peft_kernels.ops.batched_lora.op import check
 from peft_kernels.ops.batched_lora.pool import AdapterPool, Site
 from peft_kernels.ops.batched_lora.route import check as check_ids
 
-__all__ = ["AdapterPool", "Site", "batched_lora", "batched_lora_route"]
+__all__ = ["AdapterPool", "Site", "SiteAdapter", "batched_lora", "batched_lora_route"]
 
 
 def batched_lora_route(adapter_ids: Tensor, adapters: int) -> Tensor:

@@ -1,14 +1,16 @@
 """Where a pool's numbers lie: pages of 8 rank rows, shared by all sites of one width, and one table per site.
 
 pages [P, 8, width]: a factor of rank R takes ceil(R / 8) pages anywhere, so ranks are never padded to a largest one. A
-bias takes the row after the last rank row of B^T. table int32 [slots, 2 + 2 T]: rank, row of the bias among the rows
-of the pages (or -1), T pages of A, T pages of B^T; T is doubled when a larger rank comes. Growth makes a new tensor and
-copies: whoever holds the old one goes on with it, and a captured graph must be captured again.
+bias and a gain (minus one) take the rows after the last rank row of B^T. table int32 [slots, 3 + 2 T]: rank, row of the
+bias and row of the gain among the rows of the pages (or -1), T pages of A, T pages of B^T; T is doubled when a larger
+rank comes. Growth makes a new tensor and copies: whoever holds the old one goes on with it, and a captured graph must
+be captured again.
 """
 
 import torch
 from torch import Tensor
 
+from peft_kernels.ops.batched_lora.entries import Stored
 from peft_kernels.ops.batched_lora.pooled_reference import FIRST_PAGE, PAGE
 
 
@@ -79,15 +81,17 @@ class SiteTable:
         table[:, FIRST_PAGE + most : FIRST_PAGE + most + before] = self.table[:, FIRST_PAGE + before :]
         self.table, self.growths = table, self.growths + 1
 
-    def publish(self, slot: int, rank: int, biased: bool, scaling: float, a: list[int], b: list[int]) -> None:
+    def publish(self, slot: int, entry: Stored, a: list[int], b: list[int]) -> None:
         """The row of a slot that nobody reads yet: its rank, which makes the rest count, is written last."""
+        rank = entry.rank
         most = (self.table.shape[1] - FIRST_PAGE) // 2
         row = [0] * (FIRST_PAGE + 2 * most)
-        row[1] = b[rank // PAGE] * PAGE + rank % PAGE if biased else -1
+        place = iter(b[r // PAGE] * PAGE + r % PAGE for r in range(rank, len(entry.b)))
+        row[1], row[2] = (next(place) if there else -1 for there in (entry.biased, entry.gained))
         pages = -(-rank // PAGE)
         row[FIRST_PAGE : FIRST_PAGE + pages] = a
         row[FIRST_PAGE + most : FIRST_PAGE + most + pages] = b[:pages]
-        self.scaling[slot] = scaling
+        self.scaling[slot] = entry.scaling
         self.table[slot, 1:] = torch.tensor(row[1:], dtype=torch.int32, device=self.table.device)
         self.table[slot, 0] = rank
 

@@ -12,7 +12,6 @@ On a GPU all of this is ordered by the stream that is current; add and run on th
 """
 
 import difflib
-import math
 import re
 import threading
 from collections import Counter
@@ -24,16 +23,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peft_kernels.ops.batched_lora.entries import FLOATS, SiteAdapter, Stored, check, store
+from peft_kernels.ops.batched_lora.entries import require as _require
 from peft_kernels.ops.batched_lora.pages import PageStore, SiteTable
 from peft_kernels.ops.batched_lora.pooled_reference import PAGE
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_FEATURES = {  # parts of a tensor's name that belong to something else than plain LoRA
-    "lora_magnitude_vector": "DoRA",
-    "lora_embedding_": "LoRA on an embedding",
-    "modules_to_save": "modules_to_save",
+_FEATURES = {  # parts of a tensor's name that are no site's, and what about them
+    "lora_magnitude_vector": "DoRA's magnitude is not a site: it goes into the gain of its site's SiteAdapter",
+    "lora_embedding_": "LoRA on an embedding is not supported",
+    "modules_to_save": "modules_to_save is not supported",
 }
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -53,28 +53,8 @@ class Tables(NamedTuple):
 
     pages_in: Tensor  # [P, 8, K]
     pages_out: Tensor  # [P', 8, N]
-    table: Tensor  # int32 [slots, 2 + 2 T]
+    table: Tensor  # int32 [slots, 3 + 2 T]
     scaling: Tensor  # [slots]
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One site's part of an adapter, checked and in the pool's dtype."""
-
-    site: str
-    a: Tensor  # [R, K]
-    b: Tensor  # [R, N], or [R + 1, N] with the bias last
-    scaling: float
-    biased: bool
-
-    @property
-    def rank(self) -> int:
-        return len(self.a)
-
-
-def _require(condition: bool, text: str, error: type[Exception] = ValueError) -> None:
-    if not condition:
-        raise error(f"AdapterPool: {text}")
 
 
 class AdapterPool:
@@ -87,10 +67,11 @@ class AdapterPool:
         device: where they are stored.
         max_rank: larger ranks are refused.
 
-    An adapter takes `ceil(r / 8)` pages of 8 rows for each factor that it has, and nothing at sites that it does not
-    touch. Pages are shared by all sites of one width and doubled when they run out: an allocation and a copy, counted
-    by `growths`. A captured CUDA graph holds addresses from before, so it must be captured again when `growths` has
-    changed, and growing inside a capture raises. Safe for any number of threads.
+    An adapter takes `ceil(r / 8)` pages of 8 rows for each factor that it has (a bias and a gain are one more row of
+    lora_B each), and nothing at sites that it does not touch. Pages are shared by all sites of one width and doubled
+    when they run out: an allocation and a copy, counted by `growths`. A captured CUDA graph holds addresses from
+    before, so it must be captured again when `growths` has changed, and growing inside a capture raises. Safe for any
+    number of threads.
 
     Raises:
         ValueError, TypeError: sites, adapters, dtype or max_rank that make no pool.
@@ -115,7 +96,7 @@ class AdapterPool:
             _require(site.K >= 1 and site.N >= 1, f"site '{name}' must have K and N of 1 or more, got {site}")
         _require(adapters >= 1, f"adapters must be 1 or more, got {adapters}")
         _require(max_rank >= 1, f"max_rank must be 1 or more, got {max_rank}")
-        _require(dtype in _FLOATS, f"dtype must be float32, float16, bfloat16 or float64, got {dtype}", TypeError)
+        _require(dtype in FLOATS, f"dtype must be float32, float16, bfloat16 or float64, got {dtype}", TypeError)
         self.sites, self.adapters, self.max_rank = dict(sites), adapters, max_rank
         self.slots = adapters + 1  # what `batched_lora_route` takes as `adapters`
         self.dtype, self.device = dtype, torch.device(device)
@@ -179,7 +160,8 @@ class AdapterPool:
 
         Args:
             name: letters, digits, `_`, `-` and `.`, from 1 to 64 of them, beginning with a letter or digit, no `..`.
-            tensors: `(lora_A [r, K], lora_B [N, r], scaling, lora_bias [N] or None)` by site.
+            tensors: by site, a `SiteAdapter` or a tuple of its first four or all five: `(lora_A [r, K], lora_B [N, r],
+                scaling, lora_bias [N] or None, gain [N] or None)`.
             replace: a new version of an adapter that is there. It gets a slot of its own; requests that pinned the old
                 one keep it.
             allow_nonfinite: take infinities and NaN, which then stay in the rows of this adapter.
@@ -263,7 +245,7 @@ class AdapterPool:
         with self._lock, torch.inference_mode(False):
             yield
 
-    def _fill(self, slot: int, entries: list[_Entry]) -> None:
+    def _fill(self, slot: int, entries: list[Stored]) -> None:
         """Factors into pages and rows of tables that nobody reads; what is taken is held from then on."""
         pages = []
         for entry in entries:
@@ -274,7 +256,7 @@ class AdapterPool:
                 self._held[slot].append((entry.site, width, pages[-1]))
                 self._stores[width].write(pages[-1], rows)
         for entry, a, b in zip(entries, pages[::2], pages[1::2], strict=True):
-            self._tables[entry.site].publish(slot, entry.rank, entry.biased, entry.scaling, a, b)
+            self._tables[entry.site].publish(slot, entry, a, b)
 
     def _release(self, slot: int) -> None:
         """Withdraws a slot from every table, then gives its pages back; it is taken again as late as possible."""
@@ -285,35 +267,12 @@ class AdapterPool:
             self._stores[width].give_back(numbers)
         self._free.append(slot)
 
-    def _entry(self, site: str, entry: tuple, allow_nonfinite: bool) -> _Entry:
-        for part, feature in _FEATURES.items():
-            _require(part not in site, f"{feature} is not supported, got '{site}'")
+    def _entry(self, site: str, entry: SiteAdapter | tuple, allow_nonfinite: bool) -> Stored:
+        for part, rule in _FEATURES.items():
+            _require(part not in site, f"{rule}, got '{site}'")
         _require(site in self.sites, f"no site '{site}' in this model{_nearest(site, self.sites)}")
-        shaped = isinstance(entry, tuple) and len(entry) == 4
-        got = f"{type(entry).__name__} of {len(entry)}" if isinstance(entry, (tuple, list)) else type(entry).__name__
-        _require(shaped, f"site '{site}' must have a tuple (lora_A, lora_B, scaling, lora_bias), got {got}", TypeError)
-        a, b, scaling, bias = entry
-        K, N = self.sites[site].K, self.sites[site].N
-        _check_factor(site, "lora_A", a, (None, K), f"r, in_features={K}")
-        r = len(a)
-        fits = f"lora_A of site '{site}' must have a rank r from 1 to {self.max_rank}, got {r}"
-        _require(1 <= r <= self.max_rank, fits)
-        _check_factor(site, "lora_B", b, (N, r), f"out_features={N}, r={r}")
-        if bias is not None:
-            _check_factor(site, "lora_bias", bias, (N,), f"out_features={N}")
-        number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
-        _require(number, f"scaling of site '{site}' must be a number, got {type(scaling).__name__}", TypeError)
-        finite = math.isfinite(scaling) and abs(scaling) <= torch.finfo(torch.float32).max
-        _require(finite, f"scaling of site '{site}' must be finite in float32, got {scaling}")
-        stored = {"lora_A": a, "lora_B": b} | ({} if bias is None else {"lora_bias": bias})
-        stored = {name: tensor.detach().to(self.device, self.dtype) for name, tensor in stored.items()}
-        for name, tensor in () if allow_nonfinite else stored.items():
-            bad = tensor.numel() - int(tensor.isfinite().sum())
-            dtype = str(self.dtype).removeprefix("torch.")
-            text = f"{name} of site '{site}' has {bad} values of {tensor.numel()} that are not finite in {dtype}"
-            _require(bad == 0, f"{text}; allow_nonfinite=True takes them")
-        b_rows = torch.cat([stored["lora_B"].mT, *(t[None] for n, t in stored.items() if n == "lora_bias")])
-        return _Entry(site, stored["lora_A"], b_rows, float(scaling), bias is not None)
+        checked = check(site, self.sites[site].K, self.sites[site].N, entry, self.max_rank)
+        return store(site, checked, self.dtype, self.device, allow_nonfinite)
 
 
 def _slot(slot_of: Mapping[str, int], name: str) -> int:
@@ -331,17 +290,6 @@ def _check_name(name: str) -> None:
         f"a name must have 1 to 64 letters, digits, '_', '-' or '.', begin with a letter or digit and have no '..', "
         f"got {name[:80]!r}",
     )
-
-
-def _check_factor(site: str, name: str, tensor: Tensor, shape: tuple[int | None, ...], words: str) -> None:
-    """One tensor of a site; None in its shape stands for any size."""
-    what = f"{name} of site '{site}' must"
-    _require(isinstance(tensor, Tensor), f"{what} be a Tensor, got {type(tensor).__name__}", TypeError)
-    plain = tensor.layout is torch.strided and tensor.dtype in _FLOATS and not tensor.is_meta
-    kind = "meta" if tensor.is_meta else f"{tensor.layout} {tensor.dtype}".replace("torch.", "")
-    _require(plain, f"{what} be a dense tensor of floats, got {kind}", TypeError)
-    fits = tensor.dim() == len(shape) and all(w in (None, n) for w, n in zip(shape, tensor.shape, strict=True))
-    _require(fits, f"{what} have shape [{words}], got {list(tensor.shape)}")
 
 
 def _nearest(site: str, sites: Mapping[str, Site]) -> str:

@@ -60,9 +60,9 @@ def _check_slice(g: int, y, x, pages_in, pages_out, table, scaling, slots) -> No
     check_tensor(NAME, f"table[{g}]", table, x, (torch.int32,), "int32")
     require(
         NAME,
-        table.dim() == 2 and table.shape[0] == slots and table.shape[1] >= 4 and table.shape[1] % 2 == 0
+        table.dim() == 2 and table.shape[0] == slots and table.shape[1] >= 5 and table.shape[1] % 2 == 1
         and table.is_contiguous(),
-        f"table[{g}] must be contiguous, of shape [slots, 2 + 2 T], T >= 1, slots as in table[0], "
+        f"table[{g}] must be contiguous, of shape [slots, 3 + 2 T], T >= 1, slots as in table[0], "
         f"got {list(table.shape)}",
     )  # fmt: skip
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32

@@ -1,9 +1,10 @@
 """batched_lora_ in plain PyTorch: the definition that every backend is measured against. Never optimised.
 
 y_g[i] += s (sum_r h[i, r] B^T[r] + b),  h[i, r] = sum_k x[i, k] A[r, k],   A, B^T, b, s of the slot of row i in slice g
-Factors lie in pages of 8 rank rows, A in pages_in and B^T in pages_out_g. A row of table_g: rank, row of b among the
-rows of pages_out_g (or -1), then T pages of A and T pages of B^T. Rank 0: the slot does not touch slice g.
-Arithmetic in fp32 for all 16- and 32-bit inputs, in fp64 for fp64; y + delta is rounded once. Pages that no routed
+y_g[i] <- (1 + d) (y_g[i] + s sum_r h[i, r] B^T[r]) + s b                      where the slot has a gain, stored as d
+Factors lie in pages of 8 rank rows, A in pages_in and B^T in pages_out_g. A row of table_g: rank, rows of b and d among
+the rows of pages_out_g (or -1), then T pages of A and T pages of B^T. Rank 0: the slot does not touch slice g.
+Arithmetic in fp32 for all 16- and 32-bit inputs, in fp64 for fp64; the result is rounded once. Pages that no routed
 slot names are not read.
 """
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from peft_kernels.ops.batched_lora.route import HEADER
 
 PAGE = 8  # rank rows of a page
-FIRST_PAGE = 2  # where the page numbers begin in a table row
+FIRST_PAGE = 3  # where the page numbers begin in a table row
 
 
 def tiles(route: Tensor, M: int) -> list[tuple[int, Tensor]]:
@@ -31,13 +32,19 @@ def add_(y, x, route, pages_in, pages_out, table, scaling) -> None:
     accumulator = torch.float64 if x.dtype is torch.float64 else torch.float32
     for slot, rows in tiles(route, x.shape[0]):
         for y_g, pages, table_g, scaling_g in zip(y, pages_out, table, scaling, strict=True):
-            rank, bias_row, *_ = table_g[slot].tolist()
+            rank, bias_row, gain_row, *_ = table_g[slot].tolist()
             if rank == 0:
                 continue
+            s, stored = scaling_g[slot], pages.flatten(0, 1)
             numbers_a, numbers_b = table_g[slot, FIRST_PAGE:].chunk(2)
             a = rank_rows(pages_in, numbers_a, rank).to(accumulator)  # [R, K]
             b = rank_rows(pages, numbers_b, rank).to(accumulator)  # [R, N]
             delta = x[rows].to(accumulator) @ a.mT @ b
-            if bias_row >= 0:
-                delta += pages.flatten(0, 1)[bias_row].to(accumulator)
-            y_g[rows] = (y_g[rows].to(accumulator) + scaling_g[slot] * delta).to(y_g.dtype)
+            if bias_row >= 0 and gain_row < 0:
+                delta += stored[bias_row].to(accumulator)
+            total = y_g[rows].to(accumulator) + s * delta
+            if gain_row >= 0:
+                total += stored[gain_row].to(accumulator) * total
+            if bias_row >= 0 and gain_row >= 0:
+                total += s * stored[bias_row].to(accumulator)
+            y_g[rows] = total.to(y_g.dtype)

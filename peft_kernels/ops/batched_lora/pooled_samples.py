@@ -14,52 +14,58 @@ PAIRS = ((F32, F32), (F16, F16), (BF16, BF16), (BF16, F32), (F16, F32), (F64, F6
 MIXED = ((1,), (3,), (8,), (9,), (20,), (0,))  # ranks of the slots
 
 
-def paged(factors: list[Tensor | None], biases: list[Tensor | None], width: int) -> tuple[Tensor, list, list]:
-    """Rank rows [R, width] of each slot and a row of its bias, in pages in a scattered order; all else is NaN.
+def paged(factors: list[Tensor], others: list[tuple[Tensor | None, ...]], width: int) -> tuple[Tensor, list, list]:
+    """Rank rows [R, width] of each slot and its other rows (bias, gain), in pages in a scattered order; all else NaN.
 
-    Returns the pages, the page numbers of each slot and the number of its bias row, or -1.
+    Returns the pages, the page numbers of each slot and the numbers of its other rows, -1 where there is none.
     """
-    counts = [0 if f is None else -(-len(f) // PAGE) for f in factors]
-    total = sum(counts) + len(biases) + 1
+    counts = [-(-len(f) // PAGE) for f in factors]
+    total = sum(counts) + sum(len(rows) for rows in others) + 1
     step = next(s for s in range(total // 2 + 1, 2 * total) if math.gcd(s, total) == 1)
     numbers = iter(i * step % total for i in range(total))
-    like = next(f for f in factors if f is not None)
-    pages = like.new_full((total, PAGE, width), math.nan)
-    rows, taken, bias_rows = pages.flatten(0, 1), [], []
-    for factor, bias, count in zip(factors, biases, counts, strict=True):
+    pages = factors[0].new_full((total, PAGE, width), math.nan)
+    rows, taken, other_rows = pages.flatten(0, 1), [], []
+    for factor, other, count in zip(factors, others, counts, strict=True):
         taken.append([next(numbers) for _ in range(count)])
-        for r in range(0 if factor is None else len(factor)):
+        for r in range(len(factor)):
             rows[taken[-1][r // PAGE] * PAGE + r % PAGE] = factor[r]
-        bias_rows.append(-1 if bias is None else next(numbers) * PAGE + 5)
-        if bias is not None:
-            rows[bias_rows[-1]] = bias
-    return pages, taken, bias_rows
+        other_rows.append([-1 if row is None else next(numbers) * PAGE + 5 for row in other])
+        for number, row in zip(other_rows[-1], other, strict=True):
+            if row is not None:
+                rows[number] = row
+    return pages, taken, other_rows
 
 
-def problem(device, dtype, factor_dtype, *, rows=12, K=32, N=(48,), ranks=MIXED, ids=None, biased=False) -> dict:
+def problem(
+    device, dtype, factor_dtype, *, rows=12, K=32, N=(48,), ranks=MIXED, ids=None, biased=False, gained=False
+) -> dict:
     """Arguments of the op: one slot per entry of `ranks`, which gives its rank in each slice of N.
 
-    ids: of the rows; by default all slots and none in turn. The factors are scaled so that each slot adds as much as y
-    holds.
+    ids: of the rows; by default all slots and none in turn. biased, gained: half of the slots have a bias, two of three
+    a gain. The factors are scaled so that each slot adds as much as y holds.
     """
     generator = torch.Generator().manual_seed(rows * 1009 + K * 31 + sum(N))
 
     def draw(*shape, scale=1.0, to=dtype):
         return (torch.randn(*shape, generator=generator, dtype=F64) * scale).to(device, to)
 
-    slots, none = len(ranks), [None] * len(ranks)
+    slots = len(ranks)
     a = [[draw(r, K, scale=K**-0.5, to=factor_dtype) for r in slot] for slot in ranks]
-    pages_in, taken, _ = paged([f for slot in a for f in slot], [None] * (slots * len(N)), K)
+    pages_in, taken, _ = paged([f for slot in a for f in slot], [()] * (slots * len(N)), K)
     table, pages_out, scaling = [], [], []
     for g, n in enumerate(N):
         b = [draw(slot[g], n, scale=max(slot[g], 1) ** -0.5, to=factor_dtype) for slot in ranks]
-        bias = [draw(n, to=factor_dtype) if i % 2 else None for i in range(slots)] if biased else none
-        pages, numbers, bias_rows = paged(b, bias, n)
+        bias = [draw(n, to=factor_dtype) if biased and i % 2 else None for i in range(slots)]
+        gain = [draw(n, scale=0.5, to=factor_dtype) if gained and i % 3 < 2 else None for i in range(slots)]
+        for row in gain:
+            if row is not None:
+                row[0] = -1  # of which the bias is left
+        pages, numbers, other_rows = paged(b, list(zip(bias, gain, strict=True)), n)
         most = max(1, *(len(p) for p in numbers))
         entries = torch.full((slots, FIRST_PAGE + 2 * most), -7, dtype=torch.int32)  # past a rank: never read
         for i, (slot, of_b) in enumerate(zip(ranks, numbers, strict=True)):
             of_a = taken[i * len(N) + g]
-            entries[i, 0], entries[i, 1] = slot[g], bias_rows[i]
+            entries[i, :FIRST_PAGE] = torch.tensor([slot[g], *other_rows[i]])
             entries[i, FIRST_PAGE : FIRST_PAGE + len(of_a)] = torch.tensor(of_a)
             entries[i, FIRST_PAGE + most : FIRST_PAGE + most + len(of_b)] = torch.tensor(of_b)
         table.append(entries.to(device))
@@ -110,9 +116,10 @@ def _of(change=None, **sizes):
 
 
 def samples() -> list[Sample]:
-    """About twenty, each for an edge that has broken a kernel somewhere."""
+    """Some twenty, each for an edge that has broken a kernel somewhere."""
     qkv = dict(N=(64, 16, 17), ranks=((8, 2, 5), (0, 9, 0), (0, 0, 0), (24, 1, 16)))
     one, many = ((16,),), tuple((r % 24,) for r in range(40))
+    pairs = ((1, 20), (3, 0), (8, 8), (9, 17), (20, 3), (0, 9))
     rows = [
         ("ones", "every size is 1", dict(rows=1, K=1, N=(1,), ranks=((1,),), ids=[0])),
         ("aligned", "every size fills whole tiles", dict(rows=64, K=512, N=(512,), ranks=one, ids=[0] * 64)),
@@ -129,6 +136,8 @@ def samples() -> list[Sample]:
         ("distinct", "as many adapters as rows", dict(rows=40, K=70, ranks=many, ids=list(range(39, -1, -1)))),
         ("skewed", "one popular adapter", dict(rows=70, ranks=many, ids=[7] * 30 + [3, -1, 9] * 3 + [7] * 31)),
         ("bias", "biases on some slots", dict(rows=20, K=35, biased=True)),
+        ("gain", "gains on some slots (DoRA)", dict(rows=40, K=64, N=(264, 40), ranks=pairs, gained=True)),
+        ("gain-bias", "gains and biases", dict(rows=23, K=67, N=(131, 9), ranks=pairs, biased=True, gained=True)),
         ("outside", "ids out of range count as none", dict(rows=6, ids=[0, 6, -2, 2**31 - 1, -(2**31), 4])),
         ("group", "q, k, v of different widths and ranks", dict(rows=23, K=67, biased=True, **qkv)),
     ]
@@ -199,7 +208,7 @@ def _bad_activations() -> list[BadInput]:
 
 def _bad_pool() -> list[BadInput]:
     """Pages, tables and scalings."""
-    wrong_table = "table[0] must be contiguous, of shape [slots, 2 + 2 T]"
+    wrong_table = "table[0] must be contiguous, of shape [slots, 3 + 2 T]"
     return [
         _bad("pages_in-dtype", TypeError, "pages_in must have dtype float32, as x, or float32, got bfloat16",
              pages_in=lambda p: p.to(BF16)),
@@ -214,8 +223,8 @@ def _bad_pool() -> list[BadInput]:
         _bad("pages_out-strided", ValueError, "pages_out[0] must be contiguous", pages_out=_first(lambda p: p[::2])),
         _bad("table-count", ValueError, "table must have one entry per y (1), got 0", table=lambda t: []),
         _bad("table-dtype", TypeError, "table[0] must have dtype int32", table=_first(lambda t: t.long())),
-        _bad("table-width", ValueError, wrong_table, table=_first(lambda t: t[:, :2].contiguous())),
-        _bad("table-odd", ValueError, wrong_table, table=_first(lambda t: t[:, :5].contiguous())),
+        _bad("table-width", ValueError, wrong_table, table=_first(lambda t: t[:, :3].contiguous())),
+        _bad("table-even", ValueError, wrong_table, table=_first(lambda t: t[:, :6].contiguous())),
         _bad("table-1d", ValueError, wrong_table, table=_first(lambda t: t.flatten())),
         _bad("scaling-count", ValueError, "scaling must have one entry per y (1), got 2", scaling=lambda s: s * 2),
         _bad("scaling-dtype", TypeError, "scaling[0] must have dtype float32, got float64",

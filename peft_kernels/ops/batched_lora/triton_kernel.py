@@ -2,6 +2,7 @@
 
     shrink  h[p, i, c] = sum of the chunks of K in part p of x[i] A[c]^T;   program: tile of the route x 16 ranks x part
     expand  y_g[i] += s (sum_c (h[0, i, c] + h[1, i, c] + ...) B^T[c] + b);  program: tile x BLOCK_N columns of a slice
+            with a gain t = y_g[i] + s sum_c ..., then t + d t, then s b + that: an FMA each
 A tile is up to 16 rows of one slot; i counts rows in the route's order, c the ranks of all slices side by side. The
 grids cover what the shapes allow, and a program past the tiles in use or the rank of its slot ends at once: nothing is
 read back, so a captured graph serves other routes. K is summed in chunks of CHUNK, and their sums in order, however
@@ -50,6 +51,13 @@ def _rank_rows(pages_ptr, ranks, rank, width):
     """Where the rank rows begin, in elements; `pages_ptr` points to the first page number of the slot."""
     page = tl.load(pages_ptr + ranks // PAGE_ROWS, mask=ranks < rank, other=0)
     return (page.to(tl.int64) * PAGE_ROWS + ranks % PAGE_ROWS) * width
+
+
+@triton.jit
+def _row_after_ranks(pages_ptr, row, offs_n, N, ACCUMULATOR: tl.constexpr):
+    """A bias or gain [1, BLOCK_N]; zeros where there is none."""
+    there = tl.where(row >= 0, N, 0)
+    return tl.load(pages_ptr + row.to(tl.int64) * N + offs_n, mask=offs_n < there, other=0.0).to(ACCUMULATOR)[None, :]
 
 
 @triton.jit(do_not_specialize=["M", "capacity_offset", "each", "stride_part"])
@@ -122,13 +130,19 @@ def _pool_expand_kernel(
                         acc = product(rest_of(h, high).to(b.dtype), b, acc)
                     else:
                         acc = product(h, b, acc)
-                bias_row = tl.load(row_ptr + 1).to(tl.int64)
-                biased = tl.where(bias_row >= 0, N, 0)
-                bias = tl.load(pages_ptr + bias_row * N + offs_n, mask=offs_n < biased, other=0.0)
+                bias = _row_after_ranks(pages_ptr, tl.load(row_ptr + 1), offs_n, N, ACCUMULATOR)
+                gain_row = tl.load(row_ptr + 2)
+                scaling = tl.load(scaling_ptr + slot)
                 y_ptrs = y_ptr + rows[:, None] * stride_ym + offs_n[None, :]
                 mask = valid[:, None] & (offs_n < N)[None, :]
-                delta = tl.load(scaling_ptr + slot) * (acc + bias.to(ACCUMULATOR)[None, :])
-                total = tl.load(y_ptrs, mask=mask, other=0.0).to(ACCUMULATOR) + delta
+                total = tl.load(y_ptrs, mask=mask, other=0.0).to(ACCUMULATOR)
+                if gain_row >= 0:
+                    gain = _row_after_ranks(pages_ptr, gain_row, offs_n, N, ACCUMULATOR)
+                    total = tl.fma(acc, scaling, total)
+                    total = tl.fma(total, gain, total)
+                    total = tl.fma(bias, scaling, total)
+                else:
+                    total += scaling * (acc + bias)
                 tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=mask)
 
 
