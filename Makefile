@@ -8,12 +8,15 @@
 # make test-all        all tests: the slow ones, test-kernels and test-floor too
 #
 # Needs Python >= 3.11 with venv, a C++ compiler and pip's package index; everything else goes into .venv.
-# Settings: PYTHON, VENV, CXX, PK_CUDA=auto|0|1, PK_CUDA_ARCHS, ARGS (for the command that is run), and pip's own.
+# Settings: PYTHON, VENV, CXX, PK_CUDA=auto|0|1, PK_CUDA_ARCHS, WORKERS (processes of the test suite), ARGS (for the
+# command that is run), and pip's own.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest --timeout=600
+# Two processes or more, which share the cores: threads that wait must not spin.
+WORKERS ?= $(shell sh -c 'cores=$$(nproc); echo $$((cores < 8 ? cores : 8))')
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --timeout=600 -n $(WORKERS) --dist worksteal
 FLOOR := transformers==5.17.0 peft==0.21.0
 FLOOR_FREE := ^(transformers|peft|huggingface_hub)==
 SOURCES := $(wildcard csrc csrc/* csrc/*/*)

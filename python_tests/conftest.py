@@ -11,6 +11,15 @@ _RUN = Counter()
 _WHY_NONE = {}
 
 
+def pytest_addoption(parser):
+    parser.addoption("--shard", default="0/1", help="I/N: of all tests the I-th and every N-th after it, I from 0")
+
+
+def pytest_collection_modifyitems(config, items):
+    index, count = map(int, config.getoption("--shard").split("/"))
+    items[:] = items[index::count]
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ checkpointing, threads, exceptions, layers without a kernel."""
 import copy
 import pickle
 import threading
+from collections import Counter
 
 import pytest
 import torch

@@ -74,7 +74,9 @@ def results(manager, count):
 
 def test_several_sequences_of_a_request():
     _, model, _ = served()
-    manager = peft_kernels.init_continuous_batching(model, greedy(num_return_sequences=2), config())
+    manager = peft_kernels.init_continuous_batching(
+        model, greedy(num_return_sequences=2, do_sample=True, top_k=1), config()
+    )
     request = manager.add_request(PROMPTS[1], adapter="greek")
     manager.start()
     found = results(manager, 2)

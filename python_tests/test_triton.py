@@ -19,6 +19,7 @@ from peft_kernels import backends, registry
 
 HERE = Path(__file__).parent
 OLDEST = Path(sys.prefix, "triton-3.6")  # the oldest supported Triton, where `make test` puts it beside the pinned one
+SHARDS = {"triton_samples.py": 8, "triton_pool_samples.py": 2}  # each is a minute or less of interpretation
 QUIET = ["-q", "-W", "ignore", "-p", "no:cacheprovider"]
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # what a block may use; 99 KiB for all that runs sm_80's
@@ -41,9 +42,12 @@ def _too_old_for_numpy():
 
 
 @pytest.mark.skipif(_too_old_for_numpy(), reason="this triton cannot interpret with this numpy (2.4 and later)")
-@pytest.mark.parametrize("samples", ["triton_samples.py", "triton_pool_samples.py"])
-def test_every_sample_interpreted(samples):
-    command = [sys.executable, "-m", "pytest", *QUIET, samples]
+@pytest.mark.parametrize(
+    ("samples", "shard"),
+    [(file, f"{i}/{count}") for file, count in SHARDS.items() for i in range(count)],
+)
+def test_every_sample_interpreted(samples, shard):
+    command = [sys.executable, "-m", "pytest", *QUIET, samples, "--shard", shard]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parent)}
     run = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
     print(run.stdout[-8000:], run.stderr[-2000:])

@@ -202,7 +202,9 @@ def init_continuous_batching(
     """
     site = next((m.__dict__[POOL_SITE] for m in model.modules() if POOL_SITE in m.__dict__), None)
     if site is None:
-        raise ValueError("init_continuous_batching: the model has no pool; peft_kernels.attach_pool(model) gives it one")
+        raise ValueError(
+            "init_continuous_batching: the model has no pool; peft_kernels.attach_pool(model) gives it one"
+        )
     if continuous_batching_config is None:
         continuous_batching_config = ContinuousBatchingConfig(allow_block_sharing=False)
     if continuous_batching_config.allow_block_sharing:

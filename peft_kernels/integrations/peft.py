@@ -70,8 +70,8 @@ class Call:
         seed = new_seed(x.device) if self.drops else None
         if self.rows is not None:
             return BATCHED_LORA(
-                x, self.rows.route(x.shape[:-1], x.device), self.weight, self.bias, self.lora_A, self.lora_B, self.lora_bias,
-                self.member, self.adapter, self.scaling, self.dropout_p, seed,
+                x, self.rows.route(x.shape[:-1], x.device), self.weight, self.bias,
+                self.lora_A, self.lora_B, self.lora_bias, self.member, self.adapter, self.scaling, self.dropout_p, seed,
             )[0]  # fmt: skip
         return LORA_LINEAR(
             x, self.weight, self.bias, self.lora_A, self.lora_B, self.lora_bias,

@@ -232,9 +232,7 @@ def attach_pool(
     weight = next(model.parameters())
     if dtype is None:
         dtype = next((p.dtype for p in model.parameters() if p.dtype in FLOATS), torch.float32)
-    pool = ModelPool(
-        model, sites, left_alone, adapters=adapters, dtype=dtype, device=weight.device, max_rank=max_rank
-    )
+    pool = ModelPool(model, sites, left_alone, adapters=adapters, dtype=dtype, device=weight.device, max_rank=max_rank)
     for name in sites:
         model.get_submodule(name).pool_site = PoolSite(pool, name)
     swap(swaps)

@@ -87,7 +87,9 @@ class RowAdapters(Rows):
         self.seen = True
         if pool not in self._in_pools:
             slots = [self._pins.enter_context(pool.pin(name)) for name in self.adapters]
-            slot_of = torch.tensor([*slots, -1], dtype=torch.int32, device=self.ids.device)  # an id of -1 reads the last
+            slot_of = torch.tensor(
+                [*slots, -1], dtype=torch.int32, device=self.ids.device
+            )  # an id of -1 reads the last
             self._in_pools[pool] = Rows(self.source, slot_of[self.ids.long()], pool.slots, self.expand)
         return self._in_pools[pool]
 

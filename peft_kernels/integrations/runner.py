@@ -1,4 +1,4 @@
-"""A served model that is compiled or captured: its own copies of the modules, all tensors shared, ids in static buffers.
+"""A served model that is compiled or captured: copies of the modules of its own, all tensors shared, static buffers.
 
 A graph can read no context variable, so the modules that a runner calls are its own: their pool sites find the ids in
 the runner. The route is made once per forward, inside the graph, from the ids; replays read what the buffers hold then.

@@ -62,7 +62,7 @@ class SiteTable:
 
     def __init__(self, slots: int, wide: torch.dtype, device: torch.device):
         self.table = torch.zeros(slots, FIRST_PAGE + 2, dtype=torch.int32, device=device)
-        self.table[:, 1] = -1
+        self.table[:, 1:FIRST_PAGE] = -1  # no bias row, no gain row
         self.scaling = torch.zeros(slots, dtype=wide, device=device)
         self.growths = 0
         self.touched = False  # until an adapter touches the site, nobody has to look at it
