@@ -110,9 +110,7 @@ def estimate(
     model: Annotated[str, typer.Argument(help="Model id of the Hugging Face Hub, or a folder; config.json is enough")],
     adapters: Annotated[int, typer.Option(help="Adapters in the pool")],
     rank: Annotated[int, typer.Option(help="Of every adapter")],
-    target_modules: Annotated[
-        str, typer.Option(help="As PEFT's: all-linear, or names joined by commas")
-    ] = "all-linear",
+    target_modules: Annotated[str, typer.Option(help="all-linear, or names joined by commas")] = "all-linear",
     dtype: Annotated[str, typer.Option(help="Of the base: bf16, fp16 or fp32")] = "bf16",
     adapter_dtype: Annotated[str, typer.Option(help="Of the adapters; default: the base's")] = "",
     rows: Annotated[int, typer.Option(help="Rows of a decode batch")] = 32,
@@ -178,9 +176,8 @@ def _show_estimate(console: Console, found, question, model: str) -> None:
         step.add_row(name, _bytes(value), _bytes(token), f"{value / found.step_base:.2%}")
     console.print(memory)
     console.print(step)
-    console.print(
-        f"Where bytes are the limit a decoded token takes [bold]x{found.price:.3f}[/bold] of the base's time."
-    )
+    console.print(f"Where bytes are the limit, a token takes [bold]x{found.price:.3f}[/bold] of the base's time.")
+    console.print("The KV cache, which costs both the same, is left out.")
     for note in found.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
 

@@ -142,7 +142,11 @@ def test_the_command_prints_what_the_estimate_holds(folder):
 
 def test_a_model_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    for name in (str(tmp_path), str(tmp_path / "nowhere"), "someone/a-model-that-is-not-in-the-cache"):
+    for name, text in (("broken", "{"), ("wrong", '{"model_type": "llama", "hidden_size": "wide"}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+    folders = [str(tmp_path / name) for name in ("", "nowhere", "broken", "wrong")]
+    for name in (*folders, "someone/a-model-that-is-not-in-the-cache"):
         result = command(name, "--adapters", "1", "--rank", "4")
         assert result.exit_code == 2
         assert result.output.startswith("estimate: MODEL must be a folder with a config.json") and name in result.output

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
@@ -95,12 +96,12 @@ def model_on_meta(name: str) -> nn.Module:
 def _config(name: str) -> transformers.PretrainedConfig:
     try:  # what is there already needs no network
         return transformers.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError):
+    except (OSError, ValueError, StrictDataclassError):
         pass
     try:
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except (OSError, ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split("\n\n")[0].split())
         raise ValueError(
             f"estimate: MODEL must be a folder with a config.json, or a model id of the Hugging Face Hub that is in "
             f"its cache or can be fetched; '{name}' is not: {reason}"
