@@ -25,7 +25,7 @@ _DEFAULT_CACHE = 32 << 20  # where the system does not say
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(record.Origin):
     """One arm of one cell."""
 
     op: str
@@ -53,17 +53,6 @@ class Row:
     read_gbs: float  # what this machine reads at, measured in the same process
     read_share: float  # gbs / read_gbs
     not_timed: str  # why this arm has no time (its numbers are NaN); empty where it has
-    device: str
-    driver: str
-    threads: int
-    torch: str
-    triton: str
-    cuda: str
-    transformers: str
-    peft: str
-    peft_kernels: str
-    commit: str
-    date: str
 
 
 @dataclass(frozen=True)
