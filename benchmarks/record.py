@@ -2,9 +2,12 @@
 
 import csv
 import dataclasses
+import math
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -70,6 +73,11 @@ def columns(kind: type[Origin]) -> dict[str, type]:
     types = {field.name: field.type if field.type in (int, float) else str for field in dataclasses.fields(kind)}
     last = {field.name for field in dataclasses.fields(Origin)}
     return dict(sorted(types.items(), key=lambda column: column[0] in last))
+
+
+def no_numbers(kind: type[Origin]) -> dict[str, float]:
+    """The measurements of a row that has none: NaN."""
+    return {name: math.nan for name, type_ in columns(kind).items() if type_ is float}
 
 
 FIELDS = tuple(columns(Row))
@@ -147,6 +155,27 @@ class Writer:
 
     def close(self) -> None:
         self._file.close()
+
+
+def one_by_one(
+    cells: Iterable,
+    time_cell: Callable[[object], list],
+    described: Callable[[object, list, float], str],
+    kind: type[Origin],
+    say: Callable[[str], None],
+    out: Path | None,
+) -> None:
+    """Times cells, each of them said, and written where that is asked for, when it is finished."""
+    writer = Writer(out, kind) if out else None
+    for cell in cells:
+        start = time.perf_counter()
+        rows = time_cell(cell)
+        say(described(cell, rows, time.perf_counter() - start))
+        if writer:
+            writer.write(rows)
+    if writer:
+        writer.close()
+        say(f"written: {out}")
 
 
 def _text(value) -> str:
