@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import peft_kernels
 from peft_kernels import cli
 from peft_kernels.integrations import estimate as costs
+from peft_kernels.ops.batched_lora.pooled_reference import FIRST_PAGE, PAGE
 
 RUN = CliRunner()
 
@@ -76,14 +77,14 @@ def test_memory_is_that_of_a_pool(name, adapters, rank, dtype, folder):
 
 def in_use(pool, rank):
     """Bytes of the tables, and of the pages that they name."""
-    tables, pages, count = 0, {}, -(-rank // 8)
+    tables, pages, count = 0, {}, -(-rank // PAGE)
     for name, site in pool.sites.items():
         _, _, table, scaling = pool.tables(name)
         tables += table.nbytes + scaling.nbytes
-        a, b = table[table[:, 0] > 0, 2:].chunk(2, dim=1)
+        a, b = table[table[:, 0] > 0, FIRST_PAGE:].chunk(2, dim=1)
         for width, numbers in ((site.K, a), (site.N, b)):
             pages.setdefault(width, set()).update(numbers[:, :count].flatten().tolist())
-    return tables + sum(len(numbers) * 8 * width * pool.dtype.itemsize for width, numbers in pages.items())
+    return tables + sum(len(numbers) * PAGE * width * pool.dtype.itemsize for width, numbers in pages.items())
 
 
 @pytest.mark.parametrize("tied", [False, True])
