@@ -50,7 +50,7 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(record.Origin):
     """One fact. `value` is in `unit`, from the median time; the ratio is of times."""
 
     fact: str
@@ -66,17 +66,6 @@ class Row:
     ratio_p50: float
     ratio_p80: float
     rounds: int
-    device: str
-    driver: str
-    threads: int
-    torch: str
-    triton: str
-    cuda: str
-    transformers: str
-    peft: str
-    peft_kernels: str
-    commit: str
-    date: str
 
 
 def facts(device: torch.device, size: Sizes) -> list[Fact]:

@@ -2,9 +2,12 @@
 
 import csv
 import dataclasses
+import math
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -18,7 +21,24 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
-class Row:
+class Origin:
+    """Where a row comes from: the last columns of every CSV."""
+
+    device: str
+    driver: str  # of a GPU
+    threads: int
+    torch: str
+    triton: str
+    cuda: str  # that torch was built for
+    transformers: str
+    peft: str
+    peft_kernels: str
+    commit: str
+    date: str
+
+
+@dataclass(frozen=True)
+class Row(Origin):
     """One arm of one cell in one direction. Empty text: does not apply (a frozen arm has no adapter)."""
 
     op: str
@@ -46,20 +66,21 @@ class Row:
     peak_share: float  # least time at the measured copy and GEMM rates of this process / time taken
     saved_bytes: int  # kept by autograd between forward and backward, parameters not counted
     not_timed: str  # why this arm has no time (its numbers are NaN); empty where it has
-    device: str
-    driver: str  # of a GPU
-    threads: int
-    torch: str
-    triton: str
-    cuda: str  # that torch was built for
-    transformers: str
-    peft: str
-    peft_kernels: str
-    commit: str
-    date: str
 
 
-FIELDS = tuple(field.name for field in dataclasses.fields(Row))
+def columns(kind: type[Origin]) -> dict[str, type]:
+    """Names and types of a CSV's columns, in their order: a row's own, then its origin."""
+    types = {field.name: field.type if field.type in (int, float) else str for field in dataclasses.fields(kind)}
+    last = {field.name for field in dataclasses.fields(Origin)}
+    return dict(sorted(types.items(), key=lambda column: column[0] in last))
+
+
+def no_numbers(kind: type[Origin]) -> dict[str, float]:
+    """The measurements of a row that has none: NaN."""
+    return {name: math.nan for name, type_ in columns(kind).items() if type_ is float}
+
+
+FIELDS = tuple(columns(Row))
 # Columns that came later, and what they say of a CSV without them: those were all of CPUs.
 _LATER = {"timing": "eager", "not_timed": "", "driver": "", "triton": "", "cuda": ""}
 
@@ -123,7 +144,7 @@ class Writer:
 
     def __init__(self, path: Path, kind: type = Row):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._fields = tuple(field.name for field in dataclasses.fields(kind))
+        self._fields = tuple(columns(kind))
         self._file = path.open("w", newline="")
         self._csv = csv.writer(self._file, lineterminator="\n")
         self._csv.writerow(self._fields)
@@ -136,13 +157,34 @@ class Writer:
         self._file.close()
 
 
+def one_by_one(
+    cells: Iterable,
+    time_cell: Callable[[object], list],
+    described: Callable[[object, list, float], str],
+    kind: type[Origin],
+    say: Callable[[str], None],
+    out: Path | None,
+) -> None:
+    """Times cells, each of them said, and written where that is asked for, when it is finished."""
+    writer = Writer(out, kind) if out else None
+    for cell in cells:
+        start = time.perf_counter()
+        rows = time_cell(cell)
+        say(described(cell, rows, time.perf_counter() - start))
+        if writer:
+            writer.write(rows)
+    if writer:
+        writer.close()
+        say(f"written: {out}")
+
+
 def _text(value) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def read(path: Path, kind: type = Row) -> list:
     """The rows of a CSV. Raises ValueError where its columns are neither this version's nor an earlier one's."""
-    fields = {field.name: field.type if field.type in (int, float) else str for field in dataclasses.fields(kind)}
+    fields = columns(kind)
     later = _LATER if kind is Row else {}
     with path.open(newline="") as file:
         reader = csv.DictReader(file)

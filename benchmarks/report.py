@@ -8,19 +8,20 @@ Says which performance targets are met, and by how much the others are missed.
 
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the checkout is the package
 
 import typer
 
-from benchmarks import cuda_tables, plots, record, tables, targets
+from benchmarks import cuda_tables, plots, record, tables, targets, train_many
 from benchmarks.batched_lora import tables as mixed_tables
 from benchmarks.batched_lora import timing as mixed
 from benchmarks.record import Row
 
 
-def origin(rows: list[Row] | list[mixed.Row], path: Path) -> str:
+def origin(rows: list[record.Origin], path: Path) -> str:
     """Where the numbers come from, in one sentence."""
     row, rounds = rows[0], min(row.rounds for row in rows if not row.not_timed)
     digest, dirty, _ = row.commit.partition("-dirty")
@@ -66,12 +67,12 @@ def cuda_markdown(rows: list[Row], path: Path) -> str:
     return "\n\n".join([*parts, cuda_tables.target_table(targets.cuda_verdicts(rows))]) + "\n"
 
 
-def mixed_markdown(rows: list[mixed.Row], path: Path) -> str:
-    """All that stands between the README's markers for batched_lora."""
-    command = f"python benchmarks/run.py --op batched_lora --grid cpu --out benchmarks/results/{path.name}"
+def many_markdown(tables_of: ModuleType, rows: list[record.Origin], path: Path) -> str:
+    """All that stands between the README's markers for batched_lora or train_many, by the module of its tables."""
+    command = f"python benchmarks/run.py --op {tables_of.NAME} --grid cpu --out benchmarks/results/{path.name}"
     if not rows:
         return f"Not measured yet; on a machine that does nothing else, `{command}` measures it.\n"
-    return mixed_tables.markdown(rows, origin(rows, path))
+    return tables_of.markdown(rows, origin(rows, path))
 
 
 def replaced(text: str, block: str, name: str = tables.OP) -> str:
@@ -94,16 +95,20 @@ def main(
     / "lora_linear_cuda.csv",
     batched: Annotated[Path, typer.Option(help="What it wrote of batched_lora; need not exist")] = RESULTS
     / "batched_lora_cpu.csv",
+    trained: Annotated[Path, typer.Option(help="What it wrote of train_many; need not exist")] = RESULTS
+    / "train_many_cpu.csv",
     readme: Annotated[Path, typer.Option(help="File with the markers")] = record.ROOT / "README.md",
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where the README differs")] = False,
 ) -> None:
     """Puts the tables of the CSVs into README, plots beside the first, and says which targets are met."""
     rows, cuda_rows = record.read(csv), record.read(cuda) if cuda.exists() else []
     mixed_rows = record.read(batched, mixed.Row) if batched.exists() else []
+    train_rows = record.read(trained, train_many.Row) if trained.exists() else []
     before = readme.read_text()
     after = replaced(before, markdown(rows, csv))
     after = replaced(after, cuda_markdown(cuda_rows, cuda), f"{tables.OP}:cuda")
-    after = replaced(after, mixed_markdown(mixed_rows, batched), mixed_tables.NAME)
+    after = replaced(after, many_markdown(mixed_tables, mixed_rows, batched), mixed_tables.NAME)
+    after = replaced(after, many_markdown(train_many, train_rows, trained), train_many.NAME)
     for met, sentence in [*targets.verdicts(rows), *(mixed_tables.verdicts(mixed_rows) if mixed_rows else [])]:
         typer.echo(f"{OUTCOMES[met]}  {sentence}")
     for met, title, limit, measured in targets.cuda_verdicts(cuda_rows):

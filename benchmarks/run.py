@@ -3,17 +3,18 @@
     python benchmarks/run.py --op lora_linear --grid cpu --out benchmarks/results/lora_linear_cpu.csv
     python benchmarks/run.py --op lora_linear --device cuda --grid gpu --graphs --out build/lora_linear_cuda.csv
     python benchmarks/run.py --op batched_lora --grid cpu --out benchmarks/results/batched_lora_cpu.csv
+    python benchmarks/run.py --op train_many --grid cpu --out benchmarks/results/train_many_cpu.csv
     python benchmarks/run.py --op limits --device cuda --out build/limits_cuda.csv
 
 Nothing is timed while a backend fails its samples: the run is refused with exit code 2.
 """
 
-import math
 import sys
 import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: the checkout is the package
@@ -24,13 +25,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from benchmarks import arms as contenders
-from benchmarks import cuda_clock, gate, limits, measure, plan, record, roofline, shapes
+from benchmarks import cuda_clock, gate, limits, measure, plan, record, roofline, shapes, train_many
 from benchmarks.batched_lora import arms as mixed_arms
 from benchmarks.batched_lora import cells as mixed_cells
 from benchmarks.batched_lora import timing as mixed
 from peft_kernels import memory, registry
 
-OPS = ("lora_linear", "seam", "batched_lora", "limits")
+OPS = ("lora_linear", "seam", "batched_lora", "train_many", "limits")
+ARMS_OF = {"batched_lora": mixed_arms.ARMS, "train_many": train_many.ARMS}  # those that are not shapes.ARMS
 LEAST_ROUNDS = {"cpu": 15, "gpu": 50, "full": 50, "quick": 5}
 SECONDS = {"cpu": 30.0, "gpu": 1.0, "full": 0.5, "quick": 0.3}
 FOREIGN = ("inductor", "peft", "peer")  # backends that are not ours
@@ -117,13 +119,12 @@ def rows_of(cell: shapes.Cell, timing: str, steps: dict, saved: dict, run: Run) 
 
 def untimed_row(cell: shapes.Cell, timing: str, arm: contenders.Arm, reason: str, run: Run) -> record.Row:
     """The row of an arm that could not be timed: its numbers are NaN, and it says why."""
-    numbers = (field for field, kind in record.Row.__annotations__.items() if kind is float)
     return record.Row(
         **labels(cell, arm),
         direction="forward+backward",
         timing=timing,
         rounds=0,
-        **dict.fromkeys(numbers, math.nan),
+        **record.no_numbers(record.Row),
         saved_bytes=0,
         not_timed=reason,
         **run.origin,
@@ -173,8 +174,8 @@ def main(
     op: Annotated[
         str,
         typer.Option(
-            help="lora_linear; batched_lora: one batch, many adapters; seam: the price of the call alone; "
-            "limits: what the device can do"
+            help="lora_linear; batched_lora: one batch, many adapters; train_many: a model's adapters trained in one "
+            "batch; seam: the price of the call alone; limits: what the device can do"
         ),
     ] = "lora_linear",
     grid: Annotated[
@@ -184,7 +185,7 @@ def main(
         str,
         typer.Option(
             help=f"Comma-separated, of {', '.join(shapes.ARMS)} (default: all, on cuda without reference); "
-            f"of batched_lora: {', '.join(mixed_arms.ARMS)}"
+            f"of batched_lora: {', '.join(mixed_arms.ARMS)}; of train_many: {', '.join(train_many.ARMS)}"
         ),
     ] = "",
     rounds: Annotated[int, typer.Option(help="Least rounds per cell; 0: the grid's own")] = 0,
@@ -199,8 +200,8 @@ def main(
     """Times OP on GRID: the two frozen arms, and the chosen arms in every variant of the adapter."""
     target = torch.device(device)
     known_arms, every_arm = shapes.ARMS, shapes.kinds(target.type)
-    if op == "batched_lora":
-        known_arms = every_arm = mixed_arms.ARMS
+    if op in ARMS_OF:
+        known_arms = every_arm = ARMS_OF[op]
     wanted = tuple(arm for arm in arms.split(",") if arm) or every_arm
     for value, known, option in (
         (op, OPS, "--op"),
@@ -211,9 +212,13 @@ def main(
             raise typer.BadParameter(f"must be one of {', '.join(known)}, got '{value}'", param_hint=option)
     if op == "limits":
         return show_limits(target, rounds or 50, out)
-    warnings.filterwarnings("ignore", module="peft")
+    warnings.filterwarnings("ignore", module="peft|transformers")
     if op == "batched_lora":
-        return time_mixed_batches(mixed_cells.cells(grid, model), wanted, grid, target, rounds, seconds, out)
+        return time_many_adapters(mixed, mixed_cells.cells(grid, model), wanted, grid, target, rounds, seconds, out)
+    if op == "train_many":
+        if absent := train_many.absent():
+            raise typer.BadParameter(f"train_many needs {absent}, which is not installed", param_hint="--op")
+        return time_many_adapters(train_many, train_many.cells(grid), wanted, grid, target, rounds, seconds, out)
     cells = shapes.cells(op, grid, model)
     refuse_wrong_results(cells, wanted, target)
     peaks = {dtype: roofline.measure(target, dtype) for dtype in dict.fromkeys(cell.dtype for cell in cells)}
@@ -226,8 +231,9 @@ def main(
     time_cells(cells, wanted, Run(target, asked, peaks, record.provenance(target)), out)
 
 
-def time_mixed_batches(
-    cells: list[mixed_cells.Cell],
+def time_many_adapters(
+    timing: ModuleType,
+    cells: list,
     wanted: tuple[str, ...],
     grid: str,
     device: torch.device,
@@ -235,15 +241,15 @@ def time_mixed_batches(
     seconds: float,
     out: Path | None,
 ) -> None:
-    """batched_lora: the gate, then cell by cell."""
+    """batched_lora and train_many, each timed by a module of its own: the gate, then cell by cell."""
     try:
-        ran = mixed.refuse_wrong_results(cells, device)
+        ran = timing.refuse_wrong_results(cells, device)
     except gate.RedGateError as red:
         console.print(f"[red]refused:[/red] {red}")
         raise typer.Exit(2) from None
-    run = mixed.start(device, grid, rounds, seconds)
-    console.print(f"gate: {ran} samples right; {len(cells)} cells; this machine reads {run.bytes_per_s / 1e9:.1f} GB/s")
-    mixed.time_cells(cells, wanted, run, lambda text: console.print(escape(text)), out)
+    console.print(f"gate: {ran} samples right; {len(cells)} cells")
+    run = timing.start(device, grid, rounds, seconds)
+    timing.time_cells(cells, wanted, run, lambda text: console.print(escape(text)), out)
 
 
 def show_limits(device: torch.device, rounds: int, out: Path | None) -> None:

@@ -1,5 +1,7 @@
-"""The command `peft-kernels`: `info` says what runs here and why, `demo` is the main job, `bench` the benchmarks."""
+"""The command `peft-kernels`: `info` says what runs here and why, `demo` is the main job, `estimate` what adapters of a
+model would cost, `bench` the benchmarks."""
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -18,6 +20,7 @@ import peft_kernels
 from peft_kernels import backends
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "run.py"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LEAST_WIDTH = 100  # columns that the tables need where the terminal is unknown (a pipe, a log)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -100,6 +103,91 @@ def demo(
     for problem in problems:
         console.print(f"[bold red]not equal:[/bold red] {problem}")
     raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="Model id of the Hugging Face Hub, or a folder; config.json is enough")],
+    adapters: Annotated[int, typer.Option(help="Adapters in the pool")],
+    rank: Annotated[int, typer.Option(help="Of every adapter")],
+    target_modules: Annotated[str, typer.Option(help="all-linear, or names joined by commas")] = "all-linear",
+    dtype: Annotated[str, typer.Option(help="Of the base: bf16, fp16 or fp32")] = "bf16",
+    adapter_dtype: Annotated[str, typer.Option(help="Of the adapters; default: the base's")] = "",
+    rows: Annotated[int, typer.Option(help="Rows of a decode batch")] = 32,
+    distinct: Annotated[int | None, typer.Option(help="Adapters among them; default: as many as there can be")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables")] = False,
+) -> None:
+    """What N adapters of a model would cost: memory, and bytes per decoded token. Needs no weights.
+
+    Nothing is measured: what a decode step has to read with adapters, over what it reads without.
+    """
+    console = _console()
+    try:
+        from peft_kernels.integrations import estimate as costs
+    except ModuleNotFoundError as error:
+        console.print(f"The estimate needs {error.name}: pip install 'peft-kernels\\[hf]'")
+        raise typer.Exit(2) from None
+    for value, option in ((dtype, "--dtype"), (adapter_dtype or dtype, "--adapter-dtype")):
+        if value not in DTYPES:
+            raise typer.BadParameter(f"must be one of {', '.join(DTYPES)}, got '{value}'", param_hint=option)
+    targets = target_modules if target_modules == "all-linear" else tuple(target_modules.split(","))
+    factors = DTYPES[adapter_dtype or dtype]
+    question = costs.Question(adapters, rank, targets, DTYPES[dtype], factors, rows, distinct)
+    try:
+        found = costs.estimate(costs.model_on_meta(model), question)
+    except ValueError as error:
+        console.print(str(error), markup=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    if as_json:
+        given = {"model": model} | dataclasses.asdict(question)
+        words = given | dataclasses.asdict(found)
+        print(json.dumps(words, indent=1, default=lambda dtype: str(dtype).removeprefix("torch.")))
+        return
+    _show_estimate(console, found, question, model)
+
+
+def _show_estimate(console: Console, found, question, model: str) -> None:
+    """`found` is an estimate.Estimate, `question` its estimate.Question."""
+    sites = Table("sites", box=box.SIMPLE_HEAD)
+    for header in ("count", "K x N", "parameters of an adapter"):
+        sites.add_column(header, justify="right")
+    for kind in found.sites:
+        parameters = kind.count * question.rank * (kind.K + kind.N)
+        sites.add_row(kind.name, str(kind.count), f"{kind.K} x {kind.N}", f"{parameters:,}")
+    console.print(f"{model}: {found.base_parameters:,} parameters; LoRA of rank {question.rank}", markup=False)
+    console.print(sites)
+    memory = Table("in memory", box=box.SIMPLE_HEAD)
+    step = Table(f"read by a decode step of {question.rows} rows", box=box.SIMPLE_HEAD)
+    for table, headers in ((memory, ("bytes", "of the base")), (step, ("bytes", "per token", "of the base"))):
+        for header in headers:
+            table.add_column(header, justify="right")
+    for name, value in (
+        ("base", found.base),
+        (f"one adapter, {found.adapter_parameters:,} trainable parameters", found.adapter),
+        (f"pool of {question.adapters}", found.pool),
+        ("  at most, with spare pages", found.pool_at_most),
+    ):
+        memory.add_row(name, _bytes(value), f"{value / found.base:.2%}")
+    with_adapters = found.step_base + found.step_adapters
+    for name, value, token in (
+        ("base alone", found.step_base, found.token_base),
+        (f"with {found.distinct} adapters", with_adapters, found.token),
+    ):
+        step.add_row(name, _bytes(value), _bytes(token), f"{value / found.step_base:.2%}")
+    console.print(memory)
+    console.print(step)
+    console.print(f"Where bytes are the limit, a token takes [bold]x{found.price:.3f}[/bold] of the base's time.")
+    console.print("The KV cache, which costs both the same, is left out.")
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
+def _bytes(count: float) -> str:
+    """In decimal units, four digits."""
+    power = 0
+    while count >= 1000 and power < 4:
+        count, power = count / 1000, power + 1
+    return f"{count:.4g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

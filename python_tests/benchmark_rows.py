@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from benchmarks import record
+from benchmarks import record, train_many
 from benchmarks.batched_lora import cells, timing
 
 
@@ -55,4 +55,18 @@ def mixed_rows(ratio=1.1, share=0.9, not_timed=""):
         )
         for cell in cells.cells("cpu")
         for arm in ("base", "base_again", "peft", "op", "op alone")
+    ]  # fmt: skip
+
+
+def trained_rows(ratio=0.5):
+    """Every cell of train_many's CPU grid."""
+    origin = record.provenance(torch.device("cpu"))
+    times = dict.fromkeys(("ms_p20", "ms_p50", "ms_p80", "tokens_per_s"), 1.5)
+    return [
+        train_many.Row(
+            **train_many.labels(cell, arm, "cpu"), rounds=15, **times, ratio_p20=ratio, ratio_p50=ratio,
+            ratio_p80=ratio, aa_spread=0.02, not_timed="", **origin,
+        )
+        for cell in train_many.cells("cpu")
+        for arm in ("peft", "peft_again", "alone", "together")
     ]  # fmt: skip

@@ -196,3 +196,18 @@ def test_compile_fullgraph():
     got = torch.autograd.grad(compiled(x).sum(), weights, allow_unused=True)
     for grad, wanted in zip(got, torch.autograd.grad(expected.sum(), weights, allow_unused=True), strict=True):
         torch.testing.assert_close(grad, wanted)
+
+
+def test_autocast_takes_the_autocast_dtype_and_keeps_gradient_dtypes():
+    x = torch.randn(6, 48, requires_grad=True)
+    weight, bias = torch.randn(32, 48), torch.randn(32)
+    a = [torch.randn(r, 48, requires_grad=True) for r in (4, 2)]
+    b = [torch.randn(32, r, requires_grad=True) for r in (4, 2)]
+    given = dict(member=[0, 0], adapter=[0, 1], scaling=[0.5, 2.0], adapter_ids=torch.tensor([1, 0, -1, 1, 1, 0]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (y,) = peft_kernels.batched_lora(x, [weight], [bias], a, b, **given)
+    assert y.dtype is torch.bfloat16
+    y.float().sum().backward()
+    assert {t.grad.dtype for t in (x, *a, *b)} == {torch.float32}
+    half = x.detach().bfloat16(), [weight.bfloat16()], [bias.bfloat16()]
+    assert torch.equal(y, peft_kernels.batched_lora(*half, a, b, **given)[0])

@@ -7,10 +7,23 @@ import math
 import pytest
 import torch
 import typer
-from benchmark_rows import made_up, made_up_rows, mixed_rows, write
+from benchmark_rows import made_up, made_up_rows, mixed_rows, trained_rows, write
 from typer.testing import CliRunner
 
-from benchmarks import arms, cuda_clock, cuda_tables, limits, plan, record, report, roofline, run, shapes, targets
+from benchmarks import (
+    arms,
+    cuda_clock,
+    cuda_tables,
+    limits,
+    plan,
+    record,
+    report,
+    roofline,
+    run,
+    shapes,
+    targets,
+    train_many,
+)
 from benchmarks.batched_lora import timing as mixed
 
 CPU = torch.device("cpu")
@@ -237,20 +250,20 @@ def test_the_gpu_table_has_a_column_per_contender_and_hides_nothing():
 
 MARKERS = "before\n" + "".join(
     f"<!-- benchmark:{name}:begin -->\nold\n<!-- benchmark:{name}:end -->\n"
-    for name in ("lora_linear", "lora_linear:cuda", "batched_lora")
+    for name in ("lora_linear", "lora_linear:cuda", "batched_lora", "train_many")
 ) + "after\n"  # fmt: skip
 
 
 def test_report_writes_the_readme_and_check_sees_it_differ(tmp_path):
     csv, cuda = write(tmp_path / "lora_linear_cpu.csv", made_up_rows()), tmp_path / "lora_linear_cuda.csv"
-    readme, batched = tmp_path / "README.md", tmp_path / "batched_lora_cpu.csv"
+    readme, batched, trained = (tmp_path / name for name in ("README.md", "batched_lora_cpu.csv", "train_many_cpu.csv"))
     readme.write_text(MARKERS)
     app = typer.Typer()
     app.command()(report.main)
 
     def invoke(*options):
-        paths = ("--cuda", str(cuda), "--batched", str(batched), "--readme", str(readme))
-        return CliRunner().invoke(app, [str(csv), *paths, *options])
+        paths = ("--cuda", cuda, "--batched", batched, "--trained", trained, "--readme", readme)
+        return CliRunner().invoke(app, [str(csv), *map(str, paths), *options])
 
     assert invoke("--check").exit_code == 1
     assert "old" in readme.read_text()
@@ -263,7 +276,7 @@ def test_report_writes_the_readme_and_check_sees_it_differ(tmp_path):
     assert "0123456789ab-dirty" in text
     assert csv.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "Not measured yet; on a machine with a GPU" in text
-    assert "Not measured yet; on a machine that does nothing else" in text
+    assert text.count("Not measured yet; on a machine that does nothing else") == 2
     assert text.count("| not measured yet |") == 3
     assert invoke("--check").exit_code == 0
     write(csv, made_up_rows(patched=0.8))
@@ -271,6 +284,7 @@ def test_report_writes_the_readme_and_check_sees_it_differ(tmp_path):
     assert invoke().exit_code == 0
     write(cuda, gpu_rows())
     write(batched, mixed_rows(), mixed.Row)
+    write(trained, trained_rows(), train_many.Row)
     assert invoke("--check").exit_code == 1
     assert "not measured" not in invoke().output
     assert "CUDA 13.0, Triton 3.6" in readme.read_text()

@@ -4,7 +4,6 @@ On a CPU a buffer twice the size of the last cache is read before every step; on
 graphs with a cold L2. Ratios are to the base layer of the same round.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ _DEFAULT_CACHE = 32 << 20  # where the system does not say
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(record.Origin):
     """One arm of one cell."""
 
     op: str
@@ -53,17 +52,6 @@ class Row:
     read_gbs: float  # what this machine reads at, measured in the same process
     read_share: float  # gbs / read_gbs
     not_timed: str  # why this arm has no time (its numbers are NaN); empty where it has
-    device: str
-    driver: str
-    threads: int
-    torch: str
-    triton: str
-    cuda: str
-    transformers: str
-    peft: str
-    peft_kernels: str
-    commit: str
-    date: str
 
 
 @dataclass(frozen=True)
@@ -137,7 +125,7 @@ def rows_of(cell: Cell, times: dict[Arm, list[float]], left_out: dict[str, str],
                 **run.origin,
             )
         )
-    nothing = {field: math.nan for field, kind in Row.__annotations__.items() if kind is float}
+    nothing = record.no_numbers(Row)
     for name, reason in left_out.items():
         rows.append(Row(**labels(cell, name, ""), rounds=0, **nothing, not_timed=reason, **run.origin))
     return rows
@@ -174,16 +162,8 @@ def refuse_wrong_results(cells: Iterable[Cell], device: torch.device) -> int:
 
 def time_cells(cells: list[Cell], kinds: tuple[str, ...], run: Run, say: Callable[[str], None], out: Path | None):
     """Cell by cell, said and written as they finish."""
-    writer = record.Writer(out, Row) if out else None
-    for cell in cells:
-        start = time.perf_counter()
-        rows = time_cell(cell, kinds, run)
-        say(described(cell, rows, time.perf_counter() - start))
-        if writer:
-            writer.write(rows)
-    if writer:
-        writer.close()
-        say(f"written: {out}")
+    say(f"this machine reads {run.bytes_per_s / 1e9:.1f} GB/s")
+    record.one_by_one(cells, lambda cell: time_cell(cell, kinds, run), described, Row, say, out)
 
 
 def described(cell: Cell, rows: list[Row], seconds: float) -> str:

@@ -2,5 +2,6 @@
 
 `transformers.py` patches and unpatches, `peft.py` is the layer, `groups.py` the modules that own several projections of
 one input, `targets.py` the rows of data that say which, `counts.py` and `report.py` what happened. `rows.py` carries
-the adapters of the rows of one call, `named.py` is what else has to know them.
+the adapters of the rows of one call, `named.py` is what else has to know them. `estimate.py` says what many adapters
+of a model would cost.
 """

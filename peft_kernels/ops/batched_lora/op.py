@@ -88,12 +88,7 @@ def autograd(namespace):
 
 def autocast(namespace, device_type: str):
     """The kernel of a namespace's Autocast key."""
-    forward_op, run = namespace.batched_lora.default, autocasting(device_type)
-
-    def kernel(x, route, weight, bias, *rest):
-        return run(forward_op, x, (route,), weight, bias, rest)
-
-    return kernel
+    return autocasting(namespace.batched_lora.default, device_type, routed=1)
 
 
 def cost(

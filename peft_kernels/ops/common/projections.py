@@ -224,19 +224,20 @@ def _any_requires_grad(x, lists) -> bool:
     return False
 
 
-def autocasting(device_type: str) -> Callable:
-    """`run(forward_op, x, routed, weight, bias, rest)`: x, weight and bias take the autocast dtype, as in F.linear;
-    the factors, in `rest`, keep their own."""
+def autocasting(forward_op: Callable, device_type: str, routed: int = 0) -> Callable:
+    """The kernel of an operator's Autocast key. x and, after `routed` arguments more, weight and bias take the autocast
+    dtype, as in F.linear; the factors keep their own."""
     key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
 
-    def run(forward_op, x, routed, weight, bias, rest):
+    def kernel(x, *arguments):
         dtype = torch.get_autocast_dtype(device_type)
+        route, (weight, bias), rest = arguments[:routed], arguments[routed : routed + 2], arguments[routed + 2 :]
 
         def cast(tensor):
             eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype is not torch.float64
             return tensor.to(dtype) if eligible else tensor
 
         with torch._C._ExcludeDispatchKeyGuard(key):
-            return forward_op(cast(x), *routed, [cast(w) for w in weight], [cast(b) for b in bias], *rest)
+            return forward_op(cast(x), *route, [cast(w) for w in weight], [cast(b) for b in bias], *rest)
 
-    return run
+    return kernel

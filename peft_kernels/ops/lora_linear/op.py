@@ -84,12 +84,7 @@ def autograd(namespace):
 
 def autocast(namespace, device_type: str):
     """The kernel of a namespace's Autocast key."""
-    forward_op, run = namespace.lora_linear.default, autocasting(device_type)
-
-    def kernel(x, weight, bias, *rest):
-        return run(forward_op, x, (), weight, bias, rest)
-
-    return kernel
+    return autocasting(namespace.lora_linear.default, device_type)
 
 
 def cost(x, weight, bias, lora_A, lora_B, lora_bias, member, scaling, dropout_p, seed) -> dict[str, Cost]:

@@ -1,0 +1,72 @@
+"""The README's longer example runs as it stands there, and does what the README says of it."""
+
+import ast
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from models import calls_per_forward, nothing_is_left
+from torch import nn
+
+import peft_kernels
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def example(title):
+    """The code under a heading of the README, as a syntax tree."""
+    section = README.read_text().partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    return ast.parse(section.partition("```python\n")[2].partition("```")[0])
+
+
+def run(statements, names):
+    exec(compile(ast.Module(statements, []), str(README), "exec"), names)
+
+
+@pytest.fixture
+def in_double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_many_adapters_trained_at_once_are_each_trained_alone(in_double, capsys):
+    """Three steps of the example, and each adapter beside it by plain PEFT: on its own rows, by an optimizer alone."""
+    *before, loop = example("Many adapters trained at once").body
+    names = {}
+    torch.manual_seed(6)
+    run(before, names)
+    model, rates = names["model"], names["rates"]
+    plain = copy.deepcopy(model)
+    peft_kernels.unpatch(plain)
+    run([loop], names)
+    said = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines()]
+    together = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
+    assert {p.dtype for p in together.values()} == {torch.float64} and len(rates) == len(said) == 3
+    found = {}
+    for name, rate in rates.items():
+        losses, found[name] = trained_alone(copy.deepcopy(plain), name, rate, names["batches"])
+        torch.testing.assert_close(losses, [step[name] for step in said if name in step])
+    alone = found["alice"] | found["bob"] | found["carol"]
+    torch.testing.assert_close(together, alone)
+    untrained = dict(plain.named_parameters())
+    assert all(not torch.equal(p, untrained[n]) for n, p in together.items())
+    assert names["report"].fused == 3 * calls_per_forward(names["report"]) and nothing_is_left(model)
+
+
+def trained_alone(model, name, rate, batches):
+    """Losses and factors of one adapter that PEFT trains."""
+    model.set_adapter(name)
+    factors = {n: p for n, p in model.named_parameters() if f".{name}." in n}
+    optimizer, losses = torch.optim.AdamW(factors.values(), lr=rate), []
+    for owners, tokens in batches:
+        own = tokens[[owner == name for owner in owners]]
+        if len(own):
+            logits = model(input_ids=own).logits
+            loss = nn.functional.cross_entropy(logits[:, :-1].mT, own[:, 1:])  # the model's own is taken in fp32
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses, {n: p.detach() for n, p in factors.items()}
