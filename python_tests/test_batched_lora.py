@@ -1,5 +1,6 @@
 """batched_lora beyond what every op must keep: the route, and a mixed batch against each adapter alone."""
 
+import contextlib
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import peft_kernels
 from peft_kernels import backends, registry, testing
 from peft_kernels.ops.batched_lora import route as layout
 from peft_kernels.ops.batched_lora.samples import problem
+from peft_kernels.ops.batched_lora.watch import Watch
 
 OP = registry.ops()["batched_lora"]
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -81,6 +83,15 @@ def test_bad_ids_are_refused_in_words(ids, adapters, error, text):
     with pytest.raises(error) as caught:
         peft_kernels.batched_lora_route(ids, adapters)
     assert str(caught.value).startswith(f"batched_lora_route: {text}")
+
+
+def test_ids_out_of_range_raise_later_where_a_device_is_not_waited_for():
+    watched = Watch(torch.device("cpu"))
+    for ids, words in [([0, 4, -1], None), ([5, -2, 1], "2 rows were out of range"), ([0], None), ([9], "1 rows")]:
+        watched.note(route_operator("reference")(torch.tensor(ids), 5))
+        with contextlib.nullcontext() if words is None else pytest.raises(ValueError, match=words):
+            watched.check()
+    watched.check()
 
 
 def test_ids_or_route_and_not_both():

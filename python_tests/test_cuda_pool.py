@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import peft_kernels
 from peft_kernels import backends, registry, testing
 from peft_kernels.ops.batched_lora import pooled_samples, route
 
@@ -55,6 +56,15 @@ def test_graph_replays_other_ids(pair):
             step()
             results.append([t.clone() for t in held["y"]])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), name
+
+
+@on_gpu
+def test_ids_out_of_range_raise_at_a_later_call():
+    peft_kernels.batched_lora_route(torch.tensor([0, 7, -1], device="cuda"), 5)
+    torch.cuda.synchronize()
+    with pytest.raises(ValueError, match="1 rows were out of range"):
+        peft_kernels.batched_lora_route(torch.tensor([0], device="cuda"), 5)
+    peft_kernels.batched_lora_route(torch.tensor([0], device="cuda"), 5)
 
 
 @on_gpu

@@ -9,7 +9,9 @@ from peft_kernels.ops.batched_lora import pooled  # noqa: F401  (importing it re
 from peft_kernels.ops.batched_lora.entries import SiteAdapter
 from peft_kernels.ops.batched_lora.op import check
 from peft_kernels.ops.batched_lora.pool import AdapterPool, Site
+from peft_kernels.ops.batched_lora.route import OUT_OF_RANGE
 from peft_kernels.ops.batched_lora.route import check as check_ids
+from peft_kernels.ops.batched_lora.watch import watch
 
 __all__ = ["AdapterPool", "Site", "SiteAdapter", "batched_lora", "batched_lora_route"]
 
@@ -25,8 +27,8 @@ def batched_lora_route(adapter_ids: Tensor, adapters: int) -> Tensor:
         An int32 tensor whose size depends on M and `adapters` alone, on the device of the ids; nothing waits for a GPU.
 
     Raises:
-        ValueError: an id on the CPU is below -1 or not below `adapters`. On a GPU such a row counts as -1, and entry 2
-            of the route tells how many there were.
+        ValueError: an id on the CPU is below -1 or not below `adapters`. On a GPU, which is not waited for, such a row
+            counts as -1, entry 2 of the route says how many there are, and a later call raises.
         TypeError: adapter_ids is no tensor of integers.
 
     Example:
@@ -40,13 +42,26 @@ def batched_lora_route(adapter_ids: Tensor, adapters: int) -> Tensor:
     except (RuntimeError, TypeError):
         check_ids(adapter_ids, adapters)  # says in words what the operator refused
         raise
-    if route.is_cpu and not torch.compiler.is_compiling() and int(route[2]):
+    if torch.compiler.is_compiling():
+        return route
+    if route.is_cuda:
+        _watch(route)
+    elif route.is_cpu and int(route[OUT_OF_RANGE]):
         outside = [i for i in adapter_ids.tolist() if not -1 <= i < adapters]
         raise ValueError(
             f"batched_lora_route: adapter_ids must be -1 or lie in [0, {adapters}), got {outside[0]} "
             f"({len(outside)} of {adapter_ids.numel()} rows are out of range)"
         )
     return route
+
+
+def _watch(route: Tensor) -> None:
+    capturing = torch.cuda.is_current_stream_capturing()
+    watched = watch(route.device, make=not capturing)
+    if watched is not None:
+        if not capturing:
+            watched.check()
+        watched.note(route)
 
 
 def batched_lora(

@@ -19,6 +19,7 @@ from peft_kernels.registry import Function
 NAME = "batched_lora_route"
 TILE = 16
 HEADER = 8
+OUT_OF_RANGE = 2  # where the header counts ids out of range
 
 
 def capacity(M: int, adapters: int) -> int:
