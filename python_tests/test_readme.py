@@ -1,15 +1,18 @@
-"""The README's longer example runs as it stands there, and does what the README says of it."""
+"""The README's longer examples run as they stand there, and do what the README says of them."""
 
 import ast
 import copy
+import functools
 from pathlib import Path
 
 import pytest
 import torch
-from models import calls_per_forward, nothing_is_left
+from models import base_model, calls_per_forward, in_rows, inputs, nothing_is_left, with_adapter
 from torch import nn
+from transformers import ContinuousBatchingConfig
 
 import peft_kernels
+from peft_kernels.integrations import continuous
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -70,3 +73,27 @@ def trained_alone(model, name, rate, batches):
             optimizer.zero_grad()
             losses.append(loss.item())
     return losses, {n: p.detach() for n, p in factors.items()}
+
+
+def test_serving_many_adapters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = base_model("llama").eval()
+    alone = {name: with_adapter(model, seed) for seed, name in enumerate(("french", "german"))}
+    for name, peft_model in alone.items():
+        peft_model.save_pretrained(f"checkpoints/{name}")
+    small = ContinuousBatchingConfig(allow_block_sharing=False, num_blocks=64, page_size=4, max_batch_tokens=12)
+    monkeypatch.setattr(continuous, "ContinuousBatchingConfig", lambda **_: small)  # not all memory of this machine
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # the same graphs
+    input_ids = inputs(3)["input_ids"]
+    names = {"peft_kernels": peft_kernels, "torch": torch, "model": model, "input_ids": input_ids}
+    names["prompts"] = input_ids.tolist()
+    run(example("Serving many adapters").body, names)
+    rows = ["french", None, "german"]
+    with torch.no_grad():
+        for i, name in enumerate(rows):
+            logits = (alone[name] if name else model)(input_ids=input_ids[i : i + 1]).logits[0]
+            torch.testing.assert_close(names["logits"][i], logits)
+    with in_rows(rows):
+        tokens = model.generate(input_ids, max_new_tokens=20, do_sample=False)
+    assert names["tokens"].equal(tokens) and len(names["pool"]) == 2
+    assert all(output.error is None and output.generated_tokens for output in names["outputs"])
