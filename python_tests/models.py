@@ -243,6 +243,15 @@ def each_alone(plain: nn.Module, alone: dict[str, nn.Module], rows: list, inputs
     return {"logits": torch.stack([outputs[n][i] for i, n in enumerate(rows)])}
 
 
+def small_cache(**changes) -> hf.ContinuousBatchingConfig:
+    """For continuous batching of a few tokens at a time: requests wait, and prompts go in parts."""
+    page = (
+        "page_size" if "page_size" in hf.ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
+    )  # until 5.17
+    sizes = {"num_blocks": 64, page: 4, "max_batch_tokens": 12, "allow_block_sharing": False}
+    return hf.ContinuousBatchingConfig(**sizes | changes)
+
+
 def in_rows(rows: list):
     """The context of a call whose rows have these adapters."""
     names = [n for n in dict.fromkeys(rows) if n is not None]

@@ -5,22 +5,15 @@ import time
 
 import pytest
 import torch
-from models import base_model, in_rows, served, with_adapter
+from models import base_model, in_rows, served, small_cache, with_adapter
 from test_attach_pool import pool_of
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import GenerationConfig
 
 import peft_kernels
 
 PROMPTS = [[5, 9, 13], [7, 8, 9, 10, 11, 12, 13, 14], [5, 9, 13], [5, 9, 13], [3, 3], [7, 8, 9, 10, 11, 12, 13, 14]]
 NAMES = ["french", None, "german", None, "greek", "french"]
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-
-
-def config(**changes):
-    """A small cache; four requests at a time at most, so that some wait, and prompts go in parts."""
-    return ContinuousBatchingConfig(
-        **{"allow_block_sharing": False, "num_blocks": 64, "page_size": 4, "max_batch_tokens": 12} | changes
-    )
 
 
 def greedy(**changes):
@@ -39,7 +32,7 @@ def test_each_request_equals_its_adapter_alone(name):
     _, model, _ = served(name)
     expected = [alone(model, prompt, n) for prompt, n in zip(PROMPTS, NAMES, strict=True)]
     assert len({str(tokens) for tokens in expected}) >= 5, "the adapters matter"
-    found = peft_kernels.generate_batch(model, PROMPTS, NAMES, greedy(), config())
+    found = peft_kernels.generate_batch(model, PROMPTS, NAMES, greedy(), small_cache())
     assert [output.generated_tokens for output in found] == expected
     assert not any(output.error for output in found) and sum(pool_of(model)._pins.values()) == 0
     assert [alone(model, prompt, n) for prompt, n in zip(PROMPTS, NAMES, strict=True)] == expected
@@ -48,7 +41,7 @@ def test_each_request_equals_its_adapter_alone(name):
 def test_a_request_keeps_the_version_that_it_began_with():
     plain, model, _ = served()
     pool, expected = pool_of(model), alone(model, PROMPTS[0], "french")
-    manager = peft_kernels.init_continuous_batching(model, greedy(), config())
+    manager = peft_kernels.init_continuous_batching(model, greedy(), small_cache())
     old = manager.add_request(PROMPTS[0], adapter="french")
     pool.load("french", with_adapter(plain, 9), replace=True)
     new = manager.add_request(PROMPTS[0], adapter="french")
@@ -75,7 +68,7 @@ def results(manager, count):
 def test_several_sequences_of_a_request():
     _, model, _ = served()
     manager = peft_kernels.init_continuous_batching(
-        model, greedy(num_return_sequences=2, do_sample=True, top_k=1), config()
+        model, greedy(num_return_sequences=2, do_sample=True, top_k=1), small_cache()
     )
     request = manager.add_request(PROMPTS[1], adapter="greek")
     manager.start()
@@ -89,7 +82,7 @@ def test_several_sequences_of_a_request():
 
 def test_a_cancelled_request_lets_its_adapter_go():
     _, model, _ = served()
-    manager = peft_kernels.init_continuous_batching(model, greedy(max_new_tokens=40), config())
+    manager = peft_kernels.init_continuous_batching(model, greedy(max_new_tokens=40), small_cache())
     request = manager.add_request(PROMPTS[0], adapter="greek")
     assert sum(pool_of(model)._pins.values()) == 1
     manager.cancel_request(request)
@@ -103,8 +96,8 @@ def test_errors():
     with pytest.raises(ValueError, match=r"attach_pool\(model\)"):
         peft_kernels.init_continuous_batching(base_model("llama"))
     with pytest.raises(ValueError, match="allow_block_sharing must be False"):
-        peft_kernels.generate_batch(model, PROMPTS, NAMES, greedy(), config(allow_block_sharing=True))
+        peft_kernels.generate_batch(model, PROMPTS, NAMES, greedy(), small_cache(allow_block_sharing=True))
     with pytest.raises(ValueError, match="one entry per input"):
-        peft_kernels.generate_batch(model, PROMPTS, NAMES[1:], greedy(), config())
+        peft_kernels.generate_batch(model, PROMPTS, NAMES[1:], greedy(), small_cache())
     with pytest.raises(KeyError, match="no adapter 'dutch'"):
-        peft_kernels.generate_batch(model, PROMPTS[:1], ["dutch"], greedy(), config())
+        peft_kernels.generate_batch(model, PROMPTS[:1], ["dutch"], greedy(), small_cache())

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import base_model, calls_per_forward, in_rows, inputs, nothing_is_left, with_adapter
+from models import base_model, calls_per_forward, in_rows, inputs, nothing_is_left, small_cache, with_adapter
 from torch import nn
-from transformers import ContinuousBatchingConfig
 
 import peft_kernels
 from peft_kernels.integrations import continuous
@@ -81,8 +80,7 @@ def test_serving_many_adapters(tmp_path, monkeypatch):
     alone = {name: with_adapter(model, seed) for seed, name in enumerate(("french", "german"))}
     for name, peft_model in alone.items():
         peft_model.save_pretrained(f"checkpoints/{name}")
-    small = ContinuousBatchingConfig(allow_block_sharing=False, num_blocks=64, page_size=4, max_batch_tokens=12)
-    monkeypatch.setattr(continuous, "ContinuousBatchingConfig", lambda **_: small)  # not all memory of this machine
+    monkeypatch.setattr(continuous, "ContinuousBatchingConfig", small_cache)  # not all memory of this machine
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # the same graphs
     input_ids = inputs(3)["input_ids"]
     names = {"peft_kernels": peft_kernels, "torch": torch, "model": model, "input_ids": input_ids}
