@@ -17,6 +17,8 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     index, count = map(int, config.getoption("--shard").split("/"))
+    if not 0 <= index < count:
+        raise pytest.UsageError(f"--shard I/N: I must lie in [0, N), got {config.getoption('--shard')}")
     items[:] = items[index::count]
 
 

@@ -1,6 +1,7 @@
 """A model that serves the adapters of a pool: against PEFT with each adapter alone, with counts; every kind of LoRA
 that PEFT saves, what is refused, versions, threads, exceptions, and the plain model back."""
 
+import contextvars
 import copy
 import pickle
 import threading
@@ -24,19 +25,19 @@ from models import (
     with_adapter,
 )
 from peft import IA3Config, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peft_kernels
+from peft_kernels.integrations.pooled import pool_of
+from peft_kernels.integrations.rows import RowAdapters, entered
 from peft_kernels.integrations.targets import group_of
 
 
 def tokens(rows: int = len(ROWS)) -> dict:
     """For generate; a forward of T5 wants labels too."""
     return {"input_ids": inputs(rows)["input_ids"]}
-
-
-def pool_of(model):
-    return next(m.pool_site.pool for m in model.modules() if "pool_site" in m.__dict__)
 
 
 @torch.no_grad()
@@ -176,6 +177,84 @@ def test_refusals(tmp_path):
     assert nothing_is_left(model)
 
 
+def test_a_task_that_outlives_the_block_raises():
+    _, model, _ = served()
+    with in_rows(["french"]), torch.no_grad():
+        context = contextvars.copy_context()
+        model(**tokens(1))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="after the block has ended"):
+        context.run(model, **tokens(1))
+
+
+def test_ids_out_of_range_on_a_device_that_is_not_waited_for():
+    """As on a GPU, where nobody looks at the ids before the route does: never another adapter, and not silent."""
+    _, model, _ = served()
+    for ids in ([-2], [2], [99]):
+        rows = RowAdapters("test", torch.tensor(ids), ("french", "german"))
+        with pytest.raises(ValueError, match="out of range"), torch.no_grad(), entered(rows):
+            model(**tokens(1))
+
+
+def test_layers_of_other_dtypes():
+    """T5 keeps one layer in fp32 when the rest is in half precision."""
+    model = base_model("llama").bfloat16().eval()
+    model.model.layers[0].mlp.down_proj.float()
+    pool = peft_kernels.attach_pool(model)
+    assert pool.dtype is torch.float32
+    peft_kernels.unpatch(model)
+    pool = peft_kernels.attach_pool(model.double())
+    pool.load("a", with_adapter(base_model("llama"), 0))
+    with pytest.raises(TypeError, match=r"q_proj computes in torch.float32 and its pool stores torch.float64"):
+        logits(model.float(), ["a"])
+
+
+def test_keyword_arguments_of_layers():
+    plain, model, _ = served()
+    x = torch.randn(2, 32)
+    assert model.lm_head(input=x).equal(plain.lm_head(input=x))
+
+
+def test_a_file_that_is_not_what_its_config_says(tmp_path):
+    plain, model, _ = served()
+    pool = pool_of(model)
+    peft_model = with_adapter(plain, 0, r=4)
+    peft_model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({k: t for k, t in tensors.items() if "layers.1." not in k}, path)
+    with pytest.raises(ValueError, match=r"targets model\.layers\.1\..*of which it has no tensors"):
+        pool.load("half", tmp_path)
+    save_file({k: t[:2].clone() if "lora_A" in k else t[:, :2].clone() for k, t in tensors.items()}, path)
+    with pytest.raises(ValueError, match=r"its config says r=4 for .*, and lora_A has rank 2"):
+        pool.load("short", tmp_path)
+    path.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"a \.bin file is a pickle"):
+        pool.load("pickle", tmp_path)
+    with pytest.raises(ValueError, match="with an adapter 'default', got a LlamaForCausalLM without adapters"):
+        pool.load("plain", plain)
+    assert not {"half", "short", "pickle", "plain"} & {*pool.names()}
+
+
+def test_an_embedding_in_the_file_must_be_the_model_s(tmp_path):
+    plain, model, _ = served()
+    peft_model = with_adapter(plain, 0, target_modules=["embed_tokens"])
+    with torch.no_grad():
+        peft_model.get_input_embeddings().weight[0] += 1
+    peft_model.save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.raises(ValueError, match="is not the model's"):
+        pool_of(model).load("other", tmp_path)
+
+
+def test_the_scaling_of_a_model_in_memory_is_its_present_one():
+    plain, model, _ = served()
+    alone = {"half": with_adapter(plain, 0)}
+    for module in alone["half"].modules():
+        if isinstance(module, LoraLayer):
+            module.set_scale("default", 0.5)
+    pool_of(model).load("half", alone["half"])
+    assert_as_alone(plain, model, alone, ["half", None])
+
+
 def test_layers_that_are_left_alone():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "linear": nn.Linear(8, 8)})
     model["own"] = nn.Linear(8, 8)
@@ -217,7 +296,7 @@ def test_a_call_keeps_the_versions_that_it_began_with():
     after = logits(model, ["french"])
     alone["french"] = with_adapter(plain, 9)
     assert_as_alone(plain, model, {"french": alone["french"]}, ["french"])
-    assert not after.equal(before[2:3]) and sum(pool._pins.values()) == 0
+    assert not after.equal(before[2:3]) and pool.pinned == 0
     with pytest.raises(KeyError, match="german"):
         logits(model, ["german"])
 
@@ -248,7 +327,7 @@ def test_an_exception_leaves_nothing_behind():
         logits(model)
     hook.remove()
     pool = pool_of(model)
-    assert nothing_is_left(model) and sum(pool._pins.values()) == 0
+    assert nothing_is_left(model) and pool.pinned == 0
     for name in pool.names():
         pool.remove(name)
 

@@ -107,18 +107,17 @@ def test_what_a_step_reads(tied, folder):
     ({"rows": 0}, "adapters and rows must be 1 or more, got 5 and 0"),
     ({"distinct": 6}, "distinct must be from 0 to 5, the rows and the adapters, got 6"),
     ({"target_modules": ("q_pro",)}, "'q_pro'.* not found in the base model"),
-    ({"target_modules": ("embed_tokens",)}, "none of .* is a linear layer"),
-])  # fmt: skip
+    ])  # fmt: skip
 def test_questions_without_an_answer_are_refused_in_words(changes, said, folder):
     with pytest.raises(ValueError, match=said):
         estimated(folder("llama"), **changes)
 
 
-def test_what_a_pool_does_not_hold_is_said(folder):
-    found = estimated(folder("llama"), target_modules=("embed_tokens", "q_proj"))
-    assert [kind.name for kind in found.sites] == ["model.layers.*.self_attn.q_proj"]
-    (note,) = found.notes
-    assert note.startswith("model.embed_tokens (1): a pool holds no Embedding")
+def test_an_embedding_reads_a_column_of_its_a(folder):
+    found = estimated(folder("llama"), target_modules=("embed_tokens", "q_proj"), adapters=5, distinct=5, rank=4)
+    assert [kind.name for kind in found.sites] == ["model.embed_tokens", "model.layers.*.self_attn.q_proj"]
+    size = torch.float32.itemsize
+    assert found.step_adapters == 5 * size * 4 * (1 + HIDDEN + LAYERS * 2 * HIDDEN) and not found.notes
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

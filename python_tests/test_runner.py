@@ -7,9 +7,11 @@ import threading
 import pytest
 import torch
 from models import ROWS, base_model, in_rows, inputs, served, with_adapter
-from test_attach_pool import logits, pool_of, tokens
+from test_attach_pool import logits, tokens
+from transformers import CompileConfig
 
 import peft_kernels
+from peft_kernels.integrations.pooled import pool_of
 
 # The graph is what torch.compile's front end makes; what its backends make of it is not this library's.
 FULLGRAPH = {"fullgraph": True, "backend": "aot_eager"}
@@ -67,6 +69,34 @@ def test_generation_with_beams():
         assert runner.generate(**tokens(), adapters=ROWS, **asked, num_beams=beams).equal(expected)
 
 
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_beams_of_the_model_s_own_config(name):
+    """An encoder sees each sequence once."""
+    _, model, _ = served(name)
+    model.generation_config.update(num_beams=2, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    found = peft_kernels.Runner(model).generate(**tokens(), adapters=ROWS)
+    for i, name in enumerate(ROWS):
+        assert found[i].equal(peft_kernels.Runner(model).generate(tokens()["input_ids"][i : i + 1], adapters=[name])[0])
+
+
+def test_inside_and_outside_of_inference_mode():
+    _, model, _ = served()
+    runner = peft_kernels.Runner(model)
+    with torch.inference_mode():
+        inside = runner(**tokens(), adapters=ROWS).logits
+    assert runner(**tokens(), adapters=ROWS).logits.equal(inside)
+
+
+def test_after_the_model_has_compiled_its_own_generate():
+    _, model, _ = served()
+    model.get_compiled_call(CompileConfig(backend="eager"))
+    runner = peft_kernels.Runner(model)
+    asked = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static"}
+    with in_rows(ROWS):
+        expected = model.generate(**tokens(), **asked)
+    assert runner.generate(**tokens(), adapters=ROWS, **asked).equal(expected)
+
+
 @pytest.mark.parametrize(("threads", "compile"), [(8, None), (2, FULLGRAPH)], ids=["eager", "compiled"])
 def test_threads_with_a_runner_each(threads, compile):
     _, model, _ = served()
@@ -108,7 +138,16 @@ def test_errors():
         runner(**tokens(), adapters=["french", None])
     with pytest.raises(KeyError, match="no adapter 'dutch'"):
         runner(**tokens(1), adapters=["dutch"])
-    found = []
+    with pytest.raises(TypeError, match="adapters must be a list"):
+        runner(**tokens(1), adapters="french")
+    runner._model.forward = lambda **_: None
+    with pytest.raises(RuntimeError, match="no served layer ran"):
+        runner(adapters=["french"])
+    wrapped = served()[1]
+    wrapped.model.forward = torch.compile(wrapped.model.forward)
+    with pytest.raises(ValueError, match="model has a forward of its own"):
+        peft_kernels.Runner(wrapped)
+    runner, found = peft_kernels.Runner(model), []
 
     def enter_again(*_):
         try:
@@ -120,7 +159,7 @@ def test_errors():
     runner(**tokens(1), adapters=["french"])
     hook.remove()
     assert "one runner for each thread" in str(found[0])
-    assert sum(pool_of(model)._pins.values()) == 0
+    assert pool_of(model).pinned == 0
     torch.testing.assert_close(runner(**tokens(), adapters=ROWS).logits, logits(model))
 
 

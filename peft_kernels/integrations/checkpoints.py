@@ -12,16 +12,19 @@ has changed.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Container, Mapping
 from os import PathLike
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
-from peft.utils import get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
-from peft.utils.save_and_load import load_peft_weights
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
 
 from peft_kernels.ops import SiteAdapter
 
@@ -40,18 +43,46 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisation
 
 
 def read_adapter(
-    source: Source, adapter_name: str, module_of: Callable[[str], nn.Module], name: str
+    source: Source, adapter_name: str, modules: Mapping[str, nn.Module], name: str
 ) -> dict[str, SiteAdapter]:
-    """The parts of an adapter by site. `name` is for messages."""
+    """The parts of an adapter by site. `modules` are the layers that can take adapters; `name` is for messages."""
     if isinstance(source, nn.Module):
-        config = source.peft_config[adapter_name]
-        tensors = get_peft_model_state_dict(source, adapter_name=adapter_name, save_embedding_layers=False)
+        config, tensors, scalings = _of_model(source, adapter_name, name)
     else:
-        config, tensors = PeftConfig.from_pretrained(source), load_peft_weights(source, device="cpu")
+        config, tensors, scalings = *_of_files(source, name), None
     _refuse(config, name)
-    return {
-        site: _site_adapter(site, parts, config, module_of(site)) for site, parts in _by_site(tensors, name).items()
-    }
+    sites = _by_site(tensors, modules, name)
+    _check_complete(config, sites, modules, name)
+    found = {}
+    for site, parts in sites.items():
+        scaling = _scaling(config, site, len(parts["A"]), name) if scalings is None else scalings[site]
+        found[site] = _site_adapter(site, parts, scaling, modules[site])
+    return found
+
+
+def _of_files(source: str | PathLike, name: str) -> tuple[PeftConfig, dict[str, Tensor]]:
+    config = PeftConfig.from_pretrained(source)
+    try:
+        weights = cached_file(source, SAFETENSORS_WEIGHTS_NAME)
+    except OSError as error:
+        raise ValueError(
+            f"adapter '{name}': {source} has no {SAFETENSORS_WEIGHTS_NAME}; a .bin file is a pickle and is not read: "
+            "load it with PEFT and save it again"
+        ) from error
+    return config, load_file(weights)
+
+
+def _of_model(model: nn.Module, adapter_name: str, name: str) -> tuple[PeftConfig, dict[str, Tensor], dict[str, float]]:
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(model, PeftModel) or adapter_name not in configs:
+        has = f"with the adapters {', '.join(configs)}" if configs else "without adapters"
+        raise ValueError(
+            f"adapter '{name}': source must be a folder, a hub id or a PeftModel with an adapter '{adapter_name}', "
+            f"got a {type(model).__name__} {has}"
+        )
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    layers = ((n, m) for n, m in model.base_model.model.named_modules() if isinstance(m, LoraLayer))
+    return configs[adapter_name], tensors, {n: m.scaling[adapter_name] for n, m in layers if adapter_name in m.scaling}
 
 
 def _refuse(config: PeftConfig, name: str) -> None:
@@ -88,26 +119,48 @@ def _refuse(config: PeftConfig, name: str) -> None:
         )
 
 
-def _by_site(tensors: dict[str, Tensor], name: str) -> dict[str, dict[str, Tensor]]:
+def _by_site(tensors: dict[str, Tensor], modules: Mapping[str, nn.Module], name: str) -> dict[str, dict[str, Tensor]]:
     sites = defaultdict(dict)
     for key, tensor in tensors.items():
-        if ".base_layer." in key:  # PEFT saves an embedding together with the LoRA on it
+        site, is_base, _ = key.removeprefix(PREFIX).partition(".base_layer.")
+        if is_base:  # PEFT saves an embedding together with the LoRA on it
+            weight = modules[site].weight
+            if tensor.shape != weight.shape or not torch.equal(tensor.to(weight), weight):
+                raise ValueError(f"adapter '{name}': its {key} is not the model's, which all adapters share here")
             continue
         suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), None)
         if suffix is None:
             raise ValueError(f"adapter '{name}': the tensor {key} is not known to a pool")
         sites[key.removesuffix(suffix).removeprefix(PREFIX)][SUFFIXES[suffix]] = tensor
     for site, parts in sites.items():
+        modules[site]  # raises where there is none
         if missing := {"A", "B"} - parts.keys():
             raise ValueError(f"adapter '{name}': {site} has no lora_{missing.pop()}")
     return sites
 
 
-def _site_adapter(site: str, parts: dict[str, Tensor], config: LoraConfig, module: nn.Module) -> SiteAdapter:
-    a, b, bias = parts["A"], parts["B"], parts.get("bias")
+def _check_complete(config: LoraConfig, sites: Container[str], modules: Mapping[str, nn.Module], name: str) -> None:
+    """Whether the file has all layers that its config names."""
+    if config.target_modules is None:
+        return
+    missing = [n for n in modules if n not in sites and check_target_module_exists(config, n)]
+    if missing:
+        raise ValueError(
+            f"adapter '{name}': its config targets {missing[0]}, of which it has no tensors ({len(missing)} layers of "
+            "the model are missing)"
+        )
+
+
+def _scaling(config: LoraConfig, site: str, rank: int, name: str) -> float:
+    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), site), config.r)
+    if r != rank:
+        raise ValueError(f"adapter '{name}': its config says r={r} for {site}, and lora_A has rank {rank}")
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), site), config.lora_alpha)
-    rank = len(a)
-    scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _site_adapter(site: str, parts: dict[str, Tensor], scaling: float, module: nn.Module) -> SiteAdapter:
+    a, b, bias = parts["A"], parts["B"], parts.get("bias")
     if isinstance(module, nn.Embedding):
         if "magnitude" in parts:
             raise ValueError(f"{site}: DoRA on an embedding is not supported by a pool")

@@ -8,35 +8,43 @@ requests: transformers knows them by their tokens alone, and keys and values dep
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
-from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from peft_kernels.integrations.pooled import pool_of
 from peft_kernels.integrations.rows import Rows, entered
-from peft_kernels.integrations.transformers import POOL_SITE
 from peft_kernels.ops import AdapterPool
 
-SOURCE = "continuous batching"
+ROUTE = torch.ops.peft_kernels.batched_lora_route.default
 CHILD = "__child#"  # what transformers puts between a request's id and the number of a further sequence of it
 WAIT_S = 1.0  # how long one look for a result waits
 
 
 class TokenRows(Rows):
-    """The slots of the tokens of one step: ids [T'], of which a step of T tokens has the first T."""
+    """The slots of the tokens of one forward: ids [T'], of which a forward of T tokens has the first T."""
 
-    def __init__(self, pool: AdapterPool, ids: Tensor):
-        super().__init__(SOURCE, ids, pool.slots)
+    one_forward = True
+
+    def __init__(self, pool: AdapterPool, ids: Tensor, kept: Tensor | None):
+        super().__init__("continuous batching", ids, pool.slots)
         self.pool = pool
+        self.kept = kept  # places of the tokens whose logits are wanted, where the model gives its lm_head no others
 
     def in_pool(self, pool: AdapterPool) -> "TokenRows":
         if pool is not self.pool:
             raise RuntimeError("continuous batching: the model has layers of another pool")
         return self
+
+    def at_output(self) -> Rows:
+        return self if self.kept is None else KeptRows(self.pool, self.ids, self.kept)
+
+    def make_route(self, leading: torch.Size, device: torch.device) -> Tensor:
+        return ROUTE(self._flat(leading), self.count)  # slots are never out of range
 
     def _flat(self, leading: torch.Size) -> Tensor:
         return self.ids[: leading.numel()]
@@ -45,63 +53,63 @@ class TokenRows(Rows):
         """Nothing: requests hold the pins."""
 
 
-class Requests:
-    """The slots of the requests that have not ended, and the pins that keep them as they are."""
+class KeptRows(TokenRows):
+    """The slots of the tokens that the lm_head is given."""
 
-    def __init__(self, pool: AdapterPool, sequences: int):
-        self.pool, self.sequences = pool, sequences  # sequences of one request
+    def _flat(self, leading: torch.Size) -> Tensor:
+        return self.ids[self.kept[: leading.numel()].long()]
+
+
+class Requests:
+    """The slots of requests, by id, and the pins that keep them as they are.
+
+    A request goes when the engine's scheduler knows neither it nor a further sequence of it any more; one that it has
+    not seen yet stays, unless it was cancelled.
+    """
+
+    def __init__(self, pool: AdapterPool):
+        self.pool = pool
         self._lock = threading.Lock()
         self._slots: dict[str, int] = {}
         self._pins: dict[str, contextlib.ExitStack] = {}
-        self._left: dict[str, int] = {}
+        self._seen: set[str] = set()
 
     def begin(self, request_id: str, adapter: str | None) -> None:
-        pins = contextlib.ExitStack()
-        slot = -1 if adapter is None else pins.enter_context(self.pool.pin(adapter))
-        with self._lock:
-            self._slots[request_id], self._pins[request_id] = slot, pins
-            self._left[request_id] = self.sequences
+        with contextlib.ExitStack() as pins, self._lock:
+            if CHILD in request_id or request_id in self._slots:
+                raise ValueError(
+                    f"add_request: request_id must be another one than those of running requests, without '{CHILD}', "
+                    f"got {request_id!r}"
+                )
+            self._slots[request_id] = -1 if adapter is None else pins.enter_context(self.pool.pin(adapter))
+            self._pins[request_id] = pins.pop_all()
 
     def slot(self, request_id: str) -> int:
-        return self._slots.get(_parent(request_id), -1)
+        return self._slots[_parent(request_id)]
 
-    def end(self, request_id: str, all_of_it: bool = False) -> None:
-        """One of a request's sequences has ended, or all of them."""
-        request_id = _parent(request_id)
+    def cancel(self, request_id: str) -> None:
+        self._seen.add(request_id)
+
+    def let_go(self, known: Iterable[str]) -> None:
+        """Ends those that were seen and are not among the ids that a scheduler knows."""
+        known = {_parent(request_id) for request_id in known}
         with self._lock:
-            if request_id not in self._left:
-                return
-            self._left[request_id] -= self._left[request_id] if all_of_it else 1
-            if self._left[request_id]:
-                return
-            del self._left[request_id], self._slots[request_id]
-            pins = self._pins.pop(request_id)
-        pins.close()
+            gone = [i for i in self._slots if i in self._seen and i not in known]
+            pins = [self._pins.pop(i) for i in gone]
+            for request_id in gone:
+                del self._slots[request_id]
+            self._seen = (self._seen | known) & self._slots.keys()
+        for pin in pins:
+            pin.close()
 
-    def end_all(self) -> None:
-        for request_id in list(self._left):
-            self.end(request_id, all_of_it=True)
+    def end(self, *request_ids: str) -> None:
+        """Ends these, or all."""
+        self._seen.update(request_ids or self._slots)
+        self.let_go(self._slots.keys() - self._seen)
 
 
 def _parent(request_id: str) -> str:
     return request_id.partition(CHILD)[0]
-
-
-class EndingRouter(OutputRouter):
-    """transformers' router of results, which also lets the adapters of ended requests go."""
-
-    requests: Requests
-
-    def deliver(self, output: GenerationOutput) -> None:
-        super().deliver(output)
-        if output.is_finished():
-            self.requests.end(output.request_id)
-
-    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
-        super().deliver_batch(outputs)
-        for output in outputs:
-            if output.is_finished():
-                self.requests.end(output.request_id)
 
 
 class AdapterBatchingManager(ContinuousBatchingManager):
@@ -109,6 +117,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     requests: Requests
     ids: Tensor | None  # int32 [T'], T' the most tokens of a step
+    kept: Tensor  # int32, as many as a step has requests at most
     growths: int  # of the pool, when the graphs that are there were captured
 
     def add_request(self, input_ids: list[int], request_id: str | None = None, *args, adapter: str | None = None,
@@ -117,6 +126,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
         Raises:
             KeyError: there is no such adapter.
+            ValueError: the request_id is taken.
         """
         if request_id is None:
             with self._request_lock:
@@ -128,53 +138,66 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             added = super().add_request(input_ids, request_id, *args, **kwargs)
         finally:
             if added is None:
-                self.requests.end(request_id, all_of_it=True)
+                self.requests.end(request_id)
         return added
 
     def cancel_request(self, request_id: str) -> None:
+        for i in range(self.num_return_sequences - 1):
+            super().cancel_request(f"{request_id}{CHILD}{i}")
         super().cancel_request(request_id)
-        self.requests.end(request_id, all_of_it=True)
+        self.requests.cancel(request_id)
 
     def stop(self, *args, **kwargs) -> None:
         super().stop(*args, **kwargs)
         if not self.is_running():
-            self.requests.end_all()
-
-    def warmup(self) -> None:
-        """Graphs that are captured here take the ids from the same buffer as those that run."""
-        if self.batch_processor is None:
-            self.batch_processor = self._create_batch_processor()
-        with entered(self._rows()):
-            super().warmup()
+            self.requests.end()
 
     def _create_batch_processor(self):
         processor = super()._create_batch_processor()
         if self.ids is None:
-            tokens = processor.max_batch_tokens
-            self.ids = torch.full((tokens,), -1, dtype=torch.int32, device=self.requests.pool.device)
+            device = self.requests.pool.device
+            self.ids = torch.full((processor.max_batch_tokens,), -1, dtype=torch.int32, device=device)
+            self.kept = torch.zeros(processor.scheduler.max_requests_per_batch, dtype=torch.int32, device=device)
             self.growths = self.requests.pool.growths
+        runner = processor.model_runner
+        for name in ("_forward_process_and_sample", "_compiled_varlen", "_compiled_decode"):
+            forward = getattr(runner, name)
+            if forward is not None and not hasattr(forward, "with_rows"):
+                setattr(runner, name, self._with_rows(forward))
         return processor
 
+    def _with_rows(self, forward: Callable) -> Callable:
+        """A forward of the engine, each time with a route of its own: those that are captured must hold theirs."""
+
+        def run(model, *args):
+            keeps = self.batch_processor.model_runner.supports_logits_to_keep(self.model)
+            with entered(TokenRows(self.requests.pool, self.ids, self.kept if keeps else None)):
+                return forward(model, *args)
+
+        run.with_rows = True
+        return run
+
     def _generation_step(self) -> None:
-        buffers = self.batch_processor.inputs_and_outputs
+        processor = self.batch_processor
+        buffers, scheduler = processor.inputs_and_outputs, processor.scheduler
+        forked = (state.request_id for state in scheduler._requests_to_fork)
         pairs = getattr(buffers, "io_pairs", None)  # two of them where the next step is prepared while one runs
         step = buffers if pairs is None else pairs[buffers.current_pair].host_io
+        batch = [r.state.request_id for r in step.requests_in_batch]
+        self.requests.let_go([*scheduler.active_requests, *scheduler.waiting_requests, *forked, *batch])
         slots = [s for r in step.requests_in_batch for s in [self.requests.slot(r.state.request_id)] * r.query_length]
         ids = torch.tensor(slots + [-1] * (step.num_q_tokens - len(slots)), dtype=torch.int32)
-        if buffers.compute_stream is None:
-            self.ids[: len(ids)].copy_(ids)
-        else:
-            with torch.cuda.stream(buffers.compute_stream):  # after the step before, which reads the buffer
-                self.ids[: len(ids)].copy_(ids.pin_memory(), non_blocking=True)
+        on_gpu = buffers.compute_stream is not None
+        with torch.cuda.stream(buffers.compute_stream) if on_gpu else contextlib.nullcontext():
+            # In the step's own stream: after the step before, which reads the buffers, and after what the pool wrote.
+            self.requests.pool.wait_for_writes()
+            self.ids[: len(ids)].copy_(ids.pin_memory() if on_gpu else ids, non_blocking=True)
+            self.kept.copy_(step.logits_indices, non_blocking=True)
         if self.growths != self.requests.pool.growths:
             self.growths = self.requests.pool.growths
             for each in (buffers,) if pairs is None else (pair.device_io for pair in pairs):
                 each.graphs = type(each.graphs)()  # the pool's tensors lie elsewhere now
-        with entered(self._rows()):
-            super()._generation_step()
-
-    def _rows(self) -> TokenRows:
-        return TokenRows(self.requests.pool, self.ids)
+        super()._generation_step()
 
 
 def init_continuous_batching(
@@ -200,10 +223,12 @@ def init_continuous_batching(
         >>> print(manager.get_result(request).generated_tokens)
         >>> manager.stop(block=True)
     """
-    site = next((m.__dict__[POOL_SITE] for m in model.modules() if POOL_SITE in m.__dict__), None)
-    if site is None:
+    pool = pool_of(model)
+    cached = getattr(model, "_cached_continuous_batching_manager", None)
+    if cached is not None and not isinstance(cached, AdapterBatchingManager):
         raise ValueError(
-            "init_continuous_batching: the model has no pool; peft_kernels.attach_pool(model) gives it one"
+            "init_continuous_batching: the model keeps a manager whose requests have no adapters; "
+            "model.destroy_cached_continuous_batching_manager() lets it go"
         )
     if continuous_batching_config is None:
         continuous_batching_config = ContinuousBatchingConfig(allow_block_sharing=False)
@@ -213,13 +238,11 @@ def init_continuous_batching(
             "a request would read keys and values of another one's adapter"
         )
     manager = model.init_continuous_batching(generation_config, continuous_batching_config, **kwargs)
-    requests = Requests(site.pool, manager.num_return_sequences)
-    manager.__class__, manager.requests, manager.ids = AdapterBatchingManager, requests, None
-    manager.output_router.__class__, manager.output_router.requests = EndingRouter, requests
+    if manager is not cached:
+        manager.__class__, manager.requests, manager.ids = AdapterBatchingManager, Requests(pool), None
     return manager
 
 
-@torch.no_grad()
 def generate_batch(
     model: nn.Module,
     inputs: Sequence[Sequence[int]],
@@ -241,7 +264,8 @@ def generate_batch(
         transformers' GenerationOutput of each prompt, in order; where a request failed, its `error` says why.
 
     Raises:
-        ValueError: as `init_continuous_batching`, or there is not one adapter for each prompt.
+        ValueError: as `init_continuous_batching`, or there is not one adapter for each prompt, or the config asks for
+            several sequences of a prompt, for which there is the manager.
         KeyError: there is no such adapter.
         RuntimeError: the engine stopped.
 
@@ -249,26 +273,42 @@ def generate_batch(
         >>> outputs = peft_kernels.generate_batch(model, prompts, adapters=["french", None], max_new_tokens=20)
         >>> outputs[0].generated_tokens
     """
-    if len(adapters) != len(inputs):
-        raise ValueError(f"generate_batch: adapters must have one entry per input ({len(inputs)}), got {len(adapters)}")
-    manager = init_continuous_batching(model, generation_config, continuous_batching_config)
+    if isinstance(adapters, str) or len(adapters) != len(inputs):
+        raise ValueError(f"generate_batch: adapters must have one entry per input ({len(inputs)}), got {adapters!r}")
+    pool = pool_of(model)
     for adapter in {*adapters} - {None}:
-        manager.requests.pool.slot(adapter)  # raises where there is none, before anything has started
+        pool.slot(adapter)  # raises where there is none, before anything has started
+    sequences = getattr(generation_config or model.generation_config, "num_return_sequences", None) or 1
+    if sequences > 1:
+        raise ValueError(f"generate_batch: num_return_sequences must be 1, got {sequences}")
+    with torch.inference_mode(False), torch.no_grad():  # the engine's thread writes to what is made here
+        manager = init_continuous_batching(model, generation_config, continuous_batching_config)
+        try:
+            return _generate(manager, inputs, adapters, max_new_tokens)
+        finally:
+            manager.stop(block=True)
+            manager.destroy()
+            if manager._original_attn_impl is not None:  # it had not started, and then stop() leaves this
+                model.set_attn_implementation(manager._original_attn_impl)
+
+
+def _generate(
+    manager: AdapterBatchingManager,
+    inputs: Sequence[Sequence[int]],
+    adapters: Sequence[str | None],
+    max_new_tokens: int | None,
+) -> list[GenerationOutput]:
     manager.warmup()
     manager.start()
-    try:
-        ids = [
-            manager.add_request(list(tokens), adapter=adapter, max_new_tokens=max_new_tokens)
-            for tokens, adapter in zip(inputs, adapters, strict=True)
-        ]
-        found: dict[str | None, GenerationOutput] = {}
-        while len(found) < len(ids):
-            output = manager.get_result(timeout=WAIT_S)
-            if output is not None and output.is_finished():
-                found[output.request_id] = output
-            elif None in ids or (output is None and not manager.is_running()):
-                raise RuntimeError("generate_batch: the engine stopped before all requests had ended")
-        return [found[request_id] for request_id in ids]
-    finally:
-        manager.stop(block=True)
-        manager.destroy()
+    ids = [
+        manager.add_request(list(tokens), adapter=adapter, max_new_tokens=max_new_tokens)
+        for tokens, adapter in zip(inputs, adapters, strict=True)
+    ]
+    found: dict[str | None, GenerationOutput] = {}
+    while len(found) < len(ids):
+        output = manager.get_result(timeout=WAIT_S)
+        if output is not None and output.is_finished():
+            found[output.request_id] = output
+        elif None in ids or (output is None and not manager.is_running()):
+            raise RuntimeError("generate_batch: the engine stopped before all requests had ended")
+    return [found[request_id] for request_id in ids]

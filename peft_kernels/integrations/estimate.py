@@ -22,7 +22,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora import Embedding, Linear, LoraLayer
 from torch import nn
 
 from peft_kernels.integrations.peft import MAX_RANK
@@ -125,9 +125,10 @@ def estimate(model: nn.Module, question: Question) -> Estimate:
     quantised = getattr(getattr(model, "config", None), "quantization_config", None) is not None
     notes = ("the checkpoint is quantised, and counted here as if it were not",) if quantised else ()
     sites, trainable, left_out = _adapted(model, q)
-    pages = sum(_pages(width, q.rank, dtype) for site in sites.values() for width in (site.K, site.N))
+    pages = sum(_pages(width, q.rank, dtype) for site, _ in sites.values() for width in (site.K, site.N))
     row, table = (len(sites) * _table(slots, q.rank, dtype) for slots in (1, q.adapters + 1))
-    adapters = distinct * dtype.itemsize * q.rank * sum(site.K + site.N for site in sites.values())
+    columns = sum((1 if looked_up else site.K) + site.N for site, looked_up in sites.values())
+    adapters = distinct * dtype.itemsize * q.rank * columns
     return Estimate(
         sites=_kinds(sites),
         base_parameters=parameters,
@@ -159,17 +160,22 @@ def _read_by_a_step(model: nn.Module, rows: int) -> int:
     return sum(p.numel() for p in whole) + sum(min(rows, len(p)) * math.prod(p.shape[1:]) for p in tables - whole)
 
 
-def _adapted(model: nn.Module, q: Question) -> tuple[dict[str, Site], int, tuple[str, ...]]:
-    """The sites by name, the trainable parameters of an adapter, and a note on each kind of target that is no site."""
+def _adapted(model: nn.Module, q: Question) -> tuple[dict[str, tuple[Site, bool]], int, tuple[str, ...]]:
+    """The sites by name, each with whether a row reads one column of its A (an embedding) or all; the trainable
+    parameters of an adapter; and a note on each kind of target that is no site."""
     targets = q.target_modules if isinstance(q.target_modules, str) else list(q.target_modules)
     config = LoraConfig(r=q.rank, target_modules=targets)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fan_in_fan_out of Conv1D, which PEFT sets right itself
         adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    sites = {n: Site(m.in_features, m.out_features) for n, m in layers.items() if type(m) is Linear}
+    sites = {
+        n: (Site(m.in_features, m.out_features), type(m) is Embedding)
+        for n, m in layers.items()
+        if type(m) in (Linear, Embedding)
+    }
     others = Counter((_pattern(n), type(m).__name__) for n, m in layers.items() if n not in sites)
-    _require(bool(sites), f"none of {q.target_modules} is a linear layer")
+    _require(bool(sites), f"none of {q.target_modules} is a linear layer or an embedding")
     left_out = tuple(
         f"{name} ({count}): a pool holds no {kind}; counted in the trainable parameters only"
         for (name, kind), count in others.items()
@@ -177,8 +183,8 @@ def _adapted(model: nn.Module, q: Question) -> tuple[dict[str, Site], int, tuple
     return sites, adapted.get_nb_trainable_parameters()[0], left_out
 
 
-def _kinds(sites: dict[str, Site]) -> tuple[SiteKind, ...]:
-    counts = Counter((_pattern(name), site.K, site.N) for name, site in sites.items())
+def _kinds(sites: dict[str, tuple[Site, bool]]) -> tuple[SiteKind, ...]:
+    counts = Counter((_pattern(name), site.K, site.N) for name, (site, _) in sites.items())
     return tuple(SiteKind(name, count, K, N) for (name, K, N), count in counts.items())
 
 

@@ -46,7 +46,7 @@ class FusedLoraModel(LoraModel):
             with super()._enable_peft_forward_hooks(*args, **kwargs):
                 yield
             return
-        with entered(from_names(names, known, expansion(kwargs))):
+        with entered(from_names(names, known, expansion(kwargs, self.model))):
             yield
 
 

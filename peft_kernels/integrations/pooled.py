@@ -9,13 +9,14 @@ of a linear layer with R features.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from weakref import ref
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_kernels.integrations.checkpoints import Source, read_adapter
@@ -31,14 +32,15 @@ from peft_kernels.ops.batched_lora.pooled_reference import FIRST_PAGE, PAGE
 from peft_kernels.ops.batched_lora.route import HEADER
 
 BATCHED_LORA_ = torch.ops.peft_kernels.batched_lora_.default
+SEQUENCE_FIRST = ("xlnet", "fsmt")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class PoolSite:
-    """Where a layer finds its adapters: a place of a pool. Copies of a model share it."""
+    """Where a layer finds its adapters: a place of a pool. Copies of a model share it. `output`: it is the lm_head."""
 
-    def __init__(self, pool: AdapterPool, name: str):
-        self.pool, self.name = pool, name
+    def __init__(self, pool: AdapterPool, name: str, output: bool):
+        self.pool, self.name, self.output = pool, name, output
 
     def rows(self) -> Rows | object | None:
         """What the rows of the present call have in the pool; None where no call gives adapters to rows."""
@@ -59,15 +61,11 @@ class PoolSite:
 
 def add_(rows: Rows, x: Tensor, ys: list[Tensor], sites: list[PoolSite]) -> None:
     """Adds to each y what the adapters of the rows say. x [..., K], y_g [..., N_g]."""
-    if any(y.requires_grad for y in ys):
-        raise RuntimeError(
-            "attach_pool: a pool is for inference; call the model inside torch.no_grad() or torch.inference_mode(), "
-            "and train adapters with PEFT and peft_kernels.patch"
-        )
     touched = [(y, site.tables()) for y, site in zip(ys, sites, strict=True) if site.pool.touched(site.name)]
     if not touched:
         return
     ys, tables = zip(*touched, strict=True)
+    _check(ys[0], sites[0])
     route = rows.route(x.shape[:-1], x.device)
     x = x.reshape(-1, x.shape[-1]).to(ys[0].dtype)
     BATCHED_LORA_(
@@ -81,10 +79,28 @@ def add_(rows: Rows, x: Tensor, ys: list[Tensor], sites: list[PoolSite]) -> None
     )
 
 
+def _check(y: Tensor, site: PoolSite) -> None:
+    """Whether the pool can add to what a layer has returned."""
+    if not isinstance(y, Tensor):
+        raise TypeError(f"AdapterPool: {site.name} returns a {type(y).__name__}, to which no adapter can be added")
+    if y.requires_grad:
+        raise RuntimeError(
+            "AdapterPool: a pool is for inference; call the model inside torch.no_grad() or torch.inference_mode(), "
+            "and train adapters with PEFT and peft_kernels.patch"
+        )
+    dtype = site.pool.dtype
+    if dtype is not y.dtype and (dtype is not torch.float32 or y.dtype is torch.float64):
+        raise TypeError(
+            f"AdapterPool: {site.name} computes in {y.dtype} and its pool stores {dtype}; a pool in float32, "
+            "attach_pool(model, dtype=torch.float32), serves all layers but those in float64"
+        )
+
+
 def add_embedded_(rows: Rows, tokens: Tensor, y: Tensor, site: PoolSite) -> None:
     """The same for an embedding. tokens [...], y [..., N]; A of the site has a column for each token."""
     if not site.pool.touched(site.name):
         return
+    _check(y, site)
     pages_in, pages_out, table, scaling = site.tables()
     route = rows.route(tokens.shape, tokens.device)
     T, M = (table.shape[1] - FIRST_PAGE) // 2, tokens.numel()
@@ -106,21 +122,21 @@ def add_embedded_(rows: Rows, tokens: Tensor, y: Tensor, site: PoolSite) -> None
 
 
 def _members(family_class: type, add: Callable) -> dict:
-    def forward(self, x, *args, **kwargs):
+    def forward(self, *args, **kwargs):
         site = self.pool_site
         rows = site.rows()
         if rows is OUTSIDE:
-            return outside_graph(forward, self, x, *args, **kwargs)
-        y = family_class.forward(self, x, *args, **kwargs)
+            return outside_graph(forward, self, *args, **kwargs)
+        y = family_class.forward(self, *args, **kwargs)
         if rows is not None:
-            add(rows, x, y, site)
+            add(rows, args[0] if args else next(iter(kwargs.values())), y, site)
         return y
 
     return {"forward": forward}
 
 
 def _add_linear_(rows: Rows, x: Tensor, y: Tensor, site: PoolSite) -> None:
-    add_(rows, x, [y], [site])
+    add_(rows.at_output() if site.output else rows, x, [y], [site])
 
 
 @functools.cache
@@ -153,6 +169,14 @@ def project(owner: nn.Module, x: Tensor) -> list[Tensor] | None:
 def pooled_group_class(group: Group) -> type:
     """The subclass whose instances add to all projections of one x in one call."""
     return grouped_class("Pooled", group, project)
+
+
+def pool_of(model: nn.Module) -> "ModelPool":
+    """The pool that a model serves. Raises ValueError if it has none."""
+    for module in model.modules():
+        if POOL_SITE in module.__dict__:
+            return module.pool_site.pool
+    raise ValueError("the model has no pool; peft_kernels.attach_pool(model) gives it one")
 
 
 # -- a model ----------------------------------------------------------------------------------------------------------
@@ -190,17 +214,28 @@ class ModelPool(AdapterPool):
             >>> pool = peft_kernels.attach_pool(model, adapters=64)
             >>> pool.load("french", "checkpoints/french")
         """
-        return self.add(name, read_adapter(source, adapter_name, self._module, name), replace, allow_nonfinite)
+        return self.add(name, read_adapter(source, adapter_name, _Layers(self), name), replace, allow_nonfinite)
 
-    def _module(self, site: str) -> nn.Module:
-        if reason := self.left_alone.get(site):
-            raise ValueError(f"AdapterPool: {site} cannot take adapters: {reason}")
-        if site not in self.sites:
-            self.tables(site)  # raises, with the nearest name
-        model = self._model()
-        if model is None:
+
+class _Layers(Mapping):
+    """The layers of a pool's model by their sites. Another name raises, and says why it is none."""
+
+    def __init__(self, pool: ModelPool):
+        self._pool, self._model = pool, pool._model()
+        if self._model is None:
             raise RuntimeError("AdapterPool: its model is gone")
-        return model.get_submodule(site)
+
+    def __getitem__(self, site: str) -> nn.Module:
+        if reason := self._pool.left_alone.get(site):
+            raise ValueError(f"AdapterPool: {site} cannot take adapters: {reason}")
+        self._pool.tables(site)  # raises for a name that is no site's, with the nearest that is
+        return self._model.get_submodule(site)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pool.sites)
+
+    def __len__(self) -> int:
+        return len(self._pool.sites)
 
 
 def attach_pool(
@@ -213,14 +248,16 @@ def attach_pool(
     Args:
         model: a transformers model, or any module with linear layers or embeddings, on one device; without adapters.
         adapters, max_rank: as in `AdapterPool`.
-        dtype: what factors are stored in: the model's dtype, if not given, or float32.
+        dtype: what factors are stored in: if not given, the dtype of the model's weights, or float32 where they differ.
 
     Every linear layer (nn.Linear and its subclasses, Conv1D, lm_head) and nn.Embedding becomes a site; only instances
     change class, and sites that no adapter touches cost nothing. Which rows have which adapter is said by
-    `peft_kernels.adapter_ids`, for each call. `peft_kernels.unpatch(model)` gives the plain model back.
+    `peft_kernels.adapter_ids`, for each call. `peft_kernels.unpatch(model)` gives the plain model back. Towers with an
+    input of their own (images, sound) are left alone: the rows of their batches are not those of the ids.
 
     Raises:
-        ValueError: the model has PEFT layers or a pool, lies on several devices or on meta, or has no layer to serve.
+        ValueError: the model has PEFT layers or a pool, lies on several devices or on meta, has no layer to serve, or
+            puts the sequence before the batch inside (XLNet, FSMT).
 
     Example:
         >>> pool = peft_kernels.attach_pool(model, adapters=64)
@@ -231,17 +268,22 @@ def attach_pool(
     sites, swaps, left_alone = _plan(model)
     weight = next(model.parameters())
     if dtype is None:
-        dtype = next((p.dtype for p in model.parameters() if p.dtype in FLOATS), torch.float32)
+        dtypes = {p.dtype for p in model.parameters() if p.dtype in FLOATS}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     pool = ModelPool(model, sites, left_alone, adapters=adapters, dtype=dtype, device=weight.device, max_rank=max_rank)
+    lm_head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for name in sites:
-        model.get_submodule(name).pool_site = PoolSite(pool, name)
+        module = model.get_submodule(name)
+        module.pool_site = PoolSite(pool, name, output=module is lm_head)
     swap(swaps)
     return pool
 
 
 def _plan(model: nn.Module):
     """Sites by name; modules and their new classes; and by name what is left alone and why."""
-    sites, swaps, left_alone, owned = {}, [], {}, set()
+    sites, swaps, left_alone, owned = {}, [], {}, {}
+    if (kind := getattr(getattr(model, "config", None), "model_type", None)) in SEQUENCE_FIRST:
+        raise ValueError(f"attach_pool: {kind} puts the sequence before the batch: its rows are not the batch's")
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             raise ValueError(
@@ -250,14 +292,14 @@ def _plan(model: nn.Module):
             )
         if POOL_SITE in module.__dict__:
             raise ValueError("attach_pool: the model has a pool; peft_kernels.unpatch(model) takes it off")
-        if isinstance(module, nn.MultiheadAttention):
-            owned.update(f"{name}.{child}" if name else child for child, _ in module.named_modules())
+        if reason := _keeps_inside(module, model):
+            owned |= {f"{name}.{child}" if name else child: reason for child, _ in module.named_modules()}
         site = _site(module)
         if site is None:
             group = group_of(type(module))
             if group and forward_is_known(group, type(module)) and not _obstacle(module):
                 swaps.append((module, pooled_group_class(group)))
-        elif reason := "nn.MultiheadAttention reads its weights itself" if name in owned else _obstacle(module):
+        elif reason := owned.get(name) or _obstacle(module):
             left_alone[name] = reason
         else:
             sites[name] = site
@@ -269,6 +311,16 @@ def _plan(model: nn.Module):
     if len(devices) > 1 or "meta" in devices:
         raise ValueError(f"attach_pool: the model must lie on one device, got {', '.join(sorted(devices))}")
     return sites, swaps, left_alone
+
+
+def _keeps_inside(module: nn.Module, model: nn.Module) -> str:
+    """Why no layer inside a module can take adapters, or nothing."""
+    if isinstance(module, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weights itself"
+    parts = isinstance(module, PreTrainedModel) and isinstance(model, PreTrainedModel)
+    if parts and type(module.config) not in (type(model.config), type(model.config.get_text_config())):
+        return f"{type(module).__name__} has an input of its own, whose rows are not those of the ids"
+    return ""
 
 
 def _site(module: nn.Module) -> Site | None:

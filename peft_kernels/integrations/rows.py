@@ -33,20 +33,30 @@ class Rows:
     times generate may repeat each sequence (beams).
     """
 
+    one_forward = False  # whether each forward has an object of its own
+
     def __init__(self, source: str, ids: Tensor, count: int, expand: int = 1):
         self.source, self.ids, self.count, self.expand = source, ids, count, expand
         self._routes: dict[tuple, Tensor] = {}
 
     def route(self, leading: torch.Size, device: torch.device) -> Tensor:
         """For an op on x [*leading, K]."""
-        # A graph that is captured must hold its own route: the one from before is not made again by a replay.
-        key = leading, device, device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        key = leading, device
+        if device.type == "cuda" and not self.one_forward and torch.cuda.is_current_stream_capturing():
+            return self.make_route(leading, device)  # a replay would not make again what is from before the capture
         try:
             return self._routes[key]
         except KeyError:
             if len(self._routes) == KEPT_ROUTES:
                 del self._routes[next(iter(self._routes))]
-            return self._routes.setdefault(key, batched_lora_route(self._flat(leading).to(device), self.count))
+            return self._routes.setdefault(key, self.make_route(leading, device))
+
+    def make_route(self, leading: torch.Size, device: torch.device) -> Tensor:
+        return batched_lora_route(self._flat(leading).to(device), self.count)
+
+    def at_output(self) -> "Rows":
+        """The rows that the model's lm_head is given."""
+        return self
 
     def _flat(self, leading: torch.Size) -> Tensor:
         """The id of each row of a tensor with these leading sizes."""
@@ -81,20 +91,27 @@ class RowAdapters(Rows):
         self._names: dict[tuple, list[str]] = {}
         self._in_pools: dict[AdapterPool, Rows] = {}
         self._pins = contextlib.ExitStack()
+        self._closed = False
 
     def in_pool(self, pool: AdapterPool) -> Rows:
         """The same rows, with the slots of their adapters in a pool; the slots are pinned until the call ends."""
         self.seen = True
+        if self._closed:
+            raise RuntimeError(
+                f"{self.source}: a layer is called after the block has ended, by a task that was started inside; "
+                "its adapters may be gone. Wait for the task inside the block, or enter the block in the task"
+            )
         if pool not in self._in_pools:
             slots = [self._pins.enter_context(pool.pin(name)) for name in self.adapters]
-            slot_of = torch.tensor(
-                [*slots, -1], dtype=torch.int32, device=self.ids.device
-            )  # an id of -1 reads the last
-            self._in_pools[pool] = Rows(self.source, slot_of[self.ids.long()], pool.slots, self.expand)
+            outside = pool.slots  # what the route counts as out of range: ids on a GPU are not looked at before
+            slot_of = torch.tensor([outside, -1, *slots, outside], dtype=torch.int32, device=self.ids.device)
+            ids = slot_of[self.ids.long().clamp(-2, len(slots)) + 2]
+            self._in_pools[pool] = Rows(self.source, ids, pool.slots, self.expand)
         return self._in_pools[pool]
 
     def close(self) -> None:
         """The call has ended: its adapters may go."""
+        self._closed = True
         self._pins.close()
 
     def look(self, present: Container[str]) -> None:
@@ -119,6 +136,9 @@ _ENTERED = False  # whether any thread is inside: what code under torch.compile 
 @contextlib.contextmanager
 def entered(rows: RowAdapters) -> Iterator[None]:
     """Inside, the layers that this thread calls give each row its adapter."""
+    outer = _CURRENT.get()
+    if isinstance(outer, RowAdapters):
+        outer.seen = True  # `rows` wins inside
     _count(1)
     token = _CURRENT.set(rows)
     try:
@@ -229,11 +249,14 @@ def from_names(names: Sequence[str], known: set[str], expand: int) -> RowAdapter
     return RowAdapters("adapter_names", torch.tensor(ids, dtype=torch.int32), tuple(index), expand, {})
 
 
-def expansion(kwargs: dict) -> int:
-    """How many times generate, called with these arguments, repeats each sequence."""
-    config = kwargs.get("generation_config")
-    sizes = (kwargs.get(name) or getattr(config, name, None) for name in ("num_beams", "num_return_sequences"))
-    return max(size or 1 for size in sizes)
+def expansion(kwargs: dict, model: nn.Module) -> int:
+    """How many times a model's generate, called with these arguments, repeats each sequence."""
+    configs = kwargs.get("generation_config"), getattr(model, "generation_config", None)
+    sizes = (
+        next((n for n in (kwargs.get(name), *(getattr(c, name, None) for c in configs)) if n), 1)
+        for name in ("num_beams", "num_return_sequences")
+    )
+    return max(sizes)
 
 
 @contextlib.contextmanager
@@ -245,12 +268,14 @@ def adapter_ids(ids: Tensor | Sequence, adapters: Sequence[str]) -> Iterator[Non
             i stands for `adapters[i]`, -1 for no adapter.
         adapters: names of adapters of the model. Which of them are active does not matter.
 
-    It holds for calls by the thread that entered it, in training (dropout, gradients for every adapter named, zeros for
-    those that no row has) as in inference, and for backwards of checkpointed layers that run later. Layers without a
-    kernel, or in a state without one, run PEFT's own mixed forward and are counted in the report. PEFT's argument
-    `adapter_names` does the same for whole sequences and wins where both are given.
+    It holds for calls by the thread that entered it, not for threads that it starts. In training too (dropout,
+    gradients for every adapter named, zeros for those that no row has), and for backwards of checkpointed layers that
+    run later. Layers without a kernel, or in a state without one, run PEFT's own mixed forward and are counted in the
+    report. PEFT's argument `adapter_names` does the same for whole sequences and wins where both are given. In a model
+    with an `AdapterPool` the names are the pool's, and their versions of the first call inside are kept until the end.
 
     Raises:
+        KeyError: the model's pool has no adapter of a name.
         ValueError: an id is below -1 or not below len(adapters); adapters has a name twice; a layer's input does not
             have the rows of the ids; at the end, if no layer that ran has an adapter of one of the names.
         RuntimeError: at the end, if no patched layer ran.

@@ -15,9 +15,9 @@ from types import FunctionType
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.integrations.pooled import ModelPool, PoolSite
+from peft_kernels.integrations.pooled import ModelPool, PoolSite, pool_of
 from peft_kernels.integrations.rows import expansion
-from peft_kernels.integrations.transformers import POOL_SITE
+from peft_kernels.integrations.transformers import POOL_SITE, forward_was_replaced
 
 ROUTE = torch.ops.peft_kernels.batched_lora_route.default
 
@@ -33,22 +33,28 @@ class StaticRows:
         self.pool = pool
         self.buffers: dict[int, Tensor] = {}
         self.ids: Tensor | None = None  # int32 [B]
+        self.expand = 1  # so many times generate may repeat each sequence (beams)
         self.routes: list[tuple[int, Tensor]] = []
+        self.seen = False  # whether a site has asked
 
-    def set(self, slots: list[int]) -> None:
-        B = len(slots)
-        if B not in self.buffers:
-            self.buffers[B] = torch.empty(B, dtype=torch.int32, device=self.pool.device)
-            torch._dynamo.mark_static_address(self.buffers[B])
-        self.ids = self.buffers[B]
-        self.ids.copy_(torch.tensor(slots, dtype=torch.int32), non_blocking=True)
+    def set(self, slots: list[int], expand: int) -> None:
+        B, self.expand, self.seen = len(slots), expand, False
+        with torch.inference_mode(False):  # a later call may be outside of it
+            if B not in self.buffers:
+                self.buffers[B] = torch.empty(B, dtype=torch.int32, device=self.pool.device)
+                torch._dynamo.mark_static_address(self.buffers[B])
+            self.ids = self.buffers[B]
+            self.ids.copy_(torch.tensor(slots, dtype=torch.int32))
+
+    def at_output(self) -> "StaticRows":
+        return self
 
     def route(self, leading: torch.Size, device: torch.device) -> Tensor:
         M, B = leading.numel(), len(self.ids)
         for known, route in self.routes:
             if known == M:
                 return route
-        if leading[0] != B:
+        if leading[0] not in (B, B * self.expand):
             raise ValueError(f"Runner: there are adapters for {B} rows, and a layer's input has {leading[0]}")
         route = ROUTE(self.ids[:, None].expand(B, M // B).reshape(-1), self.pool.slots)
         self.routes.append((M, route))
@@ -59,10 +65,11 @@ class RunnerSite(PoolSite):
     """The site of a runner's own module."""
 
     def __init__(self, site: PoolSite, static: StaticRows):
-        super().__init__(site.pool, site.name)
+        super().__init__(site.pool, site.name, site.output)
         self.static = static
 
     def rows(self) -> StaticRows:
+        self.static.seen = True
         return self.static
 
 
@@ -79,8 +86,10 @@ class Runner:
     (`pool.reserve`). Weights are shared with the model, and changes of them are seen; changes of its modules are not.
 
     Raises:
-        ValueError: the model has no pool.
-        RuntimeError: a second thread calls while a call runs.
+        ValueError: the model has no pool, or a module of it has a forward of its own, such as a compiled one, which a
+            copy would share; or a call has not one adapter for each row.
+        RuntimeError: a second thread calls while a call runs, or no served layer ran in a call.
+        KeyError: there is no such adapter.
 
     Example:
         >>> pool = peft_kernels.attach_pool(model, adapters=64)
@@ -91,14 +100,15 @@ class Runner:
     """
 
     def __init__(self, model: nn.Module, compile: dict | None = None):
-        sites = [module.__dict__[POOL_SITE] for module in model.modules() if POOL_SITE in module.__dict__]
-        if not sites:
-            raise ValueError("Runner: the model has no pool; peft_kernels.attach_pool(model) gives it one")
-        self.pool = sites[0].pool
+        self.pool = pool_of(model)
+        own = [name or type(model).__name__ for name, module in model.named_modules() if forward_was_replaced(module)]
+        if own:
+            raise ValueError(f"Runner: {own[0]} has a forward of its own; make the runner before wrapping it")
         self._rows = StaticRows(self.pool)
         self._busy = threading.Lock()
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         self._model = copy.deepcopy(model, shared)
+        self._model.__dict__.pop("_compiled_call", None)  # what generate has compiled is bound to the model
         for module in self._model.modules():
             if POOL_SITE in module.__dict__:
                 module.pool_site = RunnerSite(module.pool_site, self._rows)
@@ -108,24 +118,28 @@ class Runner:
     @torch.no_grad()
     def __call__(self, *args, adapters: Sequence[str | None], **kwargs):
         """The model's forward, row i with adapters[i], or None for the base model."""
-        with self._rows_of(adapters):
+        with self._rows_of(adapters, expand=1):
             return self._model(*args, **kwargs)
 
     @torch.no_grad()
     def generate(self, *args, adapters: Sequence[str | None], **kwargs):
         """The model's generate, sequence i with adapters[i]; beams and returned sequences follow their sequence."""
-        with self._rows_of([name for name in adapters for _ in range(expansion(kwargs))]):
+        with self._rows_of(adapters, expansion(kwargs, self._model)):
             return self._model.generate(*args, **kwargs)
 
     @contextlib.contextmanager
-    def _rows_of(self, adapters: Sequence[str | None]) -> Iterator[None]:
+    def _rows_of(self, adapters: Sequence[str | None], expand: int) -> Iterator[None]:
+        if isinstance(adapters, str):
+            raise TypeError(f"Runner: adapters must be a list with an entry for each row, got {adapters!r}")
         if not self._busy.acquire(blocking=False):
             raise RuntimeError("Runner: it is in a call by another thread; make one runner for each thread")
         try:
             with contextlib.ExitStack() as pins:
                 slot_of = {name: pins.enter_context(self.pool.pin(name)) for name in {*adapters} - {None}}
-                self._rows.set([slot_of.get(name, -1) for name in adapters])
+                self._rows.set([slot_of.get(name, -1) for name in adapters], expand)
                 yield
+                if not self._rows.seen:
+                    raise RuntimeError("Runner: no served layer ran in the call")
         finally:
             self._rows.routes.clear()
             self._busy.release()

@@ -19,6 +19,13 @@ def _refuse_growth_in_capture(device: torch.device) -> None:
         raise RuntimeError("AdapterPool: pages or tables would have to grow while a CUDA graph is captured; add first")
 
 
+def _keep_for_graphs(replaced: list[Tensor], tensor: Tensor) -> None:
+    """Captured graphs and steps in flight on a GPU read it by its address. All that is kept is less than one more copy,
+    and nothing where room was reserved first."""
+    if tensor.is_cuda:
+        replaced.append(tensor)
+
+
 class PageStore:
     """All rank rows of one width. `pages` is replaced when it grows."""
 
@@ -26,6 +33,7 @@ class PageStore:
         self.pages = torch.zeros(0, PAGE, width, dtype=dtype, device=device)
         self.growths = 0
         self._free: list[int] = []
+        self._replaced: list[Tensor] = []
 
     def take(self, rows: int) -> list[int]:
         """Numbers of pages with room for some rows; the caller gives them back or loses them."""
@@ -54,6 +62,7 @@ class PageStore:
         pages = self.pages.new_zeros(max(needed, 2 * before), *self.pages.shape[1:])
         pages[:before] = self.pages
         self._free += range(before, len(pages))
+        _keep_for_graphs(self._replaced, self.pages)
         self.pages, self.growths = pages, self.growths + 1
 
 
@@ -65,6 +74,7 @@ class SiteTable:
         self.table[:, 1:FIRST_PAGE] = -1  # no bias row, no gain row
         self.scaling = torch.zeros(slots, dtype=wide, device=device)
         self.growths = 0
+        self._replaced: list[Tensor] = []
         self.touched = False  # until an adapter touches the site, nobody has to look at it
 
     def reserve(self, rank: int) -> None:
@@ -79,6 +89,7 @@ class SiteTable:
         table = self.table.new_zeros(len(self.table), FIRST_PAGE + 2 * most)
         table[:, : FIRST_PAGE + before] = self.table[:, : FIRST_PAGE + before]
         table[:, FIRST_PAGE + most : FIRST_PAGE + most + before] = self.table[:, FIRST_PAGE + before :]
+        _keep_for_graphs(self._replaced, self.table)
         self.table, self.growths = table, self.growths + 1
 
     def publish(self, slot: int, entry: Stored, a: list[int], b: list[int]) -> None:

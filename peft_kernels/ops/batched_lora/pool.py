@@ -8,7 +8,8 @@ Writers (add, remove, the end of a pin) hold a lock. Readers hold none, and neve
     tables() is from before that adapter made the pool grow) a refusal.
   - A tensor that grows is replaced by a larger copy before the name of the adapter that needed it is published. So take
     ids first and tables() after: the tables then know every slot of the ids.
-On a GPU all of this is ordered by the stream that is current; add and run on the same one.
+On a GPU all of this is ordered by the stream that is current: add and run on the same one, or wait_for_writes() before
+running on another. What has grown stays as it was beside the larger copy there: a captured graph may still read it.
 """
 
 import difflib
@@ -110,6 +111,7 @@ class AdapterPool:
         self._free = list(range(self.slots))
         self._held: dict[int, list[tuple[str, int, list[int]]]] = {}  # site, width and pages, by slot
         self._pins: Counter[int] = Counter()
+        self._written: torch.cuda.Event | None = None
 
     # -- readers --
 
@@ -141,6 +143,16 @@ class AdapterPool:
     def touched(self, site: str) -> bool:
         """Whether some adapter has ever touched a site, or room was reserved there; False: its op may be left out."""
         return self._tables[site].touched
+
+    def wait_for_writes(self) -> None:
+        """Lets the stream that is current on a GPU wait for what was added, where that was done in another stream."""
+        if self._written is not None:
+            self._written.wait()
+
+    @property
+    def pinned(self) -> int:
+        """How many pins hold a version of an adapter."""
+        return sum(self._pins.values())
 
     @property
     def growths(self) -> int:
@@ -210,7 +222,10 @@ class AdapterPool:
 
         Raises:
             KeyError: there is no such site.
+            ValueError: adapters or rank are below 1, or the rank is above max_rank by more than the two.
         """
+        _require(adapters >= 1, f"adapters must be 1 or more, got {adapters}")
+        _require(1 <= rank <= self.max_rank + 2, f"rank must be from 1 to {self.max_rank + 2}, got {rank}")
         with self._writing():
             if sites is None:
                 sites = {site for held in self._held.values() for site, _, _ in held}
@@ -244,6 +259,8 @@ class AdapterPool:
         """The lock; and what is made or changed inside inference mode can be changed outside of it too."""
         with self._lock, torch.inference_mode(False):
             yield
+            if self.device.type == "cuda":
+                self._written = torch.cuda.current_stream(self.device).record_event()
 
     def _fill(self, slot: int, entries: list[Stored]) -> None:
         """Factors into pages and rows of tables that nobody reads; what is taken is held from then on."""
