@@ -137,10 +137,30 @@ def test_an_unmeasured_gpu_is_served_by_the_definition(monkeypatch):
     monkeypatch.setattr(backends, "MEASURED", {})
     assert choose("cuda") == "reference"
     monkeypatch.setattr(backends, "bound", choose)
-    assert "PEFT_KERNELS_BACKEND=cuda uses" in backends.without_kernel("cuda")
+    every = ("reference", "cpu", "cuda", "triton")
+    assert "PEFT_KERNELS_BACKEND=cuda uses" in backends.without_kernel("cuda", every)
     monkeypatch.setattr(backends, "MEASURED", {(9, 0): ("triton", "cuda", "reference")})
-    assert choose("cuda") == "triton" and not backends.without_kernel("cuda")
+    assert choose("cuda") == "triton" and not backends.without_kernel("cuda", every)
     monkeypatch.setattr(backends, "MEASURED", {})
     monkeypatch.setenv("PEFT_KERNELS_BACKEND", "cuda")
-    assert not backends.without_kernel("cuda")
+    assert not backends.without_kernel("cuda", every)
     assert choose("cuda") == "cuda"
+
+
+def test_an_op_that_the_best_backend_lacks_is_served_by_the_next(monkeypatch):
+    rows = {name: backends.Backend(name, ("cuda",), "") for name in ("cuda", "reference", "triton")}
+    monkeypatch.setattr(backends, "all_backends", lambda: rows)
+    monkeypatch.setattr(backends, "_capability", lambda: (9, 0))
+    monkeypatch.delenv("PEFT_KERNELS_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "bound", backends.bound.__wrapped__)
+    some = ("reference", "cpu", "triton")
+    for measured, served in [
+        (("cuda", "triton", "reference"), "triton"),
+        (("cuda", "reference"), "reference"),  # no measurement of the other backend: the definition, and PEFT's forward
+        (("cuda", "reference", "triton"), "reference"),
+    ]:
+        monkeypatch.setattr(backends, "MEASURED", {(9, 0): measured})
+        assert backends.serving(some, "cuda") == served
+        assert ("=triton uses" in backends.without_kernel("cuda", some)) == (served == "reference")
+    monkeypatch.setenv("PEFT_KERNELS_BACKEND", "reference")
+    assert backends.serving(some, "cuda") == "reference" and not backends.without_kernel("cuda", some)
