@@ -5,6 +5,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from peft_kernels import backends, registry, testing
+from peft_kernels.ops.batched_lora import route
+from peft_kernels.ops.batched_lora.samples import problem as batched_problem
 from peft_kernels.ops.lora_linear.samples import problem
 
 OP = registry.ops()["lora_linear"]
@@ -101,6 +103,53 @@ def test_nothing_waits_for_the_device(backend):
     try:
         testing.operators(backend, OP)[0](*arguments.values())
         testing.operators(backend, OP)[1](dy, arguments["x"], h, *rest, [True] * 14)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+BY_ROW = registry.ops()["batched_lora"]
+by_row = pytest.mark.parametrize("backend", [b for b in BACKENDS if b in BY_ROW.backends] or ["triton"])
+
+
+def row_problem(pair):
+    """Three adapters on one or two of two projections, in the rows of a batch in no order."""
+    entries = ((0, 0, 16), (1, 0, 3), (0, 1, 8), (1, 2, 40))
+    ids = [2, 0, -1, 1, 0] * 30
+    return batched_problem("cuda", *pair, ids=ids, entries=entries, K=264, N=(136, 40), p=0.1, lora_biased=True)
+
+
+@on_gpu
+@by_row
+@pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, F32), (F32, F32)], ids=str)
+def test_graph_replays_with_other_adapters_for_the_rows(backend, pair):
+    forward, backward = testing.operators(backend, BY_ROW)
+    held = row_problem(pair)
+    dy = testing.gradients_for(BY_ROW, held)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        BY_ROW.evaluate(forward, backward, held, dy)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = BY_ROW.evaluate(forward, backward, held, dy)
+    graph.replay()
+    before = {name: out.clone() for name, out in captured.items()}
+    assert same(before, BY_ROW.evaluate(forward, backward, held, dy))
+    ids = route.row_ids(held["route"], 150)
+    held["route"].copy_(route.reference(ids.flip(0).where(ids.flip(0) != 1, -1), 3))
+    graph.replay()
+    assert same(captured, BY_ROW.evaluate(forward, backward, held, dy)) and not same(captured, before)
+
+
+@on_gpu
+@by_row
+def test_nothing_waits_for_the_device_where_rows_have_adapters(backend):
+    arguments = row_problem((BF16, F32))
+    dy = testing.gradients_for(BY_ROW, arguments)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        BY_ROW.evaluate(*testing.operators(backend, BY_ROW), arguments, dy)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

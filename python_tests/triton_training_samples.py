@@ -22,7 +22,7 @@ from peft_kernels.ops.batched_lora.samples import problem  # noqa: E402
 OP = registry.ops()["batched_lora"]
 FORWARD, BACKWARD = (triton_training.FUNCTIONS[function.name] for function in OP.functions)
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-LONG = ("tiles", "row", "distinct", "zipf")  # many seconds in each pair of dtypes
+LONG = ("tiles", "row", "distinct", "zipf", "interleaved", "sites")  # many seconds in each pair of dtypes
 PLACES = cycle(range(12))
 
 

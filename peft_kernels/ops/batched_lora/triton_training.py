@@ -31,6 +31,11 @@ from peft_kernels.ops.common.triton_products import (
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float64: tl.float64}
 
 
+def aligned(columns: int) -> bool:
+    """Whether rows can all lie on 16 bytes; where not, every element has an address of its own, and tiles are small."""
+    return columns % 16 == 0
+
+
 class _Call:
     """What the launches of one forward or backward share; x and dy are of `dtype`."""
 
@@ -50,6 +55,7 @@ class _Call:
             "ACCUMULATOR": _TYPES[accumulator(dtype)],
             "DTYPE": _TYPES[self.factor],
             "enable_fp_fusion": True,
+            "maxnreg": 255,  # left to itself, ptxas spills a few bytes for a little more occupancy
         }
         self.layout = {
             "ALIGNMENT": 16 if all(t.data_ptr() % 16 == 0 for t in (*a, *b)) else 1,
@@ -65,7 +71,7 @@ class _Call:
     def shrink(self, low: Tensor, wide: Tensor, member: int, members: int, *, of_a: bool) -> None:
         """low = s drop(wide) A^T, or s wide B, for `members` projections from `member` on."""
         R, K, size, dropout = rank_block(max(self.ranks)), wide.shape[1], self.dtype.itemsize, self.dropout and of_a
-        columns = {16: 64 if dropout else 128, 32: 64, 64: 32}[R] if size == 2 else 32
+        columns = {16: 64 if dropout else 128, 32: 64, 64: 32}[R] if size == 2 and aligned(K) else 32
         R = R if size == 2 else min(R, 32)
         blocks = triton.cdiv(max(self.ranks), R)
         each, groups = self.tiles(blocks * members)
@@ -80,7 +86,7 @@ class _Call:
     def expand(self, out: Tensor, low: Tensor, bias: Tensor | None, member: int, members: int, *, of_a: bool) -> None:
         """out [M, N] = bias + what the entries of `members` projections from `member` on add."""
         N, size = out.shape[1], self.dtype.itemsize
-        block = {2: 128, 4: 64, 8: 32}[size]
+        block = {2: 128 if aligned(N) else 64, 4: 64, 8: 32}[size]
         blocks = triton.cdiv(N, block)
         each, groups = self.tiles(blocks)
         span = max(1, min(blocks, groups * blocks // (8 * PROGRAMS)))  # column blocks of a program
@@ -97,7 +103,7 @@ class _Call:
     def gradients(self, wide: Tensor, low: Tensor | None, member: int, sums: int, *, of_a: bool) -> None:
         """dA of all entries, or dB and db of a projection's, to where the table says; `sums`: numbers in them all."""
         N, size = wide.shape[1], self.dtype.itemsize
-        block_m, block_n = (64, 128) if size == 2 else (32, 32)
+        block_m, block_n = (64, 128 if aligned(N) else 64) if size == 2 else (32, 32)
         block_r = min(32, rank_block(max(self.ranks)))
         rank_blocks, blocks = triton.cdiv(max(self.ranks), block_r), triton.cdiv(N, block_n)
         wanted = triton.cdiv(2 * PROGRAMS, self.L * rank_blocks * blocks)
@@ -113,9 +119,9 @@ class _Call:
         )  # fmt: skip
         if pieces > 1:
             largest = (max(self.ranks) + 1) * N
-            _sum_kernel[(self.L, triton.cdiv(largest, 1024))](
+            _sum_kernel[(self.L, triton.cdiv(largest, 512))](
                 partial, self.table, member, N, self.L, pieces, sums,
-                BLOCK=1024, OF_A=of_a, DTYPE=self.types["DTYPE"], num_warps=4,
+                BLOCK=512, OF_A=of_a, DTYPE=self.types["DTYPE"], num_warps=4, maxnreg=255,
             )  # fmt: skip
 
 
