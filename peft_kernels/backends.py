@@ -143,7 +143,7 @@ def _preference(device_type: str) -> tuple[str, ...]:
 
 @cache
 def bound(device_type: str) -> str:
-    """The backend that `peft_kernels::<op>` runs for tensors of a device type.
+    """The backend that `peft_kernels::<op>` runs for tensors of a device type, if it has the op (else `serving`).
 
     Raises ValueError for a device type that none serves ("meta"), and for a wrong PEFT_KERNELS_BACKEND.
     """
@@ -166,14 +166,26 @@ def bound(device_type: str) -> str:
     return found
 
 
-def without_kernel(device_type: str) -> str:
-    """Why nothing but the definition serves a device type, unasked; empty where a kernel does.
+def serving(op_backends: tuple[str, ...], device_type: str) -> str:
+    """The backend that runs an op that has these: the bound one, or where it lacks the op the next best that does not.
+
+    Of the backends in order of preference, so where nothing has been measured it is the definition.
+    """
+    names = (bound(device_type), *_preference(device_type))
+    known = all_backends()
+    usable = (n for n in names if n in op_backends and known[n].available and device_type in known[n].devices)
+    return next(usable, "reference")
+
+
+def without_kernel(device_type: str, op_backends: tuple[str, ...]) -> str:
+    """Why nothing but the definition serves an op on a device type, unasked; empty where a kernel does.
 
     The definition is right everywhere and slow everywhere: a layer is not worth changing for it.
     """
-    if os.environ.get("PEFT_KERNELS_BACKEND") or bound(device_type) != "reference":
+    if os.environ.get("PEFT_KERNELS_BACKEND") == "reference" or serving(op_backends, device_type) != "reference":
         return ""
-    others = [b for b in all_backends().values() if device_type in b.devices and b.name != "reference"]
+    kernels = set(op_backends) - {"reference"}
+    others = [b for b in all_backends().values() if device_type in b.devices and b.name in kernels]
     if ready := [b.name for b in others if b.available]:
         return f"no kernel has been measured on this GPU yet; PEFT_KERNELS_BACKEND={ready[0]} uses the unmeasured one"
     return others[0].missing if others else f"there are no kernels for {device_type}"

@@ -137,7 +137,11 @@ def link() -> None:
     everything = list(_OPS.values())
     _define("peft_kernels", everything)
     for device in backends.all_backends()["reference"].devices:
-        _implement("peft_kernels", everything, backends.bound(device), device)
+        served: dict[str, list[Op]] = {}
+        for op in everything:
+            served.setdefault(backends.serving(op.backends, device), []).append(op)
+        for backend, ops in served.items():
+            _implement("peft_kernels", ops, backend, device)
 
 
 def _define(namespace: str, ops: list[Op]) -> None:
@@ -156,7 +160,7 @@ def _define(namespace: str, ops: list[Op]) -> None:
 
 
 def _implement(namespace: str, ops: list[Op], backend: str, device: str) -> None:
-    """The kernels of one backend, for one device; the reference's for an op that the backend does not have."""
+    """The kernels of one backend, for one device."""
     if backend in ("cpu", "cuda"):
         backends.bind_native(namespace, device)
     library = torch.library.Library(namespace, "IMPL")
@@ -168,7 +172,7 @@ def _implement(namespace: str, ops: list[Op], backend: str, device: str) -> None
 
 def _python_kernels(op: Op, backend: str) -> dict[str, Callable]:
     """What runs in Python for each function of an op; nothing where the backend is C++."""
-    if backend == "reference" or backend not in op.backends:
+    if backend == "reference":
         return {function.name: function.reference for function in op.functions}
     module = op.python_backends.get(backend)
     return importlib.import_module(module).FUNCTIONS if module else {}

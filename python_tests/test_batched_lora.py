@@ -105,7 +105,10 @@ def test_ids_or_route_and_not_both():
             peft_kernels.batched_lora(**arguments, **given)
 
 
-@pytest.mark.parametrize("backend,device", PLACES)
+READERS = [place for place in PLACES if place.values[0] in ("reference", "cpu")]  # a GPU's kernels read no route back
+
+
+@pytest.mark.parametrize("backend,device", READERS)
 def test_a_route_of_other_rows_is_refused(backend, device):
     """Its length fits, what stands in it does not."""
     arguments = problem(device, torch.float32, torch.float32, ids=[0, 1, -1], entries=((0, 0, 2), (0, 1, 3)))

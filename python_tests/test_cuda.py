@@ -5,6 +5,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from peft_kernels import backends, registry, testing
+from peft_kernels.ops.batched_lora import route
+from peft_kernels.ops.batched_lora.samples import problem as batched_problem
 from peft_kernels.ops.lora_linear.samples import problem
 
 OP = registry.ops()["lora_linear"]
@@ -105,6 +107,53 @@ def test_nothing_waits_for_the_device(backend):
         torch.cuda.set_sync_debug_mode("default")
 
 
+BY_ROW = registry.ops()["batched_lora"]
+by_row = pytest.mark.parametrize("backend", [b for b in BACKENDS if b in BY_ROW.backends] or ["triton"])
+
+
+def row_problem(pair):
+    """Three adapters on one or two of two projections, in the rows of a batch in no order."""
+    entries = ((0, 0, 16), (1, 0, 3), (0, 1, 8), (1, 2, 40))
+    ids = [2, 0, -1, 1, 0] * 30
+    return batched_problem("cuda", *pair, ids=ids, entries=entries, K=264, N=(136, 40), p=0.1, lora_biased=True)
+
+
+@on_gpu
+@by_row
+@pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, F32), (F32, F32)], ids=str)
+def test_graph_replays_with_other_adapters_for_the_rows(backend, pair):
+    forward, backward = testing.operators(backend, BY_ROW)
+    held = row_problem(pair)
+    dy = testing.gradients_for(BY_ROW, held)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        BY_ROW.evaluate(forward, backward, held, dy)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = BY_ROW.evaluate(forward, backward, held, dy)
+    graph.replay()
+    before = {name: out.clone() for name, out in captured.items()}
+    assert same(before, BY_ROW.evaluate(forward, backward, held, dy))
+    ids = route.row_ids(held["route"], 150)
+    held["route"].copy_(route.reference(ids.flip(0).where(ids.flip(0) != 1, -1), 3))
+    graph.replay()
+    assert same(captured, BY_ROW.evaluate(forward, backward, held, dy)) and not same(captured, before)
+
+
+@on_gpu
+@by_row
+def test_nothing_waits_for_the_device_where_rows_have_adapters(backend):
+    arguments = row_problem((BF16, F32))
+    dy = testing.gradients_for(BY_ROW, arguments)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        BY_ROW.evaluate(*testing.operators(backend, BY_ROW), arguments, dy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, F32), (F32, F32)], ids=str)
 def test_shapes_on_a_device_that_is_not_there(pair):
     real = problem("cpu", *pair, rows=(2, 7), **(SIZES | {"p": 0.0}))
@@ -137,10 +186,30 @@ def test_an_unmeasured_gpu_is_served_by_the_definition(monkeypatch):
     monkeypatch.setattr(backends, "MEASURED", {})
     assert choose("cuda") == "reference"
     monkeypatch.setattr(backends, "bound", choose)
-    assert "PEFT_KERNELS_BACKEND=cuda uses" in backends.without_kernel("cuda")
+    every = ("reference", "cpu", "cuda", "triton")
+    assert "PEFT_KERNELS_BACKEND=cuda uses" in backends.without_kernel("cuda", every)
     monkeypatch.setattr(backends, "MEASURED", {(9, 0): ("triton", "cuda", "reference")})
-    assert choose("cuda") == "triton" and not backends.without_kernel("cuda")
+    assert choose("cuda") == "triton" and not backends.without_kernel("cuda", every)
     monkeypatch.setattr(backends, "MEASURED", {})
     monkeypatch.setenv("PEFT_KERNELS_BACKEND", "cuda")
-    assert not backends.without_kernel("cuda")
+    assert not backends.without_kernel("cuda", every)
     assert choose("cuda") == "cuda"
+
+
+def test_an_op_that_the_best_backend_lacks_is_served_by_the_next(monkeypatch):
+    rows = {name: backends.Backend(name, ("cuda",), "") for name in ("cuda", "reference", "triton")}
+    monkeypatch.setattr(backends, "all_backends", lambda: rows)
+    monkeypatch.setattr(backends, "_capability", lambda: (9, 0))
+    monkeypatch.delenv("PEFT_KERNELS_BACKEND", raising=False)
+    monkeypatch.setattr(backends, "bound", backends.bound.__wrapped__)
+    some = ("reference", "cpu", "triton")
+    for measured, served in [
+        (("cuda", "triton", "reference"), "triton"),
+        (("cuda", "reference"), "reference"),  # no measurement of the other backend: the definition, and PEFT's forward
+        (("cuda", "reference", "triton"), "reference"),
+    ]:
+        monkeypatch.setattr(backends, "MEASURED", {(9, 0): measured})
+        assert backends.serving(some, "cuda") == served
+        assert ("=triton uses" in backends.without_kernel("cuda", some)) == (served == "reference")
+    monkeypatch.setenv("PEFT_KERNELS_BACKEND", "reference")
+    assert backends.serving(some, "cuda") == "reference" and not backends.without_kernel("cuda", some)

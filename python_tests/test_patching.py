@@ -231,7 +231,7 @@ def test_weights_that_are_not_loaded_are_left_alone():
 def test_where_only_the_definition_would_serve_peft_is_faster(monkeypatch):
     patched = peft_model("llama")
     with peft_kernels.patch(patched, strict=True) as report:
-        monkeypatch.setitem(WITHOUT_KERNEL, "cpu", "nothing here")
+        monkeypatch.setitem(WITHOUT_KERNEL["lora_linear"], "cpu", "nothing here")
         patched(**inputs())
         assert report.fused == 0 and all("nothing here" in reason for reason in report.fallbacks)
     with pytest.raises(RuntimeError, match="nothing here"):

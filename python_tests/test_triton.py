@@ -19,7 +19,11 @@ from peft_kernels import backends, registry
 
 HERE = Path(__file__).parent
 OLDEST = Path(sys.prefix, "triton-3.6")  # the oldest supported Triton, where `make test` puts it beside the pinned one
-SHARDS = {"triton_samples.py": 8, "triton_pool_samples.py": 2}  # each is a minute or less of interpretation
+SHARDS = {
+    "triton_samples.py": 8,
+    "triton_pool_samples.py": 2,
+    "triton_training_samples.py": 2,
+}  # a minute each, or less
 QUIET = ["-q", "-W", "ignore", "-p", "no:cacheprovider"]
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # what a block may use; 99 KiB for all that runs sm_80's
@@ -43,11 +47,12 @@ def _too_old_for_numpy():
 
 @pytest.mark.skipif(_too_old_for_numpy(), reason="this triton cannot interpret with this numpy (2.4 and later)")
 @pytest.mark.parametrize(
-    ("samples", "shard"),
-    [(file, f"{i}/{count}") for file, count in SHARDS.items() for i in range(count)],
+    "samples,which,shard",
+    [(file, "not slow", f"{i}/{count}") for file, count in SHARDS.items() for i in range(count)]
+    + [pytest.param("triton_training_samples.py", "slow", "0/1", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])],
 )
-def test_every_sample_interpreted(samples, shard):
-    command = [sys.executable, "-m", "pytest", *QUIET, samples, "--shard", shard]
+def test_every_sample_interpreted(samples, which, shard):
+    command = [sys.executable, "-m", "pytest", *QUIET, "-m", which, samples, "--shard", shard]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parent)}
     run = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
     print(run.stdout[-8000:], run.stderr[-2000:])
@@ -107,6 +112,43 @@ def _call_pool(M, pair, N=(4096, 1024, 1024), K=4096, pages=2, slots=64):
     )
 
 
+def _call_training(M, pair, p, ranks, N=(4096, 1024), K=4096):
+    """One batched_lora, forward and backward with every gradient of the adapters, on meta tensors of real size."""
+    from peft_kernels.ops.batched_lora import route
+    from peft_kernels.ops.batched_lora.triton_training import FUNCTIONS
+
+    def empty(*shape, dtype=pair[0]):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    entries = [(g, adapter, rank) for adapter, rank in enumerate(ranks) for g in range(len(N))]
+    member, adapter, _ = ([*field] for field in zip(*entries, strict=True))
+    factors = (
+        [empty(r, K, dtype=pair[1]) for _, _, r in entries],
+        [empty(N[g], r, dtype=pair[1]) for g, _, r in entries],
+    )
+    numbers = (
+        member,
+        adapter,
+        [1.5] * len(entries),
+        [p] * len(entries),
+        torch.empty((), dtype=torch.int64, device="meta"),
+    )
+    x, routed = empty(M, K), empty(route.length(M, len(ranks)), dtype=torch.int32)
+    weight, bias = [empty(n, K) for n in N], [empty(n) for n in N]
+    y, h = FUNCTIONS["batched_lora"](x, routed, weight, bias, *factors, [None] * len(entries), *numbers)
+    needs = [True] + [False] * 2 * len(N) + [True] * 3 * len(entries)
+    FUNCTIONS["batched_lora_backward"](y, x, h, routed, weight, *factors, *numbers, needs)
+
+
+def _compile_training(arch, M, *case):
+    from triton_compiler import Recorder
+
+    with Recorder(arch) as compiled:
+        _call_training(M, *case)
+    assert {k.name for k in compiled} >= {"_table_kernel", "_shrink_kernel", "_expand_kernel", "_gradient_kernel"}
+    _assert_fits(arch, f"M={M}, {case}", compiled)
+
+
 def _compile(arch, M, case):
     from triton_compiler import Recorder
 
@@ -149,6 +191,8 @@ def test_compiled_ahead_of_time(arch):
     assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch] in text
     _compile(arch, 1, TRAINING[0])
     _compile_pool(arch, (BF16, BF16))
+    if arch == 90:  # the others compile for minutes
+        _compile_training(arch, 8192, (BF16, F32), 0.1, (16, 16))
 
 
 @pytest.mark.slow
@@ -158,6 +202,28 @@ def test_every_pool_kernel_compiled_ahead_of_time(arch, pair):
     _compile_pool(arch, pair)
     _compile_pool(arch, pair, N=(4096,), pages=64)
     _compile_pool(arch, pair, N=(1, 37), K=67, pages=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("M", [64, 8192])
+@pytest.mark.parametrize(
+    "pair,p,ranks",
+    [
+        ((BF16, BF16), 0.0, (16, 16)),
+        ((BF16, BF16), 0.1, (64,)),
+        ((BF16, F32), 0.1, (8,) * 20),
+        ((BF16, F32), 0.0, (3, 128)),
+        ((F16, F32), 0.1, (32, 16)),
+        ((F32, F32), 0.1, (16, 16)),
+        ((F64, F64), 0.1, (16, 64)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_kernel_of_the_training_form_compiled_ahead_of_time(arch, pair, p, ranks, M):
+    _compile_training(arch, M, pair, p, ranks)
+    if M == 64:
+        _compile_training(arch, M, pair, p, ranks, (1, 37), 67)
 
 
 @pytest.mark.parametrize("id", ["ones", "ragged", "group"])
@@ -186,6 +252,7 @@ def test_every_tile_compiled_ahead_of_time(arch, case, M):
         "test_compiled_ahead_of_time",
         pytest.param("test_every_tile_compiled_ahead_of_time", marks=pytest.mark.slow),
         pytest.param("test_every_pool_kernel_compiled_ahead_of_time", marks=pytest.mark.slow),
+        pytest.param("test_every_kernel_of_the_training_form_compiled_ahead_of_time", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.timeout(1800)  # all tiles are minutes in one process
@@ -212,6 +279,17 @@ def test_row_counts_do_not_compile_again():
         for M in (1, 17, 64, 2048):
             _call_pool(M, (BF16, BF16))
     assert len(compiled) == 2
+
+
+def test_neither_rows_nor_adapters_compile_the_training_form_again():
+    from triton_compiler import Recorder
+
+    with Recorder(90) as compiled:
+        _call_training(256, (BF16, BF16), 0.0, (16,), (1024,))
+        first = [kernel.name for kernel in compiled]
+        for M, ranks in ((265, (16,)), (400, (16, 8)), (450, (16, 16, 16))):
+            _call_training(M, (BF16, BF16), 0.0, ranks, (1024,))
+    assert [kernel.name for kernel in compiled[len(first) :]] == ["_table_kernel"]  # of 128 numbers
 
 
 def test_the_backend_says_why_it_is_not_there():

@@ -88,7 +88,8 @@ class _CheckedMemory:
 
     def __init__(self, memory):
         self._memory = memory
-        self.extents = None
+        self.extents = None  # of the launch that is running
+        self.named = {}  # of tensors whose addresses a kernel reads from memory
 
     def __getattr__(self, name):
         return getattr(self._memory, name)
@@ -108,11 +109,26 @@ class _CheckedMemory:
         active = np.asarray(pointers, dtype=np.uint64)[
             np.broadcast_to(np.asarray(mask, dtype=bool), np.shape(pointers))
         ]
+        extents = (*(self.extents or ()), *self.named.values())
+        if not active.size or any(f <= active.min() and active.max() + np.uint64(size) <= e for f, e in extents):
+            return  # all in one tensor, as nearly always
         inside = np.zeros(active.shape, dtype=bool)
-        for first, end in self.extents or ():
+        for first, end in extents:
             inside |= (active >= first) & (active + np.uint64(size) <= end)
         if not inside.all():
             raise OutOfBoundsError(f"{what}: {int((~inside).sum())} of {active.size} active lanes out of bounds")
+
+
+def follow(module, name):
+    """Lets kernels touch a tensor too that went through `module.name(tensor)`, which makes a number of its address."""
+    take = getattr(module, name)
+
+    def address(tensor):
+        if tensor is not None and tensor.numel():
+            interpreter._interpreter.named[tensor.data_ptr()] = _extent(tensor)
+        return take(tensor)
+
+    setattr(module, name, address)
 
 
 def _extent(tensor):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
-from peft_kernels import backends
+from peft_kernels import backends, registry
 from peft_kernels.integrations.counts import count_fallback, count_fused
 from peft_kernels.integrations.rows import OUTSIDE, RowAdapters, by_peft, current, outside_graph
 from peft_kernels.ops import new_seed
@@ -30,8 +30,15 @@ DTYPES = frozenset(
     | {(x, factor) for x in (torch.float32, *HALVES) for factor in (torch.float32, *HALVES)}
 )  # of (base, factors)
 
-# Devices that only the reference serves, and why: PEFT's own forward is faster there.
-WITHOUT_KERNEL = {d: why for d in backends.all_backends()["reference"].devices if (why := backends.without_kernel(d))}
+# By op, devices that only the reference serves, and why: PEFT's own forward is faster there.
+WITHOUT_KERNEL = {
+    name: {
+        device: why
+        for device in backends.all_backends()["reference"].devices
+        if (why := backends.without_kernel(device, registry.ops()[name].backends))
+    }
+    for name in ("lora_linear", "batched_lora")
+}
 
 DISABLED = "adapters disabled: the base layer alone"
 MERGED = "merged: the base layer alone"
@@ -127,8 +134,9 @@ def _describe_type(tensor: Tensor | None) -> str:
 def add_base(call: Call, base: nn.Module, x: Tensor, types=PLAIN) -> str:
     """Adds a frozen layer as the call's next projection; returns why it cannot be one, or nothing."""
     device, kind = x.device.type, type(base)
-    if device in WITHOUT_KERNEL:
-        return WITHOUT_KERNEL[device]
+    without = WITHOUT_KERNEL["lora_linear" if call.rows is None else "batched_lora"]
+    if device in without:
+        return without[device]
     if kind is not nn.Linear and kind is not Conv1D:
         return f"the base layer is a {kind.__name__}"
     weight, bias = _tensor(base, "weight"), _tensor(base, "bias")

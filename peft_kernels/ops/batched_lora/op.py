@@ -12,6 +12,7 @@ from peft_kernels.ops.batched_lora.route import HEADER, TILE, row_ids
 from peft_kernels.ops.batched_lora.samples import bad_inputs, evaluate, samples
 from peft_kernels.ops.common.projections import (
     autocasting,
+    check_gradients,
     check_projections,
     check_tensor,
     differentiable,
@@ -32,21 +33,17 @@ BACKWARD_SCHEMA = (
 )
 
 
-def _check_route(x: Tensor, route: Tensor) -> None:
+def _check_route(like: Tensor, M: int, route: Tensor) -> None:
     """A route that M rows can have; what stands in it, only those who read it can check."""
-    check_tensor(NAME, "route", route, x, (int32,), "int32")
-    M = x.numel() // x.shape[-1]
+    check_tensor(NAME, "route", route, like, (int32,), "int32")
     tiles = (route.numel() - HEADER - 2 * M) // 3  # no divmod, which symbolic sizes do not have
     whole = route.numel() == HEADER + 2 * M + 3 * tiles
     fits = route.dim() == 1 and route.is_contiguous() and whole and min(M, 1) <= tiles - M // TILE <= M
     require(NAME, fits, f"route must come from batched_lora_route for the {M} rows of x, got shape {list(route.shape)}")
 
 
-def check(x, route, weight, bias, lora_A, lora_B, lora_bias, member, adapter, scaling, dropout_p, seed) -> None:
-    """Refuses what the op cannot take, in words. The C++ bindings repeat the rules and the texts."""
-    lists = {"member": member, "adapter": adapter, "scaling": scaling, "dropout_p": dropout_p}
-    check_projections(NAME, x, weight, bias, lora_A, lora_B, lora_bias, lists, seed)
-    _check_route(x, route)
+def _check_places(member: list[int], adapter: list[int]) -> None:
+    """At most one entry for each adapter and projection."""
     places = {}
     for i, place in enumerate(zip(member, adapter, strict=True)):
         require(NAME, place[1] >= 0, f"adapter[{i}] must be 0 or more, got {place[1]}")
@@ -55,6 +52,30 @@ def check(x, route, weight, bias, lora_A, lora_B, lora_bias, member, adapter, sc
             f"an adapter must have one entry per member, got entries {before} and {i} of adapter {place[1]} for member"
         )
         require(NAME, before == i, f"{text} {place[0]}")
+
+
+def check(x, route, weight, bias, lora_A, lora_B, lora_bias, member, adapter, scaling, dropout_p, seed) -> None:
+    """Refuses what the op cannot take, in words. The C++ bindings repeat the rules and the texts."""
+    lists = {"member": member, "adapter": adapter, "scaling": scaling, "dropout_p": dropout_p}
+    check_projections(NAME, x, weight, bias, lora_A, lora_B, lora_bias, lists, seed)
+    _check_route(x, x.numel() // x.shape[-1], route)
+    _check_places(member, adapter)
+
+
+def check_backward(dy, x, h, route, weight, lora_A, lora_B, member, adapter, scaling, dropout_p, seed, needs) -> None:
+    """The same for the backward. x and h may be None where nothing that is needed reads them."""
+    nothing, lists = [None] * len(weight), {"member": member, "adapter": adapter}
+    lists |= {"scaling": scaling, "dropout_p": dropout_p}
+
+    def check_x(like):
+        check_projections(NAME, like, weight, nothing, lora_A, lora_B, [None] * len(lora_A), lists, seed)
+
+    def width():
+        return reference.h_columns(lora_A, member, len(weight))[-1]
+
+    check_gradients(f"{NAME}_backward", dy, x, h, weight, lora_A, width, needs, check_x)
+    _check_route(dy[0], dy[0].numel() // weight[0].shape[0], route)
+    _check_places(member, adapter)
 
 
 def fake(x, route, weight, bias, lora_A, lora_B, lora_bias, member, adapter, scaling, dropout_p, seed):
@@ -129,5 +150,7 @@ BATCHED_LORA = register(
         public="batched_lora",
         autograd=autograd,
         autocast=autocast,
+        backends=("reference", "cpu", "triton"),
+        python_backends={"triton": "peft_kernels.ops.batched_lora.triton_training"},
     )
 )

@@ -110,6 +110,30 @@ def check_projections(op: str, x, weight, bias, lora_A, lora_B, lora_bias, lists
         require(op, seed.dim() == 0, f"seed must be a 0-d tensor, got shape {list(seed.shape)}")
 
 
+def check_gradients(op: str, dy, x, h, weight, lora_A, width: Callable, needs, check_x: Callable) -> None:
+    """The same for a backward. `check_x(x)` checks what the forward had too; then `width()` is how many columns h has.
+    x and h may be None where nothing that is needed reads them."""
+    G, L = len(weight), len(lora_A)
+    require(op, len(dy) == G and G >= 1, f"dy must have one entry per weight ({G}), got {len(dy)}")
+    count = 1 + 2 * G + 3 * L
+    require(op, len(needs) == count, f"needs must have {count} entries, got {len(needs)}")
+    # Without x its rows are judged by dy's: weight[0] stands in, whose last size is K and whose dtype is x's.
+    check_x(weight[0] if x is None else x)
+    M = dy[0].numel() // weight[0].shape[0]
+    for g, (d, w) in enumerate(zip(dy, weight, strict=True)):
+        fits = d.device == w.device and d.dtype is w.dtype and d.shape[-1:] == w.shape[:1]
+        require(op, fits and d.numel() == M * w.shape[0], f"dy[{g}] must be of y[{g}]'s shape, dtype and device")
+    require(op, x is None or x.numel() == M * weight[0].shape[1], "x must have as many rows as dy")
+    if h is not None:
+        fits = h.device == weight[0].device and h.dtype is accumulator(weight[0].dtype) and h.is_contiguous()
+        fits = fits and tuple(h.shape) == (M, width())
+        require(op, fits, "h must be the contiguous [M, R] that the forward returned")
+    reads_x = any(needs[1 : 1 + G]) or any(needs[1 + 2 * G : 1 + 2 * G + L])
+    require(op, x is not None or not reads_x, "x must be given for gradients of weight or lora_A")
+    reads_h = any(needs[1 + 2 * G + L : 1 + 2 * G + 2 * L])
+    require(op, h is not None or not reads_h, "h must be given for gradients of lora_B")
+
+
 # -- fake -------------------------------------------------------------------------------------------------------------
 
 

@@ -34,12 +34,19 @@ def _philox(c0, c1, c2, c3, k0, k1):
 @triton.jit
 def keep_tile(seed_ptr, row_start, column_start, stream, keep_below, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """bool [BLOCK_M, BLOCK_K], True where an element is kept; column_start and BLOCK_K are multiples of 32."""
+    rows = row_start + tl.arange(0, BLOCK_M)
+    return keep_rows(seed_ptr, rows, column_start, stream, keep_below, BLOCK_M, BLOCK_K)
+
+
+@triton.jit
+def keep_rows(seed_ptr, numbers, column_start, stream, keep_below, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The same for BLOCK_M rows of any numbers."""
     seed = tl.load(seed_ptr)
     k0 = seed.to(tl.uint32)  # the low word
     k1 = (seed >> 32).to(tl.uint32)
     call = tl.arange(0, BLOCK_K // 8)
     zero = tl.zeros((BLOCK_M, BLOCK_K // 8), tl.uint32)
-    rows = zero + (row_start + tl.arange(0, BLOCK_M)).to(tl.uint32)[:, None]
+    rows = zero + numbers.to(tl.uint32)[:, None]
     blocks = zero + (column_start // 32 + call // 4).to(tl.uint32)[None, :]
     pairs = zero + (call % 4).to(tl.uint32)[None, :]
     streams = zero + tl.cast(stream, tl.uint32)

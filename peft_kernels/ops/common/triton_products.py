@@ -1,13 +1,18 @@
-"""The product of two tiles in Triton, and fp32 numbers in it as 16-bit parts.
+"""The product of two tiles in Triton, fp32 numbers in it as 16-bit parts, and what its launchers share.
 
 An fp32 number v next to 16-bit activations becomes v = v0 + v1 (+ v2), each a 16-bit number, so that products run on
 tensor cores and lose nothing that shows: two parts where the result is rounded to 16 bits; three of bf16 (24 bits) or
 two of fp16 (22 bits) where it stays fp32.
+h and ds carry s, and the largest fp16 is 65504: they are cut into fp16 in units of `low_unit`, and the sums of their
+products are multiplied by it.
 """
+
+import math
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 PROGRAMS = 264  # what split work aims at: two programs for each of an H200's 132 processors
 
@@ -48,3 +53,19 @@ def exact_parts(narrow: torch.dtype, wide: torch.dtype) -> int:
     if narrow.itemsize > 2 or narrow is wide:
         return 1
     return 3 if narrow is torch.bfloat16 else 2
+
+
+def low_unit(dtype: torch.dtype, scaling: list[float]) -> float:
+    """A power of two, 1 or more, that no |s| exceeds, where h and ds are cut into fp16; bf16 reaches as far as fp32."""
+    largest = max(map(abs, scaling), default=0.0)
+    return 2.0 ** min(126, math.ceil(math.log2(largest))) if dtype is torch.float16 and largest > 1 else 1.0
+
+
+def unit_rows(matrix: Tensor) -> Tensor:
+    """A matrix whose rows are contiguous, at whatever distance; copied only where they are not."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def rank_block(R: int) -> int:
+    """Ranks that one program takes: a power of two, 16 (the least that a tensor core takes) to 64."""
+    return min(64, max(16, triton.next_power_of_2(R)))

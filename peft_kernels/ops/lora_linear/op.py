@@ -6,13 +6,12 @@ Legend: M rows of x, K in_features, N out_features, R rank; G projections (index
 
 from peft_kernels.ops.common.dropout import DROPOUT_MASK
 from peft_kernels.ops.common.projections import (
-    accumulator,
     autocasting,
+    check_gradients,
     check_projections,
     differentiable,
     fake_gradients,
     fake_outputs,
-    require,
 )
 from peft_kernels.ops.lora_linear import reference
 from peft_kernels.ops.lora_linear.samples import bad_inputs, evaluate, samples
@@ -36,26 +35,15 @@ def check(x, weight, bias, lora_A, lora_B, lora_bias, member, scaling, dropout_p
 
 def check_backward(dy, x, h, weight, lora_A, lora_B, member, scaling, dropout_p, seed, needs) -> None:
     """The same for the backward. x and h may be None where nothing that is needed reads them."""
-    op, G, L = "lora_linear_backward", len(weight), len(lora_A)
-    require(op, len(dy) == G and G >= 1, f"dy must have one entry per weight ({G}), got {len(dy)}")
-    count = 1 + 2 * G + 3 * L
-    require(op, len(needs) == count, f"needs must have {count} entries, got {len(needs)}")
-    # Without x its rows are judged by dy's: weight[0] stands in, whose last size is K and whose dtype is x's.
-    like_x = weight[0] if x is None else x
-    check(like_x, weight, [None] * G, lora_A, lora_B, [None] * L, member, scaling, dropout_p, seed)
-    M = dy[0].numel() // weight[0].shape[0]
-    for g, (d, w) in enumerate(zip(dy, weight, strict=True)):
-        fits = d.device == w.device and d.dtype is w.dtype and d.shape[-1:] == w.shape[:1]
-        require(op, fits and d.numel() == M * w.shape[0], f"dy[{g}] must be of y[{g}]'s shape, dtype and device")
-    require(op, x is None or x.numel() == M * weight[0].shape[1], "x must have as many rows as dy")
-    if h is not None:
-        fits = h.device == weight[0].device and h.dtype is accumulator(weight[0].dtype) and h.is_contiguous()
-        fits = fits and tuple(h.shape) == (M, sum(a.shape[0] for a in lora_A))
-        require(op, fits, "h must be the contiguous [M, R] that the forward returned")
-    reads_x = any(needs[1 : 1 + G]) or any(needs[1 + 2 * G : 1 + 2 * G + L])
-    require(op, x is not None or not reads_x, "x must be given for gradients of weight or lora_A")
-    reads_h = any(needs[1 + 2 * G + L : 1 + 2 * G + 2 * L])
-    require(op, h is not None or not reads_h, "h must be given for gradients of lora_B")
+
+    def check_x(like):
+        check(
+            like, weight, [None] * len(weight), lora_A, lora_B, [None] * len(lora_A), member, scaling, dropout_p, seed
+        )
+
+    check_gradients(
+        "lora_linear_backward", dy, x, h, weight, lora_A, lambda: sum(a.shape[0] for a in lora_A), needs, check_x
+    )
 
 
 def fake(x, weight, bias, lora_A, lora_B, lora_bias, member, scaling, dropout_p, seed):

@@ -19,7 +19,14 @@ from torch import Tensor
 
 from peft_kernels.ops.common.dropout import threshold
 from peft_kernels.ops.common.triton_dropout import keep_tile
-from peft_kernels.ops.common.triton_products import accumulator, exact_parts, product, product_of_parts
+from peft_kernels.ops.common.triton_products import (
+    accumulator,
+    exact_parts,
+    low_unit,
+    product,
+    product_of_parts,
+    unit_rows,
+)
 from peft_kernels.ops.lora_linear.op import check_backward
 from peft_kernels.ops.lora_linear.triton_gemm import Base, LowRank, concat_gemm
 from peft_kernels.ops.lora_linear.triton_tiles import (
@@ -27,10 +34,8 @@ from peft_kernels.ops.lora_linear.triton_tiles import (
     architecture,
     factor_tile,
     input_tile,
-    low_unit,
     split,
     sum_partials,
-    unit_rows,
 )
 
 

@@ -4,7 +4,7 @@ Forward:  y_g = [x | h_g] [W_g | B_g]^T + b_g         j: one pair (x, W_g^T);   
 Backward: dx  = [dy | ds] [W ; A], A's part masked    j: (dy_g, W_g) for all g;   l: all adapters, with their masks
 An adapter costs r more columns of contraction: no second read of out, no epilogue. Its part comes first, since dropout
 masks it (Philox, dropout.py) before the base is added. S_l is fp32: next to 16-bit operands it comes in as two 16-bit
-parts, for fp16 of S_l / unit (triton_tiles.low_unit). Accumulation in fp32 (fp64 for fp64). Grid: BLOCK_M x BLOCK_N
+parts, for fp16 of S_l / unit (triton_products.low_unit). Accumulation in fp32 (fp64 for fp64). Grid: BLOCK_M x BLOCK_N
 tiles of out, row tiles of a GROUP_M next to each other so that the right operand stays in the L2 cache.
 """
 

@@ -1,12 +1,10 @@
 """What the Triton kernels of lora_linear share: h and ds stored as 16-bit parts, sums of partials in a fixed order, and
 the table of tile sizes.
 
-h and ds carry s, and the largest fp16 is 65504: they are cut into fp16 in units of `low_unit`, and the sums of their
-products are multiplied by it. Tiles depend on shape, dtype and architecture only, never on a measurement at run time,
-so results are repeatable and nothing is timed at import.
+Tiles depend on shape, dtype and architecture only, never on a measurement at run time, so results are repeatable and
+nothing is timed at import.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -15,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from peft_kernels.ops.common.triton_products import PROGRAMS, rest_of
+from peft_kernels.ops.common.triton_products import PROGRAMS, rank_block, rest_of
 
 MOST_ADAPTERS = 8  # of one launch: a kernel has code for each, and 33 compile for minutes
 
@@ -69,17 +67,6 @@ def sum_partials(out: Tensor, partial: Tensor, parts: Tensor | None = None, unit
         0 if parts is None else parts.stride(0),
         PARTS=0 if parts is None else parts.shape[0], BLOCK=256, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-
-
-def low_unit(dtype: torch.dtype, scaling: list[float]) -> float:
-    """A power of two, 1 or more, that no |s| exceeds, where h and ds are cut into fp16; bf16 reaches as far as fp32."""
-    largest = max(map(abs, scaling), default=0.0)
-    return 2.0 ** min(126, math.ceil(math.log2(largest))) if dtype is torch.float16 and largest > 1 else 1.0
-
-
-def unit_rows(matrix: Tensor) -> Tensor:
-    """A matrix whose rows are contiguous, at whatever distance; copied only where they are not."""
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
 def architecture(tensor: Tensor) -> int:
@@ -138,11 +125,6 @@ def input_tile(dtype: torch.dtype, R: int) -> Tile:
     if dtype.itemsize > 2:
         return Tile(32, min(rank_block(R), 32), 32, 4, 2)
     return Tile(64, min(rank_block(R), 32), 128, 4, 3)
-
-
-def rank_block(R: int) -> int:
-    """Ranks that one program takes: a power of two, 16 (the least that a tensor core takes) to 64."""
-    return min(64, max(16, triton.next_power_of_2(R)))
 
 
 def split(length: int, block: int, programs: int) -> tuple[int, int]:
