@@ -9,13 +9,15 @@ to be that
 with eps and `longest` the rounding and the longest reduction of the model, and that the row writes what PEFT writes
 wherever the two largest elements of l64 are further apart than the bound.
 
-Throughput: decode steps of the base model, the pool, and PEFT's adapter_names with and without the patch, taking turns.
+Throughput: decode steps of the base model, the pool, and PEFT's adapter_names with and without the patch, taking turns;
+the same rule holds for their logits.
 """
 
+import contextlib
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -208,7 +210,8 @@ def _throughput(
     prompts = next(task.batches(english.held_out, size, 1, seed, next(base.parameters()).device))[:, : size.window // 8]
     prompts = prompts.repeat(-(-size.decode_rows // len(prompts)), 1)[: size.decode_rows]
     found = [_measure(models, names[:count], prompts, size, tick) for count in counts]
-    problems = [f"{row.name} was left alone: {row.reason}" for row in report.left]
+    problems = _unequal(models, names, prompts)
+    problems += [f"{row.name} was left alone: {row.reason}" for row in report.left]
     problems += [f"{count} calls were not fused: {why}" for why, count in report.fallbacks.items()]
     return found, problems, parameters
 
@@ -225,19 +228,40 @@ def _copies(base: nn.Module, folders: list[Path], count: int, seed: int) -> Peft
     return model.eval()
 
 
+@contextlib.contextmanager
+def _rows_of(arm: str, names: list[str], rows: int) -> Iterator[dict]:
+    """Inside, a model of that arm, called with what this yields, gives the rows the adapters in turn."""
+    ids = [row % len(names) for row in range(rows)]
+    if arm == "pool":
+        with peft_kernels.adapter_ids(ids, names):
+            yield {}
+    else:
+        yield {} if arm == "base" else {"adapter_names": [names[i] for i in ids]}
+
+
+def _unequal(models: dict[str, nn.Module], names: list[str], prompts: Tensor) -> list[str]:
+    """What is wrong with the logits of the prompts, by the rule for answers; what is timed has to be right."""
+    logits = {}
+    for arm, model in (models | {"exact": copy.deepcopy(models["peft"]).double()}).items():
+        with _rows_of(arm, names, len(prompts)) as asked:
+            logits[arm] = model(input_ids=prompts, use_cache=False, **asked).logits.double()
+    exact = logits["exact"]
+    error = {arm: (logits[arm] - exact).abs().max().item() for arm in ("pool", "patched", "peft")}
+    bound = 2 * error["peft"] + _rounding(models["peft"]) * exact.abs().max().item()
+    return [
+        f"{len(names)} adapters: the logits of arm {arm} are {error[arm]:.2g} off, and {bound:.2g} is rounding"
+        for arm in ("pool", "patched")
+        if not error[arm] <= bound
+    ]
+
+
 def _measure(models: dict[str, nn.Module], names: list[str], prompts: Tensor, size: task.Size, tick: Callable):
     """One row of the table: the arms take turns, generation by generation, and the first one changes."""
-    ids = [row % len(names) for row in range(len(prompts))]
 
     def steps_ms(arm: str, steps: int) -> list[float]:
         clock = Clock()
-        asked = {"stopping_criteria": StoppingCriteriaList([clock])}
-        if arm == "pool":
-            with peft_kernels.adapter_ids(ids, names):
-                _generate(models[arm], prompts, steps + 1, **asked)
-        else:
-            by_peft = {} if arm == "base" else {"adapter_names": [names[i] for i in ids]}
-            _generate(models[arm], prompts, steps + 1, **asked, **by_peft)
+        with _rows_of(arm, names, len(prompts)) as asked:
+            _generate(models[arm], prompts, steps + 1, stopping_criteria=StoppingCriteriaList([clock]), **asked)
         return clock.steps_ms()
 
     found = Throughput(len(names), len(prompts), step_times_ms={arm: [] for arm in ARMS})
