@@ -81,6 +81,9 @@ def miniature(monkeypatch):
         window=48,
         held_out_windows=16,
         generated=4,
+        decode_rows=4,
+        decode_steps=2,
+        decode_turns=1,
     )
     monkeypatch.setitem(task.SIZES, "quick", size)
     return size
@@ -110,7 +113,17 @@ def test_demo(tmp_path, miniature):
         assert (tmp_path / row["adapters"]["patched"] / "adapter_model.safetensors").exists()
         assert row["domain"] in result.output
     assert all(line.split(",")[0] in result.output for line in found["conclusion"])
-    for name in ("loss_curves.png", "step_times.png"):
+    served = found["serving"]
+    assert not served["problems"]
+    rows = [row["adapter"] for row in served["answers"]]
+    assert rows == 2 * [None, *(domain.replace(" ", "-") for domain in domains[:4])]
+    assert all(row["error"] <= row["bound"] and not row["problems"] for row in served["answers"])
+    assert [row["distinct"] for row in served["throughput"]] == [1, 4]
+    for row in served["throughput"]:
+        assert row["ratio"].keys() == row["tokens_per_second"].keys() == {"base", "pool", "patched", "peft"}
+        assert {len(times) for times in row["step_times_ms"].values()} == {2}
+    assert "10 rows in one batch" in result.output and "Decode step of 4 rows" in result.output
+    for name in ("loss_curves.png", "step_times.png", "serving.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -151,8 +164,68 @@ def test_demo_fails_where_the_patched_model_is_not_the_same(tmp_path, miniature,
 
     plan, patch = main_job.plan, peft_kernels.patch
     monkeypatch.setattr(main_job, "plan", lambda *args, **kwargs: plan(*args, **kwargs)[:1])
-    monkeypatch.setattr(peft_kernels, "patch", lambda model: (spoil(model), patch(model))[1])
+
+    def spoiled(model):
+        if "default" in model.peft_config:  # what is being trained, not the copies that are served
+            spoil(model)
+        return patch(model)
+
+    monkeypatch.setattr(peft_kernels, "patch", spoiled)
     result = demo(tmp_path)
     assert result.exit_code == 1
     assert "not equal" in result.output
     assert said in result.output
+
+
+def _a_rank_row_less(monkeypatch):
+    from peft_kernels.integrations import pooled
+
+    read = pooled.read_adapter
+
+    def without(*args):
+        parts = read(*args)
+        site, factors = next(iter(parts.items()))
+        kept = torch.arange(len(factors.lora_A)).clamp(max=1)[:, None]  # all but the first
+        return parts | {site: factors._replace(lora_A=kept * factors.lora_A)}
+
+    monkeypatch.setattr(pooled, "read_adapter", without)
+
+
+def _rows_of_others(monkeypatch):
+    enter = peft_kernels.adapter_ids
+    monkeypatch.setattr(peft_kernels, "adapter_ids", lambda ids, adapters: enter(ids[::-1], adapters))
+
+
+@pytest.mark.parametrize("spoil", [_a_rank_row_less, _rows_of_others])
+def test_demo_fails_where_the_mixed_batch_is_not_the_same(tmp_path, miniature, monkeypatch, spoil):
+    from peft_kernels import demo as main_job
+
+    plan = main_job.plan
+    monkeypatch.setattr(main_job, "plan", lambda *args, **kwargs: plan(*args, **kwargs)[:1])
+    spoil(monkeypatch)
+    result = demo(tmp_path)
+    assert result.exit_code == 1
+    assert "not equal: one batch, many adapters: Python: its logits" in " ".join(result.output.split())
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [row["problems"] for row in found["comparisons"]] == [[]]
+    problems = " ".join(found["serving"]["problems"])
+    assert "4 adapters: the logits of arm pool" in problems and "arm patched" not in problems
+
+
+def test_a_row_is_judged_by_what_it_writes_wherever_rounding_does_not_decide(miniature):
+    from peft_kernels.demo import serving
+
+    exact = torch.zeros(3, 256, dtype=torch.float64)
+    exact[:, 65], exact[:, 66] = torch.tensor([2.0, 1.0, 2.0]), torch.tensor([1.0, 1.0, 1.0])
+    prompt, letters = torch.tensor([64]), {"A": 65, "B": 66}
+
+    def problems(mixed, alone, logits=exact):
+        written = tuple(torch.tensor([letters[letter] for letter in word]) for word in (mixed, alone))
+        return serving.judge("a", prompt, written, (logits, exact, exact), 2.0**-20).problems
+
+    assert problems("AAA", "AAA") == []
+    assert problems("AAA", "ABB") == [], "a tie, and what PEFT alone has read after it is another text"
+    assert "'BAA'" in problems("BAA", "AAA")[0]
+    assert "'AAA'" in problems("AAA", "AAB")[0]
+    assert "logits" in problems("AAA", "AAA", exact + 2.0**-10)[0]
+    assert "logits" in problems("AAA", "AAA", exact * float("nan"))[0]

@@ -1,4 +1,5 @@
-"""The main job, `peft-kernels demo`: train a small language model, adapt it with PEFT and with the patched model.
+"""The main job, `peft-kernels demo`: train a small language model, adapt it with PEFT and with the patched model, and
+let the base and the trained adapters answer in one batch.
 
 English comes from Python's own help texts and the domains from what lies on the machine; nothing is downloaded. What
 is compared is a list of data (`plan`): methods x domains. A new method is a row there and a class beside
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from peft_kernels import backends
-from peft_kernels.demo import corpus, report, task
+from peft_kernels.demo import corpus, report, serving, task
 from peft_kernels.demo.comparison import ARMS, Comparison, Lora, Outcome, compare
 
 DTYPES = (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"))
@@ -52,6 +53,7 @@ def run(
     with _progress(console) as progress:
         base, losses = _base(english, size, seed, device, progress, out)
         outcomes = [_compare(c, base, size, seed, out, progress) for c in comparisons]
+        served = _serve(base, outcomes, [english, *texts], size, seed, out, progress)
     english_bits = task.held_out_bits(base, english, size, device)
     seconds = time.perf_counter() - begin
     facts = facts | origin | {
@@ -63,13 +65,16 @@ def run(
         "texts": [{"name": t.name, "origin": t.origin, "bytes": len(t.data)} for t in (english, *texts)],
         "replaced": replaced,
         "base": {"losses": losses, "held_out_bits": english_bits, "parameters": base.num_parameters()},
-        "conclusion": report.conclusion(outcomes),
+        "conclusion": [*report.conclusion(outcomes), report.serving_conclusion(served)],
     }  # fmt: skip
-    report.write_json(out / "results.json", facts, outcomes)
+    report.write_json(out / "results.json", facts, outcomes, served)
     report.plot_losses(out / "loss_curves.png", outcomes, origin["device"])
     report.plot_times(out / "step_times.png", outcomes, origin["device"])
-    _show(console, outcomes, facts, out)
-    return [f"{o.domain}, {o.title}: {problem}" for o in outcomes for problem in o.problems]
+    report.plot_throughput(out / "serving.png", served, origin["device"])
+    _show(console, outcomes, served, facts, out)
+    return [f"{o.domain}, {o.title}: {problem}" for o in outcomes for problem in o.problems] + [
+        f"one batch, many adapters: {problem}" for problem in served.problems
+    ]
 
 
 def _progress(console: Console) -> Progress:
@@ -100,6 +105,20 @@ def _compare(comparison: Comparison, base, size, seed, out: Path, progress) -> O
     return compare(comparison, base, size, seed, out, tick)
 
 
+def _serve(base, outcomes: list[Outcome], texts: list[corpus.Text], size, seed, out: Path, progress) -> serving.Serving:
+    """The first method's adapters of all domains, from the folders that PEFT wrote."""
+    name_of = {text.name: text.name.replace(" ", "-") for text in texts}  # a pool's names have no spaces
+    adapters = {name_of[o.domain]: out / o.adapters["patched"] for o in outcomes if o.title == outcomes[0].title}
+    title = "one batch, many adapters"
+    bar = progress.add_task(title, total=serving.turns(size), loss="")
+    english, *domains = texts
+    by_name = {name_of[text.name]: text for text in domains}
+    found = serving.serve(base, adapters, by_name, english, size, seed, lambda: progress.update(bar, advance=1))
+    if progress.disable:
+        progress.console.print(f"{title}: {found.seconds:.0f} s")
+    return found
+
+
 def _ticker(progress: Progress, title: str, steps: int, losses: list[float]):
     """A function that moves a new progress bar by one step and keeps the loss; a log gets a line at the end."""
     bar, begin = progress.add_task(title, total=steps, loss=""), time.perf_counter()
@@ -113,14 +132,14 @@ def _ticker(progress: Progress, title: str, steps: int, losses: list[float]):
     return tick
 
 
-def _show(console: Console, outcomes: list[Outcome], facts: dict, out: Path) -> None:
+def _show(console: Console, outcomes: list[Outcome], served: serving.Serving, facts: dict, out: Path) -> None:
     console.print()
-    for table in report.tables(outcomes):
+    for table in (*report.tables(outcomes), report.answers(served), report.throughput(served)):
         console.print(table)
     console.print(
         f"Base model: {facts['base']['parameters'] / 1e6:.1f} M parameters, {facts['base']['held_out_bits']:.2f} bits "
         f"per byte of held-out English. {facts['seconds']:.0f} s in all. Under {out}: results.json, loss_curves.png, "
-        "step_times.png, and the base model and the adapters, which PEFT alone can load."
+        "step_times.png, serving.png, and the base model and the adapters, which PEFT alone can load."
     )
     for line in facts["conclusion"]:
         console.print(f"[bold]{line}[/bold]")

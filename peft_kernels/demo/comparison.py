@@ -92,13 +92,13 @@ class Arm:
 
     def step(self, batch: torch.Tensor) -> None:
         self.model.train()
-        _wait(batch.device)
+        task.wait(batch.device)
         start = time.perf_counter()
         loss = task.loss_of(self.model, batch)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        _wait(batch.device)
+        task.wait(batch.device)
         self.seconds.append(time.perf_counter() - start)
         self.losses.append(loss.item())
 
@@ -166,11 +166,6 @@ def compare(
     return outcome
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _arms(base: nn.Module, method: Lora, seed: int) -> tuple[dict[str, Arm], "peft_kernels.PatchReport"]:
     """The three models with the same weights, but for the nudge of `again`; and what `patch` said of its one."""
     models = {}
@@ -216,19 +211,15 @@ def _generate(
     seconds = {name: [] for name in arms}
     for _ in range(3):
         for name, arm in arms.items():
-            _wait(device)
+            task.wait(device)
             begin = time.perf_counter()
             written = task.write(arm.model, prompt, size)
-            _wait(device)
+            task.wait(device)
             seconds[name].append(time.perf_counter() - begin)
             if name == "patched":
-                outcome.sample["adapted"] = _readable(written)
+                outcome.sample["adapted"] = task.readable(written)
     outcome.byte_ms = {name: 1e3 * statistics.median(taken) / size.generated for name, taken in seconds.items()}
-    outcome.sample |= {"prompt": _readable(prompt[0]), "base": _readable(task.write(start, prompt, size))}
-
-
-def _readable(ids: torch.Tensor) -> str:
-    return bytes(ids.tolist()).decode("latin-1")
+    outcome.sample |= {"prompt": task.readable(prompt[0]), "base": task.readable(task.write(start, prompt, size))}
 
 
 def _reload(outcome: Outcome, method: Lora, arms: dict[str, Arm], text: Text, size: task.Size, folder: Path) -> None:

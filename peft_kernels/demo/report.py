@@ -1,4 +1,4 @@
-"""What the demo says at the end: tables and a conclusion for people, results.json for machines, two plots for both.
+"""What the demo says at the end: tables and a conclusion for people, results.json for machines, plots for both.
 
 Everything is made from the outcomes; no number is written here.
 """
@@ -16,13 +16,20 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from peft_kernels.demo import serving
 from peft_kernels.demo.comparison import WARM_UP, Outcome
 
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker
 
-COLOURS = {"peft": "#3a6ea5", "patched": "#e4572e", "again": "#b9bec5"}
+COLOURS = {"peft": "#3a6ea5", "patched": "#e4572e", "again": "#b9bec5", "base": "#5f6368", "pool": "#2e8b57"}
 NAMES = {"peft": "PEFT", "patched": "patched", "again": "PEFT again, nudged by one rounding"}
+SERVING_NAMES = {
+    "base": "base model alone",
+    "pool": "pool (attach_pool)",
+    "patched": "PEFT's adapter_names, patched",
+    "peft": "PEFT's adapter_names",
+}
 MB = 1e6
 NO_DIFFERENCE = 1e-8  # where the logarithmic axis draws a difference of zero; one rounding of a loss is 1e-7
 
@@ -93,6 +100,51 @@ def _writing(outcomes: list[Outcome]) -> Table:
     return table
 
 
+def answers(found: serving.Serving) -> Table:
+    """What each row of the mixed batch wrote, what its adapter alone writes, and how far its logits are from fp64."""
+    headers = ("\nadapter", "\nafter", "mixed batch\nwrites", "PEFT alone\nwrites")
+    title = f"{len(found.answers)} rows in one batch, each with its own adapter, beside PEFT with that adapter alone"
+    table = _table(title, headers, ("error\nmixed", "\nalone", "\nallowed", "\nequal"))
+    for a in found.answers:
+        texts = ((a.prompt, -12, "dim"), (a.mixed, 0, "bold"), (a.alone, 0, ""))
+        table.add_row(
+            a.adapter or "none: the base",
+            *(Text(repr(text)[1:-1][start:][:16], style=style) for text, start, style in texts),
+            f"{a.error:.0e}",
+            f"{a.error_alone:.0e}",
+            f"{a.bound:.0e}",
+            "[bold red]NO[/bold red]" if a.problems else "yes",
+        )
+    return table
+
+
+def throughput(found: serving.Serving) -> Table:
+    """The time of a decode step over the base model's, and tokens per second."""
+    headers = ("over base's\npool", "\npatched", "\nPEFT", "tokens/s\nbase", "\npool", "\npatched", "\nPEFT")
+    title = (
+        f"Decode step of {found.throughput[0].rows} rows: time over the base model's, and tokens per second "
+        "(patched and PEFT: adapter_names)"
+    )
+    table = _table(title, ("distinct\nadapters",), headers)
+    for row in found.throughput:
+        ratios = [f"x{row.ratio[arm]:.2f}" for arm in serving.ARMS if arm != "base"]
+        speeds = [f"{row.tokens_per_second[arm]:.0f}" for arm in serving.ARMS]
+        table.add_row(str(row.distinct), f"[bold]{ratios[0]}[/bold]", *ratios[1:], *speeds)
+    return table
+
+
+def serving_conclusion(found: serving.Serving) -> str:
+    """A sentence in plain English."""
+    wrong = [a.adapter or "base" for a in found.answers if a.problems]
+    most = found.throughput[-1]
+    equal = f"rows that are NOT as alone: {', '.join(wrong)}" if wrong else "every answer is that of its adapter alone"
+    return (
+        f"One batch, many adapters: {equal}; with {most.distinct} distinct adapters in {most.rows} rows a decode step "
+        f"takes x{most.ratio['pool']:.2f} of the base model's (PEFT's adapter_names patched "
+        f"x{most.ratio['patched']:.2f}, alone x{most.ratio['peft']:.2f})."
+    )
+
+
 def conclusion(outcomes: list[Outcome]) -> list[str]:
     """A sentence for each method, in plain English, with the yardstick beside each number; many methods share one."""
     first, *others = dict.fromkeys(o.title for o in outcomes)
@@ -151,8 +203,9 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def write_json(path: Path, facts: dict, outcomes: list[Outcome]) -> None:
-    path.write_text(json.dumps(facts | {"comparisons": [asdict(o) for o in outcomes]}, indent=1) + "\n")
+def write_json(path: Path, facts: dict, outcomes: list[Outcome], found: serving.Serving) -> None:
+    everything = facts | {"comparisons": [asdict(o) for o in outcomes], "serving": asdict(found)}
+    path.write_text(json.dumps(everything, indent=1) + "\n")
 
 
 def _style(axes) -> None:
@@ -227,5 +280,32 @@ def plot_times(path: Path, outcomes: list[Outcome], device: str) -> None:
         axes.grid(axis="x", color="#e8eaed", linewidth=0.8)
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle(f"One training step: PEFT and the patched model, taking turns ({device})", fontsize=12)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def plot_throughput(path: Path, found: serving.Serving, device: str) -> None:
+    """Tokens per second against the number of distinct adapters: medians, and half of all steps around them."""
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained", dpi=150)
+    counts = [row.distinct for row in found.throughput]
+    for arm in serving.ARMS:
+        speeds = [row.tokens_per_second[arm] for row in found.throughput]
+        quarters = [statistics.quantiles(row.step_times_ms[arm], n=4) for row in found.throughput]
+        slow, fast = (
+            [1e3 * row.rows / q[i] for row, q in zip(found.throughput, quarters, strict=True)] for i in (2, 0)
+        )
+        axes.fill_between(counts, slow, fast, color=COLOURS[arm], alpha=0.15, linewidth=0)
+        axes.plot(counts, speeds, color=COLOURS[arm], marker="o", markersize=4, label=SERVING_NAMES[arm])
+        if arm != "base":
+            axes.annotate(f"x{found.throughput[-1].ratio[arm]:.2f}", (counts[-1], speeds[-1]), xytext=(7, 0),
+                          textcoords="offset points", va="center", color=COLOURS[arm])  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, counts)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("distinct adapters in the batch (at the right: time of a step over the base model's)")
+    axes.set_ylabel("tokens per second")
+    _style(axes)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle(f"Decoding {found.throughput[0].rows} rows, each with an adapter ({device})", fontsize=12)
     figure.savefig(path)
     pyplot.close(figure)

@@ -30,7 +30,10 @@ class Size:
     batch: int = 16
     window: int = 128  # bytes in a row of a batch
     held_out_windows: int = 96
-    generated: int = 32  # bytes that each arm writes, three times
+    generated: int = 32  # bytes that each arm writes, three times, and each row of the mixed batch once
+    decode_rows: int = 64  # of the batches in which many adapters are timed
+    decode_steps: int = 12  # of one generation there
+    decode_turns: int = 4  # generations of each arm
 
     def config(self) -> LlamaConfig:
         return LlamaConfig(
@@ -51,7 +54,17 @@ class Size:
 
 SIZES = {
     "full": Size(),
-    "quick": Size(base_steps=100, adapt_steps=14, extra_steps=8, batch=8, held_out_windows=48, generated=16),
+    "quick": Size(
+        base_steps=100,
+        adapt_steps=14,
+        extra_steps=8,
+        batch=8,
+        held_out_windows=48,
+        generated=16,
+        decode_rows=16,
+        decode_steps=6,
+        decode_turns=3,
+    ),
 }
 
 
@@ -113,6 +126,16 @@ def write(model: nn.Module, prompt: Tensor, size: Size) -> Tensor:
         pad_token_id=0,
     )
     return ids[0, prompt.shape[1] :]
+
+
+def readable(ids: Tensor) -> str:
+    return bytes(ids.tolist()).decode("latin-1")
+
+
+def wait(device: torch.device) -> None:
+    """Until what was asked of a GPU is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def saved_bytes(model: nn.Module, batch: Tensor) -> int:
