@@ -9,6 +9,7 @@ from models import base_model, in_rows, served, small_cache, with_adapter
 from transformers import GenerationConfig
 
 import peft_kernels
+from peft_kernels.integrations.continuous import Requests
 from peft_kernels.integrations.pooled import pool_of
 
 PROMPTS = [[5, 9, 13], [7, 8, 9, 10, 11, 12, 13, 14], [5, 9, 13], [5, 9, 13], [3, 3], [7, 8, 9, 10, 11, 12, 13, 14]]
@@ -120,6 +121,20 @@ def test_request_ids():
     manager.start()
     assert results(manager, 1)["mine"].generated_tokens == alone(model, PROMPTS[0], "greek")
     manager.stop(block=True)
+
+
+def test_a_request_that_could_not_be_added_leaves_the_others():
+    _, model, _ = served()
+    requests = Requests(pool_of(model))
+    for name in ("french", "german"):
+        requests.begin(name, name)
+    requests.let_go(["french", "german__child#0"])
+    requests.end("french")
+    assert requests.slot("german__child#1") == pool_of(model).slot("german") and pool_of(model).pinned == 1
+    with pytest.raises(KeyError):
+        requests.slot("french")
+    requests.let_go([])
+    assert pool_of(model).pinned == 0
 
 
 def test_a_manager_that_is_kept():

@@ -104,8 +104,9 @@ class Requests:
 
     def end(self, *request_ids: str) -> None:
         """Ends these, or all."""
-        self._seen.update(request_ids or self._slots)
-        self.let_go(self._slots.keys() - self._seen)
+        ended = set(request_ids or self._slots)
+        self._seen |= ended
+        self.let_go(self._slots.keys() - ended)
 
 
 def _parent(request_id: str) -> str:
