@@ -86,7 +86,7 @@ def serve(
     """`adapters`: by name, the folder that PEFT has saved; `texts`: by name, what it was trained on."""
     begin = time.perf_counter()
     base.eval()
-    answers = answer_together(base, adapters, _questions(adapters, texts, english, size), size)
+    answers = answer_together(base, adapters, _questions(adapters, texts, size), size)
     rows, problems, parameters = _throughput(base, list(adapters.values()), english, size, seed, tick)
     problems += [f"{a.adapter or 'base'}: {problem}" for a in answers for problem in a.problems]
     return Serving(answers, rows, problems, parameters, time.perf_counter() - begin)
@@ -95,11 +95,9 @@ def serve(
 # -- answers ----------------------------------------------------------------------------------------------------------
 
 
-def _questions(adapters, texts: dict[str, Text], english: Text, size: task.Size) -> list[tuple[str | None, Tensor]]:
-    """Each adapter is asked about its own domain, and once more all are asked the same; the rows are mixed."""
-    half = size.window // 2
-    own = [(None, english.held_out[:half]), *((name, texts[name].held_out[:half]) for name in adapters)]
-    return own + [(name, english.held_out[half : 2 * half]) for name, _ in own]
+def _questions(adapters, texts: dict[str, Text], size: task.Size) -> list[tuple[str | None, Tensor]]:
+    """Each domain's text is to be continued by the base model and by the domain's adapter."""
+    return [(who, texts[name].held_out[: size.window // 2]) for name in adapters for who in (None, name)]
 
 
 def answer_together(
