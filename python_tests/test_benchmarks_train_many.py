@@ -79,7 +79,7 @@ def test_the_table_has_a_line_for_every_cell(tmp_path):
     rows = trained_rows()
     assert record.read(write(tmp_path / "a.csv", rows, train_many.Row), train_many.Row) == rows
     table = report.many_markdown(train_many, rows, tmp_path / "a.csv")
-    assert "| bfloat16 | 16 | 4 x 64 | 1.5 | 2.0% | 0.50 | **0.50** |" in table
+    assert "| float32 | 16 | 4 x 64 | 1.5 | 2.0% | 0.50 | **0.50** |" in table
     assert "2 Llama layers, d = 1024, r = 16" in table and "a.csv" in table
     assert len(table.splitlines()) == 4 + len(train_many.cells("cpu"))
 
