@@ -231,7 +231,7 @@ REFUSED = [
         "must have a SiteAdapter or a tuple (lora_A, lora_B, scaling, lora_bias) or with a gain behind, got tuple of 2",
     ),
     ("dora", lambda: {"q.lora_magnitude_vector": ()}, ValueError, "it goes into the gain of its site's"),
-    ("embedding", lambda: {"wte.lora_embedding_A": ()}, ValueError, "LoRA on an embedding is not supported"),
+    ("embedding", lambda: {"wte.lora_embedding_A": ()}, ValueError, "lora_embedding_A and _B are not sites"),
     ("whole-module", lambda: {"modules_to_save.head": ()}, ValueError, "modules_to_save is not supported"),
 ]
 

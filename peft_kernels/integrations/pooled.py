@@ -1,8 +1,8 @@
 """A model whose layers take the adapters of a pool: y = base(x), then one in-place call that adds to y.
 
 `attach_pool` gives the model's linear layers and embeddings a subclass whose forward is their own and adds, in place,
-what the adapters of the rows say. The base may be of any kind that gives [..., N], a quantised one too. q, k and v, and
-gate and up, of the families in `targets.py` share one call. Rows without adapters, and calls without any, cost nothing.
+what the adapters of the rows say. A linear base may be any nn.Linear, a quantised one too. q, k and v, and gate and up,
+of the families in `targets.py` share one call. Rows without adapters, and calls without any, cost nothing.
 
 An embedding has no x: h[i] is column `token` of its A, gathered, and the identity in place of A makes the rest the call
 of a linear layer with R features.
@@ -27,13 +27,13 @@ from peft_kernels.integrations.rows import OUTSIDE, Rows, outside_graph, rows_in
 from peft_kernels.integrations.targets import Group, forward_is_known, group_of
 from peft_kernels.integrations.transformers import OWN_FORWARD, POOL_SITE, forward_was_replaced, made_by_fsdp, swap
 from peft_kernels.ops import AdapterPool, Site
+from peft_kernels.ops.batched_lora.entries import FLOATS
 from peft_kernels.ops.batched_lora.pool import Tables
 from peft_kernels.ops.batched_lora.pooled_reference import FIRST_PAGE, PAGE
 from peft_kernels.ops.batched_lora.route import HEADER
 
 BATCHED_LORA_ = torch.ops.peft_kernels.batched_lora_.default
 SEQUENCE_FIRST = ("xlnet", "fsmt")
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class PoolSite:
@@ -61,11 +61,12 @@ class PoolSite:
 
 def add_(rows: Rows, x: Tensor, ys: list[Tensor], sites: list[PoolSite]) -> None:
     """Adds to each y what the adapters of the rows say. x [..., K], y_g [..., N_g]."""
-    touched = [(y, site.tables()) for y, site in zip(ys, sites, strict=True) if site.pool.touched(site.name)]
+    touched = [(y, site) for y, site in zip(ys, sites, strict=True) if site.pool.touched(site.name)]
     if not touched:
         return
-    ys, tables = zip(*touched, strict=True)
-    _check(ys[0], sites[0])
+    for y, site in touched:
+        _check(y, site)
+    ys, tables = [y for y, _ in touched], [site.tables() for _, site in touched]
     route = rows.route(x.shape[:-1], x.device)
     x = x.reshape(-1, x.shape[-1]).to(ys[0].dtype)
     BATCHED_LORA_(

@@ -32,7 +32,7 @@ from peft_kernels.ops.batched_lora.pooled_reference import PAGE
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _FEATURES = {  # parts of a tensor's name that are no site's, and what about them
     "lora_magnitude_vector": "DoRA's magnitude is not a site: it goes into the gain of its site's SiteAdapter",
-    "lora_embedding_": "LoRA on an embedding is not supported",
+    "lora_embedding_": "lora_embedding_A and _B are not sites: they are lora_A and lora_B of their site's SiteAdapter",
     "modules_to_save": "modules_to_save is not supported",
 }
 
