@@ -73,8 +73,11 @@ def assert_matches_oracle(op: registry.Op, sample: dict, forward: Callable, back
 
 
 def gradients_for(op: registry.Op, sample: dict) -> list[Tensor]:
-    """`output_gradients` of an op's outputs; none where it has no backward."""
-    return output_gradients(op.forward.reference(*sample.values())[0]) if op.backward else []
+    """`output_gradients` of an op's outputs, one or a list; none where it has no backward."""
+    if not op.backward:
+        return []
+    y = op.forward.reference(*sample.values())[0]
+    return output_gradients([y] if isinstance(y, Tensor) else y)
 
 
 def output_gradients(y: list[Tensor]) -> list[Tensor]:

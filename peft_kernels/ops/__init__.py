@@ -1,6 +1,7 @@
 """The op families. Importing one registers it; nothing else happens here."""
 
 from peft_kernels.ops.batched_lora import AdapterPool, Site, SiteAdapter, batched_lora, batched_lora_route
+from peft_kernels.ops.bottleneck_adapter import bottleneck_adapter
 from peft_kernels.ops.common.dropout import lora_dropout_mask, new_seed
 from peft_kernels.ops.lora_linear import lora_linear, lora_linear_group
 
@@ -10,6 +11,7 @@ __all__ = [
     "SiteAdapter",
     "batched_lora",
     "batched_lora_route",
+    "bottleneck_adapter",
     "lora_dropout_mask",
     "lora_linear",
     "lora_linear_group",
