@@ -8,7 +8,7 @@ machine meanwhile happens to all arms: ratios are taken within a round.
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -55,6 +55,29 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 def ratios(values: list[float], frozen: list[float]) -> tuple[float, float, float]:
     """p20, p50, p80 of the ratio to the frozen linear of the same round."""
     return quantiles([value / base for value, base in zip(values, frozen, strict=True)])
+
+
+def runnable(arms: list, step: Callable, foreign: tuple[str, ...]) -> tuple[list, dict]:
+    """The arms that survive one step, and why the others do not. Only contenders that are not ours may fail."""
+    kept, failed = [], {}
+    for arm in arms:
+        try:
+            step(arm)
+            kept.append(arm)
+        except Exception as error:
+            if arm.backend not in foreign:
+                raise
+            failed[arm] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return kept, failed
+
+
+def compared(times: dict, base, again) -> Iterator[tuple[object, dict[str, float]]]:
+    """Each arm with its columns: rounds, ms and ratio to `base`; and how far `again`, which equals it, is from it."""
+    spread = max(abs(ratio - 1) for ratio in ratios(times[again], times[base]))
+    for arm, taken in times.items():
+        ms, ratio = quantiles(taken), ratios(taken, times[base])
+        numbers = zip(("ms_p20", "ms_p50", "ms_p80", "ratio_p20", "ratio_p50", "ratio_p80"), (*ms, *ratio), strict=True)
+        yield arm, {"rounds": len(taken), **dict(numbers), "aa_spread": spread}
 
 
 def clear_gradients(arm: Arm, x: Tensor) -> None:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import typer
 
-from benchmarks import cuda_tables, plots, record, tables, targets, train_many
+from benchmarks import bottleneck, cuda_tables, plots, record, tables, targets, train_many
 from benchmarks.batched_lora import tables as mixed_tables
 from benchmarks.batched_lora import timing as mixed
 from benchmarks.record import Row
@@ -67,8 +67,8 @@ def cuda_markdown(rows: list[Row], path: Path) -> str:
     return "\n\n".join([*parts, cuda_tables.target_table(targets.cuda_verdicts(rows))]) + "\n"
 
 
-def many_markdown(tables_of: ModuleType, rows: list[record.Origin], path: Path) -> str:
-    """All that stands between the README's markers for batched_lora or train_many, by the module of its tables."""
+def module_markdown(tables_of: ModuleType, rows: list[record.Origin], path: Path) -> str:
+    """All that stands between the README's markers for an op, by the module of its tables."""
     command = f"python benchmarks/run.py --op {tables_of.NAME} --grid cpu --out benchmarks/results/{path.name}"
     if not rows:
         return f"Not measured yet; on a machine that does nothing else, `{command}` measures it.\n"
@@ -97,6 +97,8 @@ def main(
     / "batched_lora_cpu.csv",
     trained: Annotated[Path, typer.Option(help="What it wrote of train_many; need not exist")] = RESULTS
     / "train_many_cpu.csv",
+    adapters: Annotated[Path, typer.Option(help="What it wrote of bottleneck_adapter; need not exist")] = RESULTS
+    / "bottleneck_adapter_cpu.csv",
     readme: Annotated[Path, typer.Option(help="File with the markers")] = record.ROOT / "README.md",
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where the README differs")] = False,
 ) -> None:
@@ -104,12 +106,16 @@ def main(
     rows, cuda_rows = record.read(csv), record.read(cuda) if cuda.exists() else []
     mixed_rows = record.read(batched, mixed.Row) if batched.exists() else []
     train_rows = record.read(trained, train_many.Row) if trained.exists() else []
+    adapter_rows = record.read(adapters, bottleneck.Row) if adapters.exists() else []
     before = readme.read_text()
     after = replaced(before, markdown(rows, csv))
     after = replaced(after, cuda_markdown(cuda_rows, cuda), f"{tables.OP}:cuda")
-    after = replaced(after, many_markdown(mixed_tables, mixed_rows, batched), mixed_tables.NAME)
-    after = replaced(after, many_markdown(train_many, train_rows, trained), train_many.NAME)
-    for met, sentence in [*targets.verdicts(rows), *(mixed_tables.verdicts(mixed_rows) if mixed_rows else [])]:
+    after = replaced(after, module_markdown(mixed_tables, mixed_rows, batched), mixed_tables.NAME)
+    after = replaced(after, module_markdown(train_many, train_rows, trained), train_many.NAME)
+    after = replaced(after, module_markdown(bottleneck, adapter_rows, adapters), bottleneck.NAME)
+    of_modules = [(mixed_tables, mixed_rows), (bottleneck, adapter_rows)]
+    found = [verdict for module, measured in of_modules if measured for verdict in module.verdicts(measured)]
+    for met, sentence in [*targets.verdicts(rows), *found]:
         typer.echo(f"{OUTCOMES[met]}  {sentence}")
     for met, title, limit, measured in targets.cuda_verdicts(cuda_rows):
         typer.echo(f"{OUTCOMES[met]}  GPU, {title}: at most {limit}" + (f", {measured}" if measured else ""))

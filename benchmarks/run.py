@@ -4,6 +4,7 @@
     python benchmarks/run.py --op lora_linear --device cuda --grid gpu --graphs --out build/lora_linear_cuda.csv
     python benchmarks/run.py --op batched_lora --grid cpu --out benchmarks/results/batched_lora_cpu.csv
     python benchmarks/run.py --op train_many --grid cpu --out benchmarks/results/train_many_cpu.csv
+    python benchmarks/run.py --op bottleneck_adapter --grid cpu --out benchmarks/results/bottleneck_adapter_cpu.csv
     python benchmarks/run.py --op limits --device cuda --out build/limits_cuda.csv
 
 Nothing is timed while a backend fails its samples: the run is refused with exit code 2.
@@ -25,14 +26,18 @@ from rich.console import Console
 from rich.markup import escape
 
 from benchmarks import arms as contenders
-from benchmarks import cuda_clock, gate, limits, measure, plan, record, roofline, shapes, train_many
+from benchmarks import bottleneck, cuda_clock, gate, limits, measure, plan, record, roofline, shapes, train_many
 from benchmarks.batched_lora import arms as mixed_arms
 from benchmarks.batched_lora import cells as mixed_cells
 from benchmarks.batched_lora import timing as mixed
 from peft_kernels import memory, registry
 
-OPS = ("lora_linear", "seam", "batched_lora", "train_many", "limits")
-ARMS_OF = {"batched_lora": mixed_arms.ARMS, "train_many": train_many.ARMS}  # those that are not shapes.ARMS
+OPS = ("lora_linear", "seam", "batched_lora", "train_many", "bottleneck_adapter", "limits")
+ARMS_OF = {
+    "batched_lora": mixed_arms.ARMS,
+    "train_many": train_many.ARMS,
+    "bottleneck_adapter": bottleneck.ARMS,
+}  # those that are not shapes.ARMS
 LEAST_ROUNDS = {"cpu": 15, "gpu": 50, "full": 50, "quick": 5}
 SECONDS = {"cpu": 30.0, "gpu": 1.0, "full": 0.5, "quick": 0.3}
 FOREIGN = ("inductor", "peft", "peer")  # backends that are not ours
@@ -65,26 +70,12 @@ def time_cell(cell: shapes.Cell, kinds: tuple[str, ...], run: Run) -> tuple[list
     saved, rows = {}, []
     for timing in run.plan.timings:
         clock = run.clock(timing, x, dy)
-        arms, failed = runnable(arms, clock)  # what does not run eagerly is not captured either
+        arms, failed = measure.runnable(arms, clock, FOREIGN)  # what does not run eagerly is not captured either
         steps = measure.interleave(arms, clock, run.plan.rounds, run.plan.seconds, plan.WARMUP_ROUNDS)
         saved = saved or {arm: memory.saved_bytes(lambda arm=arm: arm.call(x), arm.parameters) for arm in arms}
         rows += rows_of(cell, timing, steps, saved, run)
         rows += [untimed_row(cell, timing, arm, reason, run) for arm, reason in failed.items()]
     return rows, left_out
-
-
-def runnable(arms: list[contenders.Arm], step) -> tuple[list[contenders.Arm], dict[contenders.Arm, str]]:
-    """The arms that survive one step, and why the others do not. Only contenders that are not ours may fail."""
-    kept, failed = [], {}
-    for arm in arms:
-        try:
-            step(arm)
-            kept.append(arm)
-        except Exception as error:
-            if arm.backend not in FOREIGN:
-                raise
-            failed[arm] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return kept, failed
 
 
 def rows_of(cell: shapes.Cell, timing: str, steps: dict, saved: dict, run: Run) -> list[record.Row]:
@@ -214,11 +205,13 @@ def main(
         return show_limits(target, rounds or 50, out)
     warnings.filterwarnings("ignore", module="peft|transformers")
     if op == "batched_lora":
-        return time_many_adapters(mixed, mixed_cells.cells(grid, model), wanted, grid, target, rounds, seconds, out)
+        return time_by_module(mixed, mixed_cells.cells(grid, model), wanted, grid, target, rounds, seconds, out)
     if op == "train_many":
         if absent := train_many.absent():
             raise typer.BadParameter(f"train_many needs {absent}, which is not installed", param_hint="--op")
-        return time_many_adapters(train_many, train_many.cells(grid), wanted, grid, target, rounds, seconds, out)
+        return time_by_module(train_many, train_many.cells(grid), wanted, grid, target, rounds, seconds, out)
+    if op == "bottleneck_adapter":
+        return time_by_module(bottleneck, bottleneck.cells(grid, model), wanted, grid, target, rounds, seconds, out)
     cells = shapes.cells(op, grid, model)
     refuse_wrong_results(cells, wanted, target)
     peaks = {dtype: roofline.measure(target, dtype) for dtype in dict.fromkeys(cell.dtype for cell in cells)}
@@ -231,7 +224,7 @@ def main(
     time_cells(cells, wanted, Run(target, asked, peaks, record.provenance(target)), out)
 
 
-def time_many_adapters(
+def time_by_module(
     timing: ModuleType,
     cells: list,
     wanted: tuple[str, ...],
@@ -241,7 +234,7 @@ def time_many_adapters(
     seconds: float,
     out: Path | None,
 ) -> None:
-    """batched_lora and train_many, each timed by a module of its own: the gate, then cell by cell."""
+    """Ops that are timed by a module of their own: the gate, then cell by cell."""
     try:
         ran = timing.refuse_wrong_results(cells, device)
     except gate.RedGateError as red:

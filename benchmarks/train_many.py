@@ -220,23 +220,18 @@ def time_cell(cell: Cell, kinds: tuple[str, ...], run: Run) -> list[Row]:
     """All arms of a cell, and a row that says why for each that could not be timed."""
     arms, left_out = build(cell, run.device, kinds)
     times = measure.interleave(arms, lambda arm: arm.step(), run.rounds, run.seconds)
-    peft, again = (taken for arm, taken in times.items() if arm.name in ("peft", "peft_again"))
-    spread = max(abs(ratio - 1) for ratio in measure.ratios(again, peft))
-    rows = []
-    for arm, taken in times.items():
-        ms, ratio = measure.quantiles(taken), measure.ratios(taken, peft)
-        rows.append(
-            Row(
-                **labels(cell, arm.name, arm.backend),
-                rounds=len(taken),
-                **dict(zip(("ms_p20", "ms_p50", "ms_p80"), ms, strict=True)),
-                **dict(zip(("ratio_p20", "ratio_p50", "ratio_p80"), ratio, strict=True)),
-                aa_spread=spread,
-                tokens_per_s=1e3 * cell.adapters * cell.rows * cell.tokens / ms[1],
-                not_timed="",
-                **run.origin,
-            )
+    peft, again = (arm for arm in times if arm.name in ("peft", "peft_again"))
+    tokens = cell.adapters * cell.rows * cell.tokens
+    rows = [
+        Row(
+            **labels(cell, arm.name, arm.backend),
+            **columns,
+            tokens_per_s=1e3 * tokens / columns["ms_p50"],
+            not_timed="",
+            **run.origin,
         )
+        for arm, columns in measure.compared(times, peft, again)
+    ]
     nothing = record.no_numbers(Row)
     for name, reason in left_out.items():
         rows.append(Row(**labels(cell, name, "peft"), rounds=0, **nothing, not_timed=reason, **run.origin))

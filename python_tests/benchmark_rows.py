@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from benchmarks import record, train_many
+from benchmarks import bottleneck, record, train_many
 from benchmarks.batched_lora import cells, timing
 
 
@@ -69,4 +69,18 @@ def trained_rows(ratio=0.5):
         )
         for cell in train_many.cells("cpu")
         for arm in ("peft", "peft_again", "alone", "together")
+    ]  # fmt: skip
+
+
+def bottleneck_rows(ratio=1.02, eager=1.1):
+    """Every cell of bottleneck_adapter's CPU grid."""
+    origin = record.provenance(torch.device("cpu"))
+    times = dict.fromkeys(("ms_p20", "ms_p50", "ms_p80"), 1.5)
+    return [
+        bottleneck.Row(
+            **bottleneck.labels(cell, arm, "cpu"), rounds=15, **times, ratio_p20=r, ratio_p50=r, ratio_p80=r,
+            aa_spread=0.02, flop_ratio=1.03, not_timed="", **origin,
+        )
+        for cell in bottleneck.cells("cpu")
+        for arm, r in (("ffn", 1.0), ("ffn_again", 1.0), ("eager", eager), ("op", ratio))
     ]  # fmt: skip

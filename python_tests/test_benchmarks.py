@@ -139,14 +139,14 @@ def test_a_contender_that_fails_is_named_and_ours_is_not_forgiven():
         raise RuntimeError("no such kernel")
 
     step = measure.cpu_clock(torch.ones(2, 2), torch.ones(2, 2))
-    kept, failed = run.runnable([arms.Arm("unsloth", "peer", None, fail, ())], step)
+    kept, failed = measure.runnable([arms.Arm("unsloth", "peer", None, fail, ())], step, run.FOREIGN)
     assert kept == []
     assert {arm.name: reason for arm, reason in failed.items()} == {"unsloth": "RuntimeError: no such kernel"}
     row = run.untimed_row(SMALL, "graph", *failed.popitem(), a_run())
     assert (row.not_timed, row.timing, row.rounds) == ("RuntimeError: no such kernel", "graph", 0)
     assert math.isnan(row.ratio_p50)
     with pytest.raises(RuntimeError, match="no such kernel"):
-        run.runnable([arms.Arm("op", "cpu", None, fail, ())], step)
+        measure.runnable([arms.Arm("op", "cpu", None, fail, ())], step, run.FOREIGN)
 
 
 def test_a_peer_is_imported_without_its_framework(tmp_path, monkeypatch):

@@ -7,14 +7,16 @@ import math
 import pytest
 import torch
 import typer
-from benchmark_rows import made_up, made_up_rows, mixed_rows, trained_rows, write
+from benchmark_rows import bottleneck_rows, made_up, made_up_rows, mixed_rows, trained_rows, write
 from typer.testing import CliRunner
 
 from benchmarks import (
     arms,
+    bottleneck,
     cuda_clock,
     cuda_tables,
     limits,
+    measure,
     plan,
     record,
     report,
@@ -144,7 +146,7 @@ def test_an_arm_that_waits_for_the_device_is_never_captured(log):
 
     x = torch.ones(2, requires_grad=True)
     arm = arms.Arm("unsloth", "peer", None, wait, ())
-    kept, failed = run.runnable([arm], cuda_clock.graph_clock(x, torch.ones(2)))
+    kept, failed = measure.runnable([arm], cuda_clock.graph_clock(x, torch.ones(2)), run.FOREIGN)
     assert (kept, failed) == ([], {arm: "RuntimeError: called a synchronizing CUDA operation"})
     assert "capture" not in log
     assert log[-1] == "synchronising: default"
@@ -250,19 +252,19 @@ def test_the_gpu_table_has_a_column_per_contender_and_hides_nothing():
 
 MARKERS = "before\n" + "".join(
     f"<!-- benchmark:{name}:begin -->\nold\n<!-- benchmark:{name}:end -->\n"
-    for name in ("lora_linear", "lora_linear:cuda", "batched_lora", "train_many")
+    for name in ("lora_linear", "lora_linear:cuda", "batched_lora", "train_many", "bottleneck_adapter")
 ) + "after\n"  # fmt: skip
 
 
 def test_report_writes_the_readme_and_check_sees_it_differ(tmp_path):
     csv, cuda = write(tmp_path / "lora_linear_cpu.csv", made_up_rows()), tmp_path / "lora_linear_cuda.csv"
-    readme, batched, trained = (tmp_path / name for name in ("README.md", "batched_lora_cpu.csv", "train_many_cpu.csv"))
+    readme, batched, trained, adapters = (tmp_path / name for name in ("README.md", "b.csv", "t.csv", "a.csv"))
     readme.write_text(MARKERS)
     app = typer.Typer()
     app.command()(report.main)
 
     def invoke(*options):
-        paths = ("--cuda", cuda, "--batched", batched, "--trained", trained, "--readme", readme)
+        paths = ("--cuda", cuda, "--batched", batched, "--trained", trained, "--adapters", adapters, "--readme", readme)
         return CliRunner().invoke(app, [str(csv), *map(str, paths), *options])
 
     assert invoke("--check").exit_code == 1
@@ -276,7 +278,7 @@ def test_report_writes_the_readme_and_check_sees_it_differ(tmp_path):
     assert "0123456789ab-dirty" in text
     assert csv.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "Not measured yet; on a machine with a GPU" in text
-    assert text.count("Not measured yet; on a machine that does nothing else") == 2
+    assert text.count("Not measured yet; on a machine that does nothing else") == 3
     assert text.count("| not measured yet |") == 3
     assert invoke("--check").exit_code == 0
     write(csv, made_up_rows(patched=0.8))
@@ -285,6 +287,7 @@ def test_report_writes_the_readme_and_check_sees_it_differ(tmp_path):
     write(cuda, gpu_rows())
     write(batched, mixed_rows(), mixed.Row)
     write(trained, trained_rows(), train_many.Row)
+    write(adapters, bottleneck_rows(), bottleneck.Row)
     assert invoke("--check").exit_code == 1
     assert "not measured" not in invoke().output
     assert "CUDA 13.0, Triton 3.6" in readme.read_text()

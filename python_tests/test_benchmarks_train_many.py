@@ -78,14 +78,14 @@ def test_the_command_times_the_quick_grid(tmp_path, monkeypatch):
 def test_the_table_has_a_line_for_every_cell(tmp_path):
     rows = trained_rows()
     assert record.read(write(tmp_path / "a.csv", rows, train_many.Row), train_many.Row) == rows
-    table = report.many_markdown(train_many, rows, tmp_path / "a.csv")
+    table = report.module_markdown(train_many, rows, tmp_path / "a.csv")
     assert "| float32 | 16 | 4 x 64 | 1.5 | 2.0% | 0.50 | **0.50** |" in table
     assert "2 Llama layers, d = 1024, r = 16" in table and "a.csv" in table
     assert len(table.splitlines()) == 4 + len(train_many.cells("cpu"))
 
 
 def test_what_is_not_measured_or_not_there_is_said(tmp_path, monkeypatch):
-    assert "--op train_many --grid cpu" in report.many_markdown(train_many, [], tmp_path / "none.csv")
+    assert "--op train_many --grid cpu" in report.module_markdown(train_many, [], tmp_path / "none.csv")
     assert command("--arms", "merged").exit_code == 2
     monkeypatch.setattr(train_many, "absent", lambda: "peft")
     result = command()

@@ -91,34 +91,23 @@ def time_cell(cell: Cell, kinds: tuple[str, ...], run: Run) -> list[Row]:
     """All arms of a cell, and a row that says why for each contender that could not be timed."""
     torch.manual_seed(0)
     arms, left_out = contenders.build(cell, run.device, kinds)
-    step, able = clock(run.device), []
-    for arm in arms:
-        try:
-            step(arm)
-            able.append(arm)
-        except Exception as error:
-            if arm.backend not in FOREIGN:
-                raise
-            left_out[arm.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    step = clock(run.device)
+    able, failed = measure.runnable(arms, step, FOREIGN)
+    left_out |= {arm.name: reason for arm, reason in failed.items()}
     return rows_of(cell, measure.interleave(able, step, run.rounds, run.seconds), left_out, run)
 
 
 def rows_of(cell: Cell, times: dict[Arm, list[float]], left_out: dict[str, str], run: Run) -> list[Row]:
-    base, again = (taken for arm, taken in times.items() if arm.name in ("base", "base_again"))
-    spread = max(abs(ratio - 1) for ratio in measure.ratios(again, base))
+    base, again = (arm for arm in times if arm.name in ("base", "base_again"))
     rows = []
-    for arm, taken in times.items():
-        ms, ratio = measure.quantiles(taken), measure.ratios(taken, base)
-        gbs = arm.cost.bytes / ms[1] * 1e-6
+    for arm, columns in measure.compared(times, base, again):
+        gbs = arm.cost.bytes / columns["ms_p50"] * 1e-6
         rows.append(
             Row(
                 **labels(cell, arm.name, arm.backend),
-                rounds=len(taken),
-                **dict(zip(("ms_p20", "ms_p50", "ms_p80"), ms, strict=True)),
-                **dict(zip(("ratio_p20", "ratio_p50", "ratio_p80"), ratio, strict=True)),
-                aa_spread=spread,
+                **columns,
                 gbs=gbs,
-                tflops=arm.cost.flops / ms[1] * 1e-9,
+                tflops=arm.cost.flops / columns["ms_p50"] * 1e-9,
                 read_gbs=run.bytes_per_s * 1e-9,
                 read_share=gbs * 1e9 / run.bytes_per_s,
                 not_timed="",
