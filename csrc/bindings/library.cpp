@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "bindings/batched_lora.h"
+#include "bindings/bottleneck_adapter.h"
 #include "bindings/lora_linear.h"
 #include "bindings/tensors.h"
 #include "common/instruction_set.h"
@@ -30,6 +31,7 @@ PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
   if (cuda) {
     pk::bind_lora_linear_cuda(*library);
     pk::bind_batched_lora_pool_cuda(*library);
+    pk::bind_bottleneck_adapter_cuda(*library);
   }
 #endif
 }
