@@ -165,6 +165,25 @@ UpProducts run_up(const Backward& w) {
   return products;
 }
 
+// Sums of the columns of an Acc matrix, for one place or two.
+class ColumnSums {
+ public:
+  ColumnSums(const BottleneckCall& b, const Tensor& in, int64_t rows, int64_t cols)
+      : b_(b), cols_(cols), chunks_(bottleneck_adapter::column_chunks(rows)), parts_(b.call.scratch({chunks_, cols})) {
+    b.call.launched("column_parts", bottleneck_adapter::column_parts(b.call.factors, in.const_data_ptr(), rows, cols,
+                                                                     parts_.mutable_data_ptr(), b.stream()));
+  }
+  void write(void* out, Dtype type) const {
+    b_.call.add_parts(parts_, cols_, cols_, chunks_, out, type, cols_, 1, cols_);
+  }
+
+ private:
+  const BottleneckCall& b_;
+  const int64_t cols_;
+  const int chunks_;
+  const Tensor parts_;
+};
+
 // Gradients of B, b and s.
 void run_up_gradients(const Backward& w, const UpProducts& products) {
   if (!w.wants_D() && !w.wants_d()) return;
@@ -189,9 +208,7 @@ void run_up_gradients(const Backward& w, const UpProducts& products) {
                                            summed ? channels->mutable_data_ptr() : w.gradient(Gradient::kScale),
                                            summed ? call.accumulator() : call.factors};
   call.launched("up_gradients", bottleneck_adapter::up_gradients(call.factors, up, b.stream()));
-  if (!summed) return;
-  call.launched("column_sum", lora_linear::column_sum(b.accumulated(*channels, 1), b.N, 1, 1,
-                                                      w.gradient(Gradient::kScale), call.factors, b.stream()));
+  if (summed) ColumnSums(b, *channels, b.N, 1).write(w.gradient(Gradient::kScale), call.factors);
 }
 
 Tensor run_slope(const Backward& w, const UpProducts& products) {
@@ -253,22 +270,19 @@ void run_x(const Backward& w, const Tensor& dh) {
 }
 
 // dx, dA and the norm's gradients where there is one.
-void run_normed_x(const Backward& w, const Tensor& dh) {
+void run_normed_x(const Backward& w, const Tensor& dh, const OptionalTensor& da) {
   const BottleneckCall& b = w.b;
   const CudaCall& call = b.call;
   const Tensor reciprocal = call.scratch({b.M}), normed = b.normalized(false, reciprocal);
   const Strided dh_rows = b.accumulated(dh, b.E);
   if (w.wants_down()) {
-    const Tensor da = call.scratch({b.E});
-    call.launched("column_sum",
-                  lora_linear::column_sum(dh_rows, b.M, b.E, 1, da.mutable_data_ptr(), call.accumulator(), b.stream()));
     const int splits = lora_linear::product_splits(b.E, b.K, b.M);
     const Tensor parts = call.scratch({splits, b.E, b.K});
     b.multiply_parts(b.E, b.K, b.M, transposed(dh_rows), b.accumulated(normed, b.K), 1, splits,
                      parts.mutable_data_ptr(), b.K);
     const bottleneck_adapter::DownGradients down{parts.const_data_ptr(),
                                                  splits,
-                                                 da.const_data_ptr(),
+                                                 da->const_data_ptr(),
                                                  b.E,
                                                  b.K,
                                                  b.A().const_data_ptr(),
@@ -305,12 +319,16 @@ void run(const Backward& w) {
   run_up_gradients(w, products);
   if (!w.wants_v()) return;
   const Tensor dh = run_slope(w, products);
-  if (void* const da = w.gradient(Gradient::kDownBias)) {
-    b.call.launched("column_sum",
-                    lora_linear::column_sum(b.accumulated(dh, b.E), b.M, b.E, 1, da, b.call.factors, b.stream()));
+  OptionalTensor da;  // Acc [E]
+  if (b.has_norm && w.wants_down()) da = b.call.scratch({b.E});
+  void* const down_bias_grad = w.gradient(Gradient::kDownBias);
+  if (da || down_bias_grad) {
+    const ColumnSums sums(b, dh, b.M, b.E);
+    if (da) sums.write(da->mutable_data_ptr(), b.call.accumulator());
+    if (down_bias_grad) sums.write(down_bias_grad, b.call.factors);
   }
   if (!w.wants(Gradient::kX) && !w.wants_down()) return;
-  b.has_norm ? run_normed_x(w, dh) : run_x(w, dh);
+  b.has_norm ? run_normed_x(w, dh, da) : run_x(w, dh);
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ class BottleneckCall {
   CudaCall call;                                                                 // its `adapters` hold A and B
   const OptionalTensor down_bias, up_bias, scale, gate, norm_weight, norm_bias;  // contiguous
   const bool per_channel, has_norm;
-  const bottleneck_adapter::Activation activation;
+  const int activation;                 // of common/activation.h
   const Keep keep_inside, keep_output;  // of the bottleneck, of what is added to the residual
   const uint64_t* const seed;           // on the device; null: not given
 
@@ -94,10 +94,10 @@ class BottleneckCall {
   static OptionalTensor contiguous(const OptionalTensor& tensor) {
     return tensor ? OptionalTensor(dense(*tensor)) : std::nullopt;
   }
-  static bottleneck_adapter::Activation activation_of(const std::string& name) {
+  static int activation_of(const std::string& name) {
     int index = 0;
     while (name != kBottleneckActivations[index]) ++index;
-    return static_cast<bottleneck_adapter::Activation>(index);
+    return index;
   }
 };
 

@@ -5,76 +5,46 @@
 // dg is the lanes' sums in the order of a butterfly. A masked element is 0 whatever it was.
 #include "bottleneck_adapter/bottleneck_adapter_cuda.h"
 #include "bottleneck_adapter/rows.h"
+#include "common/activation.h"
 
 namespace pk::bottleneck_adapter {
 namespace {
 
-constexpr double kLeak = 0.01;                                                // leaky_relu's slope below 0
-constexpr double kHalfRoot = 0.70710678118654752440;                          // 1 / sqrt(2)
-constexpr double kDensity = 0.39894228040143267794;                           // 1 / sqrt(2 pi)
-constexpr double kTanhFactor = 0.79788456080286535588, kTanhCube = 0.044715;  // gelu_tanh's, sqrt(2 / pi) first
+constexpr double kHalfRoot = 0.70710678118654752440, kDensity = 0.39894228040143267794;  // 1 / sqrt(2), 1 / sqrt(2 pi)
+constexpr double kTanhFactor = 0.79788456080286535588, kTanhCube = 0.044715;             // gelu_tanh's
+constexpr double kLeak = 0.01;
 
-template <class Acc>
-__device__ __forceinline__ Acc normal_cdf(Acc h) {
-  return Acc(0.5) * erfc(-h * Acc(kHalfRoot));
-}
 template <class Acc>
 __device__ __forceinline__ Acc sigmoid(Acc h) {
   return Acc(1) / (Acc(1) + exp(-h));
 }
-template <class Acc>
-__device__ __forceinline__ Acc inner_tanh(Acc h) {
-  return tanh(Acc(kTanhFactor) * (h + Acc(kTanhCube) * h * h * h));
-}
-
-template <class Acc>
-__device__ __forceinline__ Acc value_of(Activation activation, Acc h) {
-  switch (activation) {
-    case Activation::kRelu:
-      return h < 0 ? Acc(0) : h;
-    case Activation::kGelu:
-      return h * normal_cdf(h);
-    case Activation::kGeluTanh:
-      return h * (Acc(0.5) + Acc(0.5) * inner_tanh(h));
-    case Activation::kSilu:
-      return h / (Acc(1) + exp(-h));
-    case Activation::kTanh:
-      return tanh(h);
-    case Activation::kSigmoid:
-      return sigmoid(h);
-    case Activation::kLeakyRelu:
-      return h > 0 ? h : Acc(kLeak) * h;
-    default:
-      return h;
-  }
-}
 
 // f'(h); NaN where h is.
 template <class Acc>
-__device__ __forceinline__ Acc slope_of(Activation activation, Acc h) {
+__device__ __forceinline__ Acc slope_of(int activation, Acc h) {
   switch (activation) {
-    case Activation::kRelu:
+    case kRelu:
       return h > 0 ? Acc(1) : h <= 0 ? Acc(0) : h;
-    case Activation::kGelu:
-      return normal_cdf(h) + h * Acc(kDensity) * exp(-h * h / 2);
-    case Activation::kGeluTanh: {
-      const Acc t = inner_tanh(h);
+    case kGelu:
+      return erfc(-h * Acc(kHalfRoot)) / 2 + h * Acc(kDensity) * exp(-h * h / 2);
+    case kGeluTanh: {
+      const Acc t = tanh(Acc(kTanhFactor) * (h + Acc(kTanhCube) * h * h * h));
       const Acc inner = Acc(kTanhFactor) * (1 + 3 * Acc(kTanhCube) * h * h);
       return (1 + t) / 2 + h / 2 * (1 - t * t) * inner;
     }
-    case Activation::kSilu: {
+    case kSilu: {
       const Acc s = sigmoid(h);
       return s * (1 + h * (1 - s));
     }
-    case Activation::kTanh: {
+    case kTanh: {
       const Acc t = tanh(h);
       return 1 - t * t;
     }
-    case Activation::kSigmoid: {
+    case kSigmoid: {
       const Acc s = sigmoid(h);
       return s * (1 - s);
     }
-    case Activation::kLeakyRelu:
+    case kLeakyRelu:
       return h > 0 ? Acc(1) : h <= 0 ? Acc(kLeak) : h;
     default:
       return Acc(1);
@@ -82,7 +52,7 @@ __device__ __forceinline__ Acc slope_of(Activation activation, Acc h) {
 }
 
 template <class Acc>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     bottleneck_adapter_forward_activate_kernel(const Activate call, Dtype factors) {
   const int64_t m = own_row(), end = piece_end(call.u_row);
   if (m >= call.M) return;
@@ -90,6 +60,7 @@ __global__ void __launch_bounds__(kThreads)
   const Dropout dropout{drops ? *call.seed : 0, call.keep.stream, call.keep.threshold, call.keep.scale};
   const Acc gate = load_or<Acc>(call.gate, factors, m, Acc(1));
   Acc* const u = static_cast<Acc*>(call.u) + m * call.u_row;
+#pragma unroll 1
   for (int64_t e = piece_begin(); e < end; e += 32) {
     if (e >= call.E) {
       u[e] = gate;
@@ -97,16 +68,18 @@ __global__ void __launch_bounds__(kThreads)
     }
     const Acc* const parts = static_cast<const Acc*>(call.parts) + m * call.E + e;
     Acc h = parts[0];
+#pragma unroll 1
     for (int p = 1; p < call.splits; ++p) h += parts[p * call.M * call.E];
     h += load_or<Acc>(call.bias, factors, e, Acc(0));
     if (call.h) static_cast<Acc*>(call.h)[m * call.E + e] = h;
     const bool keeps = !drops || kept(dropout, static_cast<uint32_t>(m), static_cast<uint32_t>(e));
-    u[e] = gate * (keeps ? value_of(call.activation, h) : Acc(0));
+    u[e] = gate * (keeps ? activated(call.activation, h) : Acc(0));
   }
 }
 
 template <class Acc>
-__global__ void __launch_bounds__(kThreads) bottleneck_adapter_backward_slope_kernel(const Slope call, Dtype factors) {
+__global__ void __launch_bounds__(kThreads, 2)
+    bottleneck_adapter_backward_slope_kernel(const Slope call, Dtype factors) {
   const int64_t m = own_row();
   if (m >= call.M) return;
   const bool drops = call.keep.threshold != kKeepAll;
@@ -115,9 +88,11 @@ __global__ void __launch_bounds__(kThreads) bottleneck_adapter_backward_slope_ke
   const Acc* const h_row = static_cast<const Acc*>(call.h) + m * call.E;
   Acc* const dh = static_cast<Acc*>(call.dh) + m * call.E;
   Acc sum = 0;
+#pragma unroll 1
   for (int64_t e = lane_index(); e < call.v_row; e += 32) {
     const Acc* const parts = static_cast<const Acc*>(call.parts) + m * call.v_row + e;
     Acc v = parts[0];
+#pragma unroll 1
     for (int p = 1; p < call.splits; ++p) v += parts[p * call.M * call.v_row];
     v *= scale;
     if (e >= call.E) {
@@ -127,7 +102,7 @@ __global__ void __launch_bounds__(kThreads) bottleneck_adapter_backward_slope_ke
     const Acc h = h_row[e];
     const bool keeps = !drops || kept(dropout, static_cast<uint32_t>(m), static_cast<uint32_t>(e));
     dh[e] = slope_of(call.activation, h) * (keeps ? gate * v : Acc(0));
-    if (call.dgate) sum += v * (keeps ? value_of(call.activation, h) : Acc(0));
+    if (call.dgate) sum += v * (keeps ? activated(call.activation, h) : Acc(0));
   }
   sum = warp_sum(sum);
   if (call.dgate && lane_index() == 0) store<Acc>(call.dgate, factors, m, sum);

@@ -6,7 +6,7 @@
 // and backward, with d = drop_o(dy) without its scale (drop_rows, where it drops)
 //   activate:   g u                                   scale_rows: s B, where s is a vector
 //   [dy pass]:  v = d (s B), d^T (g u)                up_gradients: dB, db, ds
-//   slope:      dh = f'(h) . drop(g v), dg            [column sum]: da
+//   slope:      dh = f'(h) . drop(g v), dg            column_parts, [sum]: da
 //   [x pass]:   dh^T n(x), which is dA without a norm; with one, down_gradients: dA and the norm's gradients
 //   [expand]:   dh A [+ dy], which is dx without a norm; with one, norm_slope
 // b is one more column of B here, with g for its column of g u: column E of v is then d (s b), of d^T (g u) db.
@@ -22,9 +22,6 @@ namespace pk::bottleneck_adapter {
 using lora_linear::Gated;
 using lora_linear::Keep;
 
-// As the schema names them, in the order of kBottleneckActivations.
-enum class Activation { kIdentity, kRelu, kGelu, kGeluTanh, kSilu, kTanh, kSigmoid, kLeakyRelu };
-
 // h = sum of parts + bias; u[m, e] = gate[m] mask[m, e] f(h[m, e]), and u[m, E] = gate[m] where u_row > E.
 struct Activate {
   const void* parts;  // Acc [splits][M][E]; h itself in the backward
@@ -34,7 +31,7 @@ struct Activate {
   void* h;           // Acc [M][E]; null: not wanted
   void* u;           // Acc [M][u_row]
   int64_t M, E, u_row;
-  Activation activation;
+  int activation;  // of common/activation.h
   Keep keep;
   const uint64_t* seed;
 };
@@ -50,7 +47,7 @@ struct Slope {
   void* dh;           // Acc [M][E]
   void* dgate;        // [M] or null
   int64_t M, E, v_row;
-  Activation activation;
+  int activation;  // of common/activation.h
   Keep keep;
   const uint64_t* seed;
 };
@@ -80,6 +77,10 @@ cudaError_t up_gradients(Dtype factors, const UpGradients& call, cudaStream_t st
 // out[n, e] = scale[n] in[n, e], Acc [rows][cols].
 cudaError_t scale_rows(Dtype factors, const void* in, const void* scale, int64_t rows, int64_t cols, void* out,
                        cudaStream_t stream);
+
+// out[chunk, j] = sum of in[i, j] over the chunk's rows i, in Acc [rows][cols], out Acc [column_chunks(rows)][cols].
+int column_chunks(int64_t rows);
+cudaError_t column_parts(Dtype factors, const void* in, int64_t rows, int64_t cols, void* out, cudaStream_t stream);
 
 // out = residual + (gated, as of Expand) from sum = u B^T; rounded once. out may be sum.
 struct Finish {

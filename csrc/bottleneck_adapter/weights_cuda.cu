@@ -4,6 +4,7 @@
 //   down_gradients  dA[e, k] = w[k] D[e, k] + b[k] da[e],  dw[k] = sum_e A D,  db[k] = sum_e A[e, k] da[e];
 //                   a block has 32 features k, eight threads to each, which take the rows e in turn
 //   scale_rows      s[n] B[n, e];  a warp to a row
+//   column_parts    sums of the columns of [rows][cols] over chunks of rows; a block has 32 columns of a chunk
 // Accumulation in fp32, fp64 for fp64; one fixed order.
 #include "bottleneck_adapter/bottleneck_adapter_cuda.h"
 #include "bottleneck_adapter/rows.h"
@@ -85,6 +86,23 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t e = lane_index(); e < cols; e += 32) out[n * cols + e] = factor * load<Acc>(in, factors, n * cols + e);
 }
 
+template <class Acc>
+__global__ void __launch_bounds__(kThreads)
+    bottleneck_adapter_backward_column_parts_kernel(const Acc* in, int64_t rows, int64_t cols, int64_t rows_each,
+                                                    Acc* out) {
+  __shared__ Acc sums[kTurns][kFeatures];
+  const int turn = warp_index(), lane = lane_index();
+  const int64_t j = static_cast<int64_t>(blockIdx.x) * kFeatures + lane, first = blockIdx.y * rows_each;
+  const int64_t end = first + rows_each < rows ? first + rows_each : rows;
+  Acc sum = 0;
+  for (int64_t i = first + turn; j < cols && i < end; i += kTurns) sum += in[i * cols + j];
+  sums[turn][lane] = sum;
+  __syncthreads();
+  if (turn > 0 || j >= cols) return;
+  for (int t = 1; t < kTurns; ++t) sum += sums[t][lane];
+  out[blockIdx.y * cols + j] = sum;
+}
+
 }  // namespace
 
 cudaError_t up_gradients(Dtype factors, const UpGradients& call, cudaStream_t stream) {
@@ -112,6 +130,24 @@ cudaError_t scale_rows(Dtype factors, const void* in, const void* scale, int64_t
   }
   return PK_LAUNCH(bottleneck_adapter_backward_scale_rows_kernel<float>, grid, block, 0, stream, in, scale, rows, cols,
                    static_cast<float*>(out), factors);
+}
+
+int column_chunks(int64_t rows) {
+  constexpr int64_t kLeastRows = 128, kMost = 64;
+  const int64_t chunks = (rows + kLeastRows - 1) / kLeastRows;
+  return static_cast<int>(chunks < kMost ? chunks : kMost);
+}
+
+cudaError_t column_parts(Dtype factors, const void* in, int64_t rows, int64_t cols, void* out, cudaStream_t stream) {
+  const int64_t chunks = column_chunks(rows), rows_each = (rows + chunks - 1) / chunks;
+  const dim3 grid(static_cast<unsigned>((cols + kFeatures - 1) / kFeatures), static_cast<unsigned>(chunks));
+  const dim3 block(kThreads);
+  if (factors == Dtype::kFloat64) {
+    return PK_LAUNCH(bottleneck_adapter_backward_column_parts_kernel<double>, grid, block, 0, stream,
+                     static_cast<const double*>(in), rows, cols, rows_each, static_cast<double*>(out));
+  }
+  return PK_LAUNCH(bottleneck_adapter_backward_column_parts_kernel<float>, grid, block, 0, stream,
+                   static_cast<const float*>(in), rows, cols, rows_each, static_cast<float*>(out));
 }
 
 }  // namespace pk::bottleneck_adapter
