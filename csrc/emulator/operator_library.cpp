@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "bindings/batched_lora.h"
+#include "bindings/bottleneck_adapter.h"
 #include "bindings/lora_linear.h"
 #include "bindings/tensors.h"
 #include "emulator/emulator.h"
@@ -15,6 +16,7 @@ PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
   auto* library = new StableLibrary(StableLibrary::Kind::IMPL, ns, device, __FILE__, __LINE__);
   pk::bind_lora_linear_cuda(*library);
   pk::bind_batched_lora_pool_cuda(*library);
+  pk::bind_bottleneck_adapter_cuda(*library);
 }
 
 PK_EXPORT float peft_kernels_poison(int on) {

@@ -201,9 +201,9 @@ __device__ __forceinline__ uint32_t round_pair<fp16>(float first, float second) 
   return bits;
 }
 
-// sum += out, which begins at the lane's first element; rows and cols are what is left of it from there.
+// sum += a matrix, which begins at the lane's first element; rows and cols are what is left of it from there.
 template <class T>
-__device__ __forceinline__ void add_out(float (&sum)[2][4][4], const T* out, int64_t N, int rows, int cols) {
+__device__ __forceinline__ void add_rows(float (&sum)[2][4][4], const T* from, int64_t ld, int rows, int cols) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -211,10 +211,49 @@ __device__ __forceinline__ void add_out(float (&sum)[2][4][4], const T* out, int
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int row = 8 * i, col = 8 * j + e;
-        if (row < rows && col < cols) sum[i / 2][j][i % 2 * 2 + e] += to_float(out[row * N + col]);
+        if (row < rows && col < cols) sum[i / 2][j][i % 2 * 2 + e] += to_float(from[row * ld + col]);
       }
     }
   }
+}
+
+// sum = scaling gate scale keep mask (sum_scale sum + bias); bias and scale are those of the block's columns, row is
+// the lane's first one, col0 the warp's first column, of out and within the block.
+template <class F>
+__device__ __forceinline__ void gate_sums(float (&sum)[2][4][4], const Expand& call, const float* bias,
+                                          const float* scale, int64_t row, int64_t n0, int col0) {
+  const Gated& gated = call.gated;
+  const bool drops = gated.keep.threshold != kKeepAll;
+  const uint64_t seed = drops ? *call.seed : 0;
+  const float sum_scale = static_cast<float>(gated.sum_scale), scaling = static_cast<float>(gated.scaling);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t m = row + 8 * i;
+    const F* const gate = static_cast<const F*>(gated.gate);
+    const float factor = gate && m < call.M ? scaling * to_float(gate[m]) : scaling;
+    Philox4 words = {};
+    if (drops) words = keep_words(seed, gated.keep.stream, m, (n0 + col0) / 32);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int col = col0 + lane_index() % 4 * 2 + 8 * j + e;
+        const uint32_t random = e ? words.word[j] >> 16 : words.word[j] & 0xFFFFu;
+        float& value = sum[i / 2][j][i % 2 * 2 + e];
+        value = random < gated.keep.threshold ? (sum_scale * value + bias[col]) * gated.keep.scale : 0.f;
+        value *= factor * scale[col];
+      }
+    }
+  }
+}
+
+// What every column of the block has: its bias and its part of s.
+template <class F>
+__device__ __forceinline__ void load_columns(float& bias, float& scale, const Expand& call, int64_t n) {
+  const Gated& gated = call.gated;
+  const F *const biases = static_cast<const F*>(gated.bias), *const scales = static_cast<const F*>(gated.scale);
+  bias = biases && n < call.N ? to_float(biases[n]) : 0.f;
+  scale = scales && n < call.N ? to_float(scales[gated.per_channel ? n : 0]) : 1.f;
 }
 
 // Writes the tile of out from shared memory, whole rows of it.
@@ -239,20 +278,27 @@ __device__ __forceinline__ void write_out(const Expand& call, const T* tile, int
 }
 
 // Serves the forward (y, B) and, `across`, the backward (dx, A). Only the latter has masks, and so a sum per adapter.
-template <class T, class F, bool kAcross>
+// kGated: the forward of bottleneck_adapter.
+template <class T, class F, bool kAcross, bool kGated>
 __global__ void __launch_bounds__(kThreads, 2)
     lora_linear_forward_expand_kernel(const __grid_constant__ Expand call, unsigned col_tiles,
                                       const __grid_constant__ LowScale scale) {
   using S = Shape<F, kAcross>;
   __shared__ __align__(16) T shared[S::kElements];
-  __shared__ __align__(16) float bias[kCols];
+  __shared__ __align__(16) float bias[kCols], scales[kGated ? kCols : 1];
   const int64_t m0 = static_cast<int64_t>(blockIdx.x / col_tiles) * kRows;
   const int64_t n0 = static_cast<int64_t>(blockIdx.x % col_tiles) * kCols;
   const int lane = lane_index(), row = warp_index() / 4 * 32 + lane / 4, col0 = warp_index() % 4 * 32;
   const int rows = call.M - m0 < kRows ? static_cast<int>(call.M - m0) : kRows;
   const int cols = call.N - n0 < kCols ? static_cast<int>(call.N - n0) : kCols;
   float sum[2][4][4] = {}, own[2][4][4] = {};
-  if (threadIdx.x < kCols) bias[threadIdx.x] = bias_of<T, F>(call, n0 + threadIdx.x);
+  if (threadIdx.x < kCols) {
+    if constexpr (kGated) {
+      load_columns<F>(bias[threadIdx.x], scales[threadIdx.x], call, n0 + threadIdx.x);
+    } else {
+      bias[threadIdx.x] = bias_of<T, F>(call, n0 + threadIdx.x);
+    }
+  }
 
   Operands<T, F, kAcross> operands;
   Step step = {0, 0};
@@ -281,13 +327,18 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int i = 0; i < 32; ++i) sum[i / 16][i / 4 % 4][i % 4] = rescaled<T>(sum[i / 16][i / 4 % 4][i % 4], scale.up);
   }
   const int col = col0 + lane % 4 * 2;
-  if (call.accumulate) {
-    add_out(sum, static_cast<const T*>(call.out) + (m0 + row) * call.N + n0 + col, call.N, rows - row, cols - col);
+  if constexpr (kGated) {
+    __syncthreads();  // without adapters there was none, and bias and scales must be there
+    gate_sums<F>(sum, call, bias, scales, m0 + row, n0, col0);
+  }
+  if (call.residual) {
+    const T* const from = static_cast<const T*>(call.residual) + (m0 + row) * call.residual_stride + n0 + col;
+    add_rows(sum, from, call.residual_stride, rows - row, cols - col);
   }
   __syncthreads();  // the operands have been read, the bias is there
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const float2 add = *reinterpret_cast<const float2*>(bias + col + 8 * j);
+    const float2 add = kGated ? float2{0.f, 0.f} : *reinterpret_cast<const float2*>(bias + col + 8 * j);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float* const value = sum[i / 2][j] + i % 2 * 2;
@@ -300,7 +351,12 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <class T, class F>
-cudaError_t run(const Expand& call, cudaStream_t stream) {
+cudaError_t run(Expand call, cudaStream_t stream) {
+  if ((call.residual && call.accumulate) || (call.is_gated && call.across)) return cudaErrorInvalidValue;
+  if (call.accumulate) {  // out is its own residual
+    call.residual = call.out;
+    call.residual_stride = call.N;
+  }
   const int64_t row_tiles = (call.M + kRows - 1) / kRows, col_tiles = (call.N + kCols - 1) / kCols;
   if (row_tiles * col_tiles == 0) return cudaSuccess;
   if (row_tiles * col_tiles > INT32_MAX) return cudaErrorInvalidValue;
@@ -308,12 +364,15 @@ cudaError_t run(const Expand& call, cudaStream_t stream) {
   const unsigned cols = static_cast<unsigned>(col_tiles);
   const LowScale scale = low_scale<T>(call.adapters);
   if (call.across) {
-    return PK_LAUNCH((lora_linear_forward_expand_kernel<T, F, true>), grid, block, 0, stream, call, cols, scale);
+    return PK_LAUNCH((lora_linear_forward_expand_kernel<T, F, true, false>), grid, block, 0, stream, call, cols, scale);
   }
   for (int l = 0; l < call.adapters.count; ++l) {
     if (call.adapters.at[l].keep.threshold != kKeepAll) return cudaErrorInvalidValue;  // y has no masks
   }
-  return PK_LAUNCH((lora_linear_forward_expand_kernel<T, F, false>), grid, block, 0, stream, call, cols, scale);
+  if (call.is_gated) {
+    return PK_LAUNCH((lora_linear_forward_expand_kernel<T, F, false, true>), grid, block, 0, stream, call, cols, scale);
+  }
+  return PK_LAUNCH((lora_linear_forward_expand_kernel<T, F, false, false>), grid, block, 0, stream, call, cols, scale);
 }
 
 }  // namespace

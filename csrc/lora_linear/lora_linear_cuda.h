@@ -69,7 +69,18 @@ cudaError_t shrink(Dtype x, Dtype factors, const Shrink& call, cudaStream_t stre
 
 // out[m, n] = (accumulate ? out[m, n] : 0) + sum_l mask_l[m, n] keep_l (sum_r low[m, rank0_l + r] F_l(r, n)) + bias[n]
 // + sum_l s_l bias_l[n]; F_l(r, n) is factor[r * N + n] where `across` (A, for dx), else factor[n * R_l + r] (B, for
-// y). Only dx has masks: an adapter that drops something is refused where `across` is false.
+// y). Only dx has masks: an adapter that drops something is refused where `across` is false. With a residual (of x's
+// dtype, rows residual_stride apart, unit stride along n), which excludes `accumulate`, it is added too.
+// bottleneck_adapter's y goes through `gated`, which the other direction has not: in place of the biases above,
+//   out[m, n] = residual[m, n] + scaling gate[m] scale[n] keep mask[m, n] (sum_scale sum_l ... + bias[n])
+struct Gated {
+  const void* gate = nullptr;   // [M] of the factors' dtype, or null: 1
+  const void* scale = nullptr;  // of the factors' dtype, [N] where `per_channel`, else [1]; or null: 1
+  const void* bias = nullptr;   // [N] of the factors' dtype, or null: 0
+  bool per_channel = false;
+  double scaling = 1, sum_scale = 1;
+  Keep keep;  // the mask, over [M, N]
+};
 struct Expand {
   void* out;  // [M, N] contiguous, of x's dtype
   int64_t M, N;
@@ -79,6 +90,10 @@ struct Expand {
   bool across, accumulate;
   const uint64_t* seed;
   Adapters adapters;
+  const void* residual = nullptr;
+  int64_t residual_stride = 0;
+  bool is_gated = false;
+  Gated gated = {};
 };
 cudaError_t expand(Dtype x, Dtype factors, const Expand& call, cudaStream_t stream);
 

@@ -7,6 +7,7 @@
 // Accumulation is fp32, fp64 where the operands are fp64. Any strides; every sum has one fixed order.
 #include "common/dropout.h"
 #include "common/launch.h"
+#include "common/typed.h"
 #include "lora_linear/mma_tiles.h"
 
 namespace pk::lora_linear {
@@ -18,37 +19,6 @@ constexpr int kEach = 4, kAcross = kTile / kEach;  // a thread's results lie kAc
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
-}
-
-template <class Acc>
-__device__ __forceinline__ Acc load(const void* data, Dtype type, int64_t at) {
-  switch (type) {
-    case Dtype::kFloat16:
-      return static_cast<Acc>(to_float(static_cast<const fp16*>(data)[at]));
-    case Dtype::kBFloat16:
-      return static_cast<Acc>(to_float(static_cast<const bf16*>(data)[at]));
-    case Dtype::kFloat64:
-      return static_cast<Acc>(static_cast<const double*>(data)[at]);
-    default:
-      return static_cast<Acc>(static_cast<const float*>(data)[at]);
-  }
-}
-
-template <class Acc>
-__device__ __forceinline__ void store(void* data, Dtype type, int64_t at, Acc value) {
-  switch (type) {
-    case Dtype::kFloat16:
-      static_cast<fp16*>(data)[at] = from_float<fp16>(static_cast<float>(value));
-      break;
-    case Dtype::kBFloat16:
-      static_cast<bf16*>(data)[at] = from_float<bf16>(static_cast<float>(value));
-      break;
-    case Dtype::kFloat64:
-      static_cast<double*>(data)[at] = static_cast<double>(value);
-      break;
-    default:
-      static_cast<float*>(data)[at] = static_cast<float>(value);
-  }
 }
 
 // -- dropout of a tile ------------------------------------------------------------------------------------------------

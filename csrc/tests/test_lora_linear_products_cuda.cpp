@@ -8,11 +8,16 @@
 #include "common/dropout.h"
 #include "lora_linear/lora_linear_cuda.h"
 #include "tests/device_array.h"
+#include "tests/typed_values.h"
 
 using namespace pk;
 using namespace pk::lora_linear;
 using pk::test::Array;
+using pk::test::bytes_of;
+using pk::test::exact_value;
 using pk::test::ran;
+using pk::test::read;
+using pk::test::write;
 
 namespace {
 
@@ -24,48 +29,6 @@ void expect(bool condition, const char* what, int detail) {
   if (condition) return;
   ++failures;
   printf("FAILED %s: %s %d\n", test::kWhere, what, detail);
-}
-
-int bytes_of(Dtype type) {
-  return type == Dtype::kFloat64 ? 8 : type == Dtype::kFloat32 ? 4 : 2;
-}
-
-// Values that all four types hold exactly: -2 ... 2 in steps of 1/8.
-double exact_value(int64_t i) {
-  return static_cast<double>((i * 7919 + i / 13) % 33 - 16) / 8;
-}
-
-void write(void* data, Dtype type, int64_t at, double value) {
-  if (type == Dtype::kFloat64) static_cast<double*>(data)[at] = value;
-  if (type == Dtype::kFloat32) static_cast<float*>(data)[at] = static_cast<float>(value);
-  uint16_t bits = 0;
-  if (type == Dtype::kBFloat16) {
-    const float narrow = static_cast<float>(value);
-    uint32_t word;
-    memcpy(&word, &narrow, 4);
-    bits = static_cast<uint16_t>(word >> 16);
-  } else if (type == Dtype::kFloat16 && value != 0) {
-    int exponent;
-    const double fraction = std::frexp(std::fabs(value), &exponent);  // in [1/2, 1)
-    bits = static_cast<uint16_t>((value < 0 ? 0x8000 : 0) | (exponent + 14) << 10 |
-                                 (static_cast<int>(fraction * 2048) & 0x3FF));
-  }
-  if (bytes_of(type) == 2) static_cast<uint16_t*>(data)[at] = bits;
-}
-
-double read(const void* data, Dtype type, int64_t at) {
-  if (type == Dtype::kFloat64) return static_cast<const double*>(data)[at];
-  if (type == Dtype::kFloat32) return static_cast<const float*>(data)[at];
-  const uint16_t bits = static_cast<const uint16_t*>(data)[at];
-  if (type == Dtype::kBFloat16) {
-    const uint32_t word = static_cast<uint32_t>(bits) << 16;
-    float value;
-    memcpy(&value, &word, 4);
-    return value;
-  }
-  const int exponent = bits >> 10 & 31;
-  const double size = exponent ? std::ldexp(1024 + (bits & 0x3FF), exponent - 25) : std::ldexp(bits & 0x3FF, -24);
-  return bits >> 15 ? -size : size;
 }
 
 // rows x cols values in memory of their own, by rows or by columns, with unused NaNs between them.

@@ -1,0 +1,120 @@
+// bottleneck_adapter on a GPU: check, allocate, launch. Three launches where tensor cores serve the dtypes and there is
+// no norm: shrink, activate, expand, which reads the residual and writes y. Nothing here waits for the device or reads
+// from it.
+#include <tuple>
+
+#include "bindings/bottleneck_adapter.h"
+#include "bindings/bottleneck_adapter_cuda_call.h"
+
+namespace pk {
+namespace {
+
+using bottleneck_adapter::Activate;
+using lora_linear::Gated;
+
+// Writes h and returns u = drop(f(h)) without the dropout's scale.
+Tensor run_down(const BottleneckCall& b, const Tensor& h) {
+  const CudaCall& call = b.call;
+  const bool tensor_cores = call.tensor_cores && !b.has_norm;
+  const int splits =
+      tensor_cores ? lora_linear::shrink_splits(b.M, b.K, b.E) : lora_linear::product_splits(b.M, b.E, b.K);
+  const Tensor parts = splits > 1 ? call.scratch({splits, b.M, b.E}) : h;
+  if (tensor_cores) {
+    const lora_linear::Shrink shrink{b.x.data(),
+                                     b.x.stride,
+                                     b.M,
+                                     b.K,
+                                     static_cast<float*>(parts.mutable_data_ptr()),
+                                     b.E,
+                                     splits,
+                                     nullptr,
+                                     BottleneckCall::adapter_of(b.A().const_data_ptr(), b.E, 1)};
+    call.launched("shrink", lora_linear::shrink(call.type, call.factors, shrink, b.stream()));
+  } else {
+    OptionalTensor normed;
+    if (b.has_norm) normed = b.normalized(true, std::nullopt);
+    b.multiply_parts(b.M, b.E, b.K, normed ? b.accumulated(*normed, b.K) : b.x_rows(),
+                     transposed(by_rows(b.A().const_data_ptr(), call.factors, b.K)), 1, splits,
+                     parts.mutable_data_ptr(), b.E);
+  }
+  const Tensor u = call.scratch({b.M, b.E});
+  const Activate activate{parts.const_data_ptr(),
+                          splits,
+                          BottleneckCall::data_of(b.down_bias),
+                          nullptr,
+                          h.mutable_data_ptr(),
+                          u.mutable_data_ptr(),
+                          b.M,
+                          b.E,
+                          b.E,
+                          b.activation,
+                          b.keep_inside,
+                          b.seed};
+  call.launched("activate", bottleneck_adapter::activate(call.factors, activate, b.stream()));
+  return u;
+}
+
+// y = residual + scaling gate scale drop(u B^T + bias).
+void run_up(const BottleneckCall& b, const Tensor& u, const Rows& residual, const Tensor& y) {
+  const CudaCall& call = b.call;
+  const Gated gated{BottleneckCall::data_of(b.gate),
+                    BottleneckCall::data_of(b.scale),
+                    BottleneckCall::data_of(b.up_bias),
+                    b.per_channel,
+                    b.a.scaling,
+                    BottleneckCall::scale_of(b.keep_inside),
+                    b.keep_output};
+  if (call.tensor_cores) {
+    const lora_linear::Expand expand{y.mutable_data_ptr(),
+                                     b.M,
+                                     b.N,
+                                     static_cast<const float*>(u.const_data_ptr()),
+                                     b.E,
+                                     nullptr,
+                                     false,
+                                     false,
+                                     b.seed,
+                                     BottleneckCall::adapter_of(b.B().const_data_ptr(), b.E, 1),
+                                     residual.data(),
+                                     residual.stride,
+                                     true,
+                                     gated};
+    return call.launched("expand", lora_linear::expand(call.type, call.factors, expand, b.stream()));
+  }
+  const Tensor sum = call.type == call.accumulator() ? y : call.scratch({b.M, b.N});
+  call.multiply_onto(call.product_of(b.M, b.N, b.E, b.accumulated(u, b.E),
+                                     transposed(by_rows(b.B().const_data_ptr(), call.factors, b.E)), call.adapters[0],
+                                     1, Masked::kNone),
+                     sum, false);
+  const bottleneck_adapter::Finish finish{
+      sum.const_data_ptr(), residual.data(), residual.stride, y.mutable_data_ptr(), b.M, b.N, gated, b.seed};
+  call.launched("finish", bottleneck_adapter::finish(call.type, call.factors, finish, b.stream()));
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& residual, const Tensor& down_weight,
+                                   const OptionalTensor& down_bias, const Tensor& up_weight,
+                                   const OptionalTensor& up_bias, const OptionalTensor& scale,
+                                   const OptionalTensor& gate, const OptionalTensor& norm_weight,
+                                   const OptionalTensor& norm_bias, const std::string& activation, double scaling,
+                                   const std::string& norm, double eps, double dropout_p, const std::string& dropout_on,
+                                   const OptionalTensor& seed) {
+  const BottleneckArguments arguments{x,     residual, down_weight, down_bias,  up_weight,  up_bias,
+                                      scale, gate,     norm_weight, norm_bias,  activation, scaling,
+                                      norm,  eps,      dropout_p,   dropout_on, seed};
+  BottleneckCheck(arguments).run();
+  const BottleneckCall b("bottleneck_adapter", arguments);
+  const Tensor y = empty_rows(x, b.N, dtype_code(x)), h = b.call.scratch({b.M, b.E});
+  if (b.M == 0) return {y, h};
+  const Tensor u = run_down(b, h);
+  run_up(b, u, residual ? as_rows(*residual) : b.x, y);
+  return {y, h};
+}
+
+}  // namespace
+
+void bind_bottleneck_adapter_cuda(torch::stable::detail::StableLibrary& library) {
+  library.impl("bottleneck_adapter", TORCH_BOX(&forward));
+  library.impl("bottleneck_adapter_backward", TORCH_BOX(&bottleneck_adapter_backward_cuda));
+}
+
+}  // namespace pk
