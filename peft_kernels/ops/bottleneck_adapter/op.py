@@ -270,6 +270,7 @@ BOTTLENECK_ADAPTER = register(
         public=NAME,
         autograd=autograd,
         autocast=autocast,
-        backends=("reference", "cpu", "cuda"),
+        backends=("reference", "cpu", "cuda", "triton"),
+        python_backends={"triton": "peft_kernels.ops.bottleneck_adapter.triton_kernel"},
     )
 )

@@ -43,6 +43,26 @@ def product_of_parts(a, b, accumulator, PARTS: tl.constexpr):
     return accumulator
 
 
+@triton.jit
+def product_of_splits(
+    a, b, accumulator, PRODUCT: tl.constexpr, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """accumulator + a b, each cut into numbers of type PRODUCT; part i of a meets part j of b where i + j < LIMIT."""
+    rest_a = a.to(accumulator.dtype) if A_PARTS > 1 else a
+    for i in tl.static_range(A_PARTS):
+        part_a = rest_a.to(PRODUCT)
+        rest_b = b.to(accumulator.dtype) if B_PARTS > 1 else b
+        for j in tl.static_range(B_PARTS):
+            if i + j < LIMIT:
+                part_b = rest_b.to(PRODUCT)
+                accumulator = product(part_a, part_b, accumulator)
+                if i + j + 1 < LIMIT and j + 1 < B_PARTS:
+                    rest_b = rest_of(rest_b, part_b)
+        if i + 1 < A_PARTS:
+            rest_a = rest_of(rest_a, part_a)
+    return accumulator
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """What h, ds and sums are kept in."""
     return torch.float64 if dtype is torch.float64 else torch.float32
@@ -69,3 +89,11 @@ def unit_rows(matrix: Tensor) -> Tensor:
 def rank_block(R: int) -> int:
     """Ranks that one program takes: a power of two, 16 (the least that a tensor core takes) to 64."""
     return min(64, max(16, triton.next_power_of_2(R)))
+
+
+def split(length: int, block: int, programs: int) -> tuple[int, int]:
+    """Cuts `length` so that about PROGRAMS programs run: (pieces, length of a piece, a multiple of 4 blocks)."""
+    wanted = triton.cdiv(PROGRAMS, max(programs, 1))
+    unit = 4 * block
+    piece = triton.cdiv(triton.cdiv(length, unit), min(wanted, triton.cdiv(length, unit))) * unit
+    return triton.cdiv(length, piece), piece

@@ -25,6 +25,7 @@ from peft_kernels.ops.common.triton_products import (
     low_unit,
     product,
     product_of_parts,
+    split,
     unit_rows,
 )
 from peft_kernels.ops.lora_linear.op import check_backward
@@ -34,7 +35,6 @@ from peft_kernels.ops.lora_linear.triton_tiles import (
     architecture,
     factor_tile,
     input_tile,
-    split,
     sum_partials,
 )
 

@@ -14,14 +14,20 @@ from torch import Tensor
 
 from peft_kernels.ops.common.dropout import threshold
 from peft_kernels.ops.common.triton_dropout import dropout_mask, keep_tile
-from peft_kernels.ops.common.triton_products import accumulator, exact_parts, low_unit, product_of_parts, unit_rows
+from peft_kernels.ops.common.triton_products import (
+    accumulator,
+    exact_parts,
+    low_unit,
+    product_of_parts,
+    split,
+    unit_rows,
+)
 from peft_kernels.ops.lora_linear.op import check
 from peft_kernels.ops.lora_linear.triton_backward import backward
 from peft_kernels.ops.lora_linear.triton_gemm import Base, LowRank, concat_gemm
 from peft_kernels.ops.lora_linear.triton_tiles import (
     MOST_ADAPTERS,
     shrink_tile,
-    split,
     store_parts,
     sum_partials,
 )

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-from peft_kernels.ops.common.triton_products import PROGRAMS, rank_block, rest_of
+from peft_kernels.ops.common.triton_products import rank_block, rest_of
 
 MOST_ADAPTERS = 8  # of one launch: a kernel has code for each, and 33 compile for minutes
 
@@ -125,11 +125,3 @@ def input_tile(dtype: torch.dtype, R: int) -> Tile:
     if dtype.itemsize > 2:
         return Tile(32, min(rank_block(R), 32), 32, 4, 2)
     return Tile(64, min(rank_block(R), 32), 128, 4, 3)
-
-
-def split(length: int, block: int, programs: int) -> tuple[int, int]:
-    """Cuts `length` so that about PROGRAMS programs run: (pieces, length of a piece, a multiple of 4 blocks)."""
-    wanted = triton.cdiv(PROGRAMS, max(programs, 1))
-    unit = 4 * block
-    piece = triton.cdiv(triton.cdiv(length, unit), min(wanted, triton.cdiv(length, unit))) * unit
-    return triton.cdiv(length, piece), piece

@@ -1,0 +1,85 @@
+"""f and f' of bottleneck_adapter in Triton, in fp32 or fp64.
+
+All from exp(-|h|), which never overflows, and erf; NaN stays NaN. With e = exp(-|h|): sigmoid(h) = 1 / (1 + e) or
+e / (1 + e), sigmoid' = e / (1 + e)^2 with no 1 - sigmoid in it. gelu_tanh = h sigmoid(2 z), z = a (h + b h^3). tanh is
+(1 - e^2) / (1 + e^2) away from 0 and Lambert's continued fraction near it, so that small h keep all their digits.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+from peft_kernels.ops.bottleneck_adapter import reference
+
+_LEAK = tl.constexpr(reference.LEAK)
+_SQRT_HALF = tl.constexpr(math.sqrt(0.5))
+_NORMAL = tl.constexpr(1 / math.sqrt(2 * math.pi))
+_GELU_2A = tl.constexpr(2 * math.sqrt(2 / math.pi))
+_GELU_B = tl.constexpr(0.044715)
+_GELU_3B = tl.constexpr(3 * 0.044715)
+
+
+@triton.jit
+def _sigmoid(h):
+    e = tl.exp(-tl.abs(h))
+    return tl.where(h < 0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def _sigmoid_slope(h):
+    e = tl.exp(-tl.abs(h))
+    return e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def _tanh(h):
+    e = tl.exp(-2.0 * tl.abs(h))
+    far = (1.0 - e) / (1.0 + e)
+    square = tl.where(tl.abs(h) < 0.4, h * h, 0.0)
+    above = 135135.0 + square * (17325.0 + square * (378.0 + square))
+    below = 135135.0 + square * (62370.0 + square * (3150.0 + square * 28.0))
+    return tl.where(tl.abs(h) < 0.4, h * above / below, tl.where(h < 0, -far, far))
+
+
+@triton.jit
+def activation(h, F: tl.constexpr):
+    """f(h)."""
+    if F == "relu":
+        return tl.where(h <= 0, 0.0, h)
+    elif F == "gelu":
+        return 0.5 * h * (1.0 + tl.erf(h * _SQRT_HALF))
+    elif F == "gelu_tanh":
+        return h * _sigmoid((h + h * h * h * _GELU_B) * _GELU_2A)
+    elif F == "silu":
+        return h * _sigmoid(h)
+    elif F == "tanh":
+        return _tanh(h)
+    elif F == "sigmoid":
+        return _sigmoid(h)
+    elif F == "leaky_relu":
+        return tl.where(h <= 0, h * _LEAK, h)
+    else:
+        return h
+
+
+@triton.jit
+def slope(h, F: tl.constexpr):
+    """f'(h)."""
+    if F == "relu":
+        return tl.where(h > 0, 1.0, tl.where(h <= 0, 0.0, h))
+    elif F == "gelu":
+        return 0.5 * (1.0 + tl.erf(h * _SQRT_HALF)) + h * (tl.exp(-0.5 * h * h) * _NORMAL)
+    elif F == "gelu_tanh":
+        inner = (h + h * h * h * _GELU_B) * _GELU_2A
+        return _sigmoid(inner) + h * _sigmoid_slope(inner) * (1.0 + h * h * _GELU_3B) * _GELU_2A
+    elif F == "silu":
+        return _sigmoid(h) + h * _sigmoid_slope(h)
+    elif F == "tanh":
+        return 4.0 * _sigmoid_slope(2.0 * h)
+    elif F == "sigmoid":
+        return _sigmoid_slope(h)
+    elif F == "leaky_relu":
+        return tl.where(h > 0, 1.0, tl.where(h <= 0, tl.full(h.shape, _LEAK, h.dtype), h))
+    else:
+        return tl.full(h.shape, 1.0, h.dtype)

@@ -1,0 +1,157 @@
+"""What the Triton kernels of bottleneck_adapter share: the norm's statistics, numbers in double precision, how operands
+are cut into parts, and the table of tile sizes.
+
+Products: operands of one 16-bit type go in as they are; fp32 ones (n(x), u, dh, s B, fp32 factors) beside 16-bit ones
+are cut into bf16 numbers, which reach as far as fp32: 2 parts where the result is rounded to 16 bits, 3 where it stays
+fp32. Left operands are computed in registers, so no tile has more than 32 rows: mma.sync takes them from there, which a
+pipelined wgmma must not (triton issue 9433). Tiles depend on shapes and dtypes only.
+"""
+
+import struct
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peft_kernels.ops.common.triton_dropout import keep_tile
+from peft_kernels.ops.common.triton_products import accumulator
+
+TYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+class Tile(NamedTuple):
+    """Rows, bottlenecks and columns of one program's tile, and how it is run."""
+
+    M: int
+    E: int
+    W: int
+    num_warps: int
+    num_stages: int
+
+
+def tile(dtype: torch.dtype, M: int, E: int) -> Tile:
+    """For products of all of x's or y's columns with a factor. The mask is drawn for 32 bottlenecks at a time."""
+    rows, wide = 16 if M <= 16 else 32, E > 32
+    if dtype is torch.float64:
+        return Tile(rows, 32, 32, 8, 2)  # four warps spill
+    if dtype is torch.float32:
+        return Tile(rows, 32, 32, 4, 3)
+    return Tile(rows, 64 if wide else 32, 32 if wide else 64, 4, 3)
+
+
+def up_tile(dtype: torch.dtype, M: int, E: int) -> Tile:
+    """For products whose contraction is the bottleneck."""
+    few = tile(dtype, M, E)
+    return few if dtype.itemsize > 2 else few._replace(E=64 if 32 < E <= 64 else 32, W=64 if M <= 16 else 128)
+
+
+def gradient_tile(dtype: torch.dtype) -> Tile:
+    """For sums over the rows."""
+    if dtype is torch.float64:
+        return Tile(32, 32, 32, 8, 2)
+    return Tile(32, 32, 32, 4, 2) if dtype is torch.float32 else Tile(32, 32, 128, 4, 3)
+
+
+def product_type(x: torch.dtype, *others: torch.dtype) -> torch.dtype:
+    """What the operands of a product go in as: x's own type unless another one is wider."""
+    if x.itemsize > 2 or all(dtype is x for dtype in others):
+        return x
+    return torch.bfloat16
+
+
+def parts(product: torch.dtype, operand: torch.dtype, limit: int) -> int:
+    """How many numbers of the product's type an operand goes in as."""
+    if product.itemsize > 2 or operand is product:
+        return 1
+    return min(limit, 2 if operand.itemsize == 2 else 3)
+
+
+def cut(x: torch.dtype, left: torch.dtype, right: torch.dtype, limit: int) -> dict:
+    """The constants of a product_of_splits; x says which precision all is for."""
+    product = product_type(x, left, right)
+    return {
+        "PRODUCT": TYPES[product],
+        "LEFT": parts(product, left, limit),
+        "RIGHT": parts(product, right, limit),
+        "LIMIT": limit,
+    }
+
+
+def number(value: float, dtype: torch.dtype) -> float | int:
+    """A number for a kernel. Triton takes a Python float as fp32: for fp64 its bits go in, as an integer."""
+    return struct.unpack("<q", struct.pack("<d", value))[0] if dtype is torch.float64 else value
+
+
+def vector(tensor: Tensor | None) -> Tensor | None:
+    """A bias, scale, gate or norm's weight in one dimension, contiguous."""
+    return None if tensor is None else tensor.reshape(-1).contiguous()
+
+
+@triton.jit
+def as_number(value, DTYPE: tl.constexpr):
+    """What `number` was given."""
+    if tl.float64 == DTYPE:
+        return tl.cast(value, tl.int64).to(tl.float64, bitcast=True)
+    else:
+        return value
+
+
+@triton.jit(do_not_specialize=["M", "eps"])
+def _statistics_kernel(
+    stats_ptr, x_ptr, M, K, eps, stride_xm,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ACCUMULATOR: tl.constexpr, CENTRED: tl.constexpr,
+):  # fmt: skip
+    """stats[0, m] = the mean of row m, 0 unless CENTRED; stats[1, m] = 1 / sqrt(mean of (x - mean)^2 + eps)."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + tl.arange(0, BLOCK_K)[None, :]
+    mean = tl.zeros((BLOCK_M,), ACCUMULATOR)
+    if CENTRED:
+        total = tl.zeros((BLOCK_M, BLOCK_K), ACCUMULATOR)
+        for k in range(0, K, BLOCK_K):
+            mask = mask_m[:, None] & (k + tl.arange(0, BLOCK_K) < K)[None, :]
+            total += tl.load(x_ptrs + k, mask=mask, other=0.0).to(ACCUMULATOR)
+        mean = tl.sum(total, 1) / tl.cast(K, ACCUMULATOR)
+    squares = tl.zeros((BLOCK_M, BLOCK_K), ACCUMULATOR)
+    for k in range(0, K, BLOCK_K):
+        mask = mask_m[:, None] & (k + tl.arange(0, BLOCK_K) < K)[None, :]
+        x = tl.load(x_ptrs + k, mask=mask, other=0.0).to(ACCUMULATOR)
+        centred = tl.where(mask, x - mean[:, None], 0.0)
+        squares += centred * centred
+    variance = tl.sum(squares, 1) / tl.cast(K, ACCUMULATOR)
+    tl.store(stats_ptr + offs_m, mean, mask=mask_m)
+    reciprocal = 1.0 / tl.sqrt(variance + as_number(eps, ACCUMULATOR))
+    tl.store(stats_ptr + M + offs_m, reciprocal, mask=mask_m)
+
+
+def statistics(x: Tensor, norm: str, eps: float) -> Tensor | None:
+    """[2, M]: mean and reciprocal deviation of each row, for the kernels' `normed`; None without a norm."""
+    if norm == "none":
+        return None
+    (M, K), dtype = x.shape, accumulator(x.dtype)
+    stats = x.new_empty((2, M), dtype=dtype)
+    _statistics_kernel[(triton.cdiv(M, 4),)](
+        stats, x, M, K, number(eps, dtype), x.stride(0),
+        BLOCK_M=4, BLOCK_K=512, ACCUMULATOR=TYPES[dtype], CENTRED=norm == "layer_norm", num_warps=4,
+    )  # fmt: skip
+    return stats
+
+
+@triton.jit
+def normed(x, mean, reciprocal, DTYPE: tl.constexpr):
+    """(x - mean) / deviation for a tile of rows, before the norm's weight and bias."""
+    return (x.to(DTYPE) - mean[:, None]) * reciprocal[:, None]
+
+
+@triton.jit
+def kept(value, seed_ptr, start_m, start_n, keep_below, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """drop(value) for a tile of the mask."""
+    keep = keep_tile(seed_ptr, start_m, start_n, 0, keep_below, BLOCK_M, BLOCK_N)
+    return tl.where(keep, value * (65536.0 / tl.cast(keep_below, value.dtype)), 0.0)
