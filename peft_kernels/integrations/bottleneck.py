@@ -56,7 +56,8 @@ def attach(
 
     Raises:
         ValueError: the name is taken or has a dot; the model has no block that is known, or not the layers that the
-            config names; a block cannot change class (FSDP, parametrizations, a forward of its own). Nothing is changed.
+            config names; a block cannot change class (FSDP, parametrizations, a forward of its own). Nothing has
+            changed then.
 
     Example:
         >>> peft_kernels.attach(model, peft_kernels.BottleneckConfig.pfeiffer(reduction_factor=16))
@@ -295,7 +296,7 @@ def _plan(root: nn.Module, config: BottleneckConfig, name: str) -> list[Site]:
     """The blocks that get an adapter. Raises for what cannot be done."""
     if not isinstance(config, BottleneckConfig):
         raise TypeError(
-            f"attach: config must be a peft_kernels.BottleneckConfig, got a {type(config).__name__}; PEFT's methods are "
+            f"attach: config must be a peft_kernels.BottleneckConfig, got a {type(config).__name__}; what PEFT has is "
             "attached by peft.get_peft_model, before or after"
         )
     if not isinstance(name, str) or not name or "." in name:
@@ -313,7 +314,8 @@ def _plan(root: nn.Module, config: BottleneckConfig, name: str) -> list[Site]:
     sites = [
         site
         for site in every
-        if site.block.representation in config.representations and (config.layers is None or site.layer in config.layers)
+        if site.block.representation in config.representations
+        and (config.layers is None or site.layer in config.layers)
     ]
     for site in sites:
         owner = root.get_submodule(site.name)
