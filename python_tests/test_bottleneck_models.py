@@ -244,9 +244,8 @@ def test_sixteen_bit_bases_and_autocast(name):
     single = results(trained(model))
     with torch.autocast("cpu", torch.bfloat16):
         mixed = results(model)
-    assert all(
-        mixed[key].isfinite().all() and mixed[key].dtype is single[key].dtype for key in exact if key != "logits"
-    )
+    assert all(mixed[key].isfinite().all() for key in single)
+    assert all(mixed[key].dtype is single[key].dtype for key in single if key != "logits")
     half = a_model(name).bfloat16()
     peft_kernels.attach(half, CONFIGS["parallel"])
     ours = [p for key, p in trained(half).named_parameters() if ".bottleneck." in key]
