@@ -1,0 +1,143 @@
+"""Bottleneck adapters on a model: attach them, say which run, take them off."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from peft_kernels.integrations.attached import (
+    NOTE,
+    adapters_in,
+    add,
+    check_layers,
+    freeze_base,
+    note_of,
+    plan,
+    require_attached,
+    root_of,
+    unfreeze_base,
+)
+from peft_kernels.integrations.blocks import CHILD, sites_of
+from peft_kernels.integrations.named import beneath
+from peft_kernels.integrations.transformers import keeps_its_class, swap
+from peft_kernels.methods import BottleneckConfig
+
+
+def attach(
+    model: nn.Module, config: BottleneckConfig, name: str = "default", *, freeze: bool = True
+) -> tuple[str, ...]:
+    """Gives a model bottleneck adapters, active and ready to be trained; returns the names of the blocks that have one.
+
+    Args:
+        model: a transformers model, or a PeftModel around one: its LoRA stays as it is and both work together.
+        config: a `BottleneckConfig`.
+        name: by which `set_active`, `detach` and `save_pretrained` know the adapter. Others that the model has stop
+            being active: `set_active(model, [other, name])` stacks them.
+        freeze: whether the model's own parameters stop being trained; `detach` of the last adapter undoes it. PEFT's
+            adapters, and the model under them, keep what PEFT has set.
+
+    The owners of the blocks change class (instances only); no key of the model's state dict changes. Adapters are
+    float32 (float64 in a float64 model) on the device of their block, whatever the base is stored in.
+
+    Raises:
+        ValueError: the name is taken or has a dot; the model has no block that is known, or not the layers that the
+            config names; a block cannot change class (FSDP, parametrizations, a forward of its own). Nothing has
+            changed then.
+
+    Example:
+        >>> peft_kernels.attach(model, peft_kernels.BottleneckConfig.pfeiffer(reduction_factor=16))
+        >>> peft_kernels.print_trainable_parameters(model)
+        >>> trainer.train()
+        >>> peft_kernels.save_pretrained(model, "checkpoints/adapter")
+    """
+    root = root_of(model)
+    sites = plan(root, config, name)
+    add(root, config, name, sites)
+    if freeze:
+        freeze_base(root)
+    set_active(root, name)
+    return tuple(site.name for site in sites)
+
+
+def set_active(
+    model: nn.Module, names: str | Sequence[str], *, skip_layers: Sequence[int] = (), trainable: bool = True
+) -> None:
+    """Says which adapters run; the others stop being trained.
+
+    Args:
+        names: serial ones run in this order, each on what the one before gave; parallel ones are summed. [] stands
+            for the model without adapters.
+        skip_layers: layers that go without adapters from now on (AdapterDrop, arXiv:2010.11918).
+        trainable: whether the active ones are trained.
+
+    Raises:
+        ValueError: the model has no adapter of a name, or no layer of an index; a name comes twice.
+
+    Example:
+        >>> peft_kernels.set_active(model, ["language", "task"])
+        >>> peft_kernels.set_active(model, "task", skip_layers=range(4))
+    """
+    root = root_of(model)
+    names = (names,) if isinstance(names, str) else tuple(names)
+    for name in names:
+        require_attached(root, name, "set_active")
+    if len(set(names)) < len(names):
+        raise ValueError(f"set_active: names must differ from each other, got {list(names)}")
+    sites = sites_of(root)
+    check_layers("set_active: skip_layers", skip_layers, sites)
+    for site in sites:
+        adapters = root.get_submodule(site.name)._modules.get(CHILD)
+        if adapters is not None:
+            here = () if site.layer in skip_layers else names
+            adapters.active = tuple(name for name in here if name in adapters)
+            for name, adapter in adapters.items():
+                adapter.requires_grad_(trainable and name in adapters.active)
+
+
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that some block of a model runs.
+
+    >>> peft_kernels.active_adapters(model)
+    """
+    return tuple(dict.fromkeys(name for _, adapters in adapters_in(root_of(model)) for name in adapters.active))
+
+
+def detach(model: nn.Module, name: str = "default") -> None:
+    """Takes an adapter off. With the last one, the model is bit for bit what it was, frozen parameters too.
+
+    Raises:
+        ValueError: the model has no adapter of that name.
+
+    Example:
+        >>> peft_kernels.detach(model, "task")
+    """
+    root = root_of(model)
+    require_attached(root, name, "detach")
+    swaps = []
+    for owner_name, adapters in adapters_in(root):
+        if list(adapters) == [name] and keeps_its_class(root.get_submodule(owner_name)):
+            raise ValueError(f"detach: {owner_name} has a class that was made after attach; undo that before")
+    for owner_name, adapters in adapters_in(root):
+        if name in adapters:
+            del adapters[name]
+            adapters.active = tuple(other for other in adapters.active if other != name)
+            adapters.serial -= {name}
+        if not adapters:
+            owner = root.get_submodule(owner_name)
+            del owner._modules[CHILD]
+            swaps.append((owner, beneath(type(owner))))
+    swap(swaps)
+    note = note_of(root)
+    del note.configs[name]
+    if not note.configs:
+        unfreeze_base(root)
+        del root.__dict__[NOTE]
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Prints how many parameters are trained, of how many, in PEFT's words.
+
+    >>> peft_kernels.print_trainable_parameters(model)
+    """
+    every = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    total, trained = sum(n for n, _ in every), sum(n for n, trains in every if trains)
+    print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
