@@ -93,7 +93,7 @@ def _call(M, pair, p, ranks, K=4096, N=4096):
     FUNCTIONS["lora_dropout_mask"](arguments["seed"], M, K, 0.1, 0)
 
 
-def _call_pool(M, pair, N=(4096, 1024, 1024), K=4096, pages=2, slots=64):
+def _call_pool(M, pair, N=(4096, 1024, 1024), K=4096, pages=2, slots=64, down_biased=False):
     """One batched_lora_ on meta tensors of real size."""
     from peft_kernels.ops.batched_lora import route
     from peft_kernels.ops.batched_lora.triton_kernel import FUNCTIONS
@@ -101,14 +101,16 @@ def _call_pool(M, pair, N=(4096, 1024, 1024), K=4096, pages=2, slots=64):
     def empty(*shape, dtype=pair[0]):
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    wide = F64 if pair[0] is F64 else F32
     FUNCTIONS["batched_lora_"](
         [empty(M, n) for n in N],
         empty(M, K),
         empty(route.length(M, slots), dtype=torch.int32),
         empty(100, 8, K, dtype=pair[1]),
         [empty(100, 8, n, dtype=pair[1]) for n in N],
-        [empty(slots, 3 + 2 * pages, dtype=torch.int32) for _ in N],
-        [empty(slots, dtype=F64 if pair[0] is F64 else F32) for _ in N],
+        [empty(slots, 4 + 2 * pages, dtype=torch.int32) for _ in N],
+        [empty(slots, dtype=wide) for _ in N],
+        [empty(*((slots, 8 * pages) if down_biased else (0,)), dtype=wide) for _ in N],
     )
 
 

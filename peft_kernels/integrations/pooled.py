@@ -77,6 +77,7 @@ def add_(rows: Rows, x: Tensor, ys: list[Tensor], sites: list[PoolSite]) -> None
         [t.pages_out for t in tables],
         [t.table for t in tables],
         [t.scaling for t in tables],
+        [t.down_bias for t in tables],
     )
 
 
@@ -102,7 +103,7 @@ def add_embedded_(rows: Rows, tokens: Tensor, y: Tensor, site: PoolSite) -> None
     if not site.pool.touched(site.name):
         return
     _check(y, site)
-    pages_in, pages_out, table, scaling = site.tables()
+    pages_in, pages_out, table, scaling, down_bias = site.tables()
     route = rows.route(tokens.shape, tokens.device)
     T, M = (table.shape[1] - FIRST_PAGE) // 2, tokens.numel()
     slots = route[HEADER : HEADER + M].clamp(min=0).long()
@@ -114,7 +115,7 @@ def add_embedded_(rows: Rows, tokens: Tensor, y: Tensor, site: PoolSite) -> None
     table[:, FIRST_PAGE : FIRST_PAGE + T] = torch.arange(T, dtype=table.dtype, device=table.device)
     y = y.view(-1, y.shape[-1])
     sums = y.to(h.dtype)  # y itself, where it is of that type
-    BATCHED_LORA_([sums], h, route, identity, [pages_out], [table], [scaling])
+    BATCHED_LORA_([sums], h, route, identity, [pages_out], [table], [scaling], [down_bias])
     if sums is not y:
         y.copy_(sums)
 
