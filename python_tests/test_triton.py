@@ -193,6 +193,7 @@ def test_compiled_ahead_of_time(arch):
     assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch] in text
     _compile(arch, 1, TRAINING[0])
     _compile_pool(arch, (BF16, BF16))
+    _compile_pool(arch, (BF16, F32), N=(4096,), down_biased=True)
     if arch == 90:  # the others compile for minutes
         _compile_training(arch, 8192, (BF16, F32), 0.1, (16, 16))
 
@@ -202,7 +203,7 @@ def test_compiled_ahead_of_time(arch):
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_every_pool_kernel_compiled_ahead_of_time(arch, pair):
     _compile_pool(arch, pair)
-    _compile_pool(arch, pair, N=(4096,), pages=64)
+    _compile_pool(arch, pair, N=(4096,), pages=64, down_biased=True)
     _compile_pool(arch, pair, N=(1, 37), K=67, pages=1)
 
 
