@@ -7,6 +7,7 @@ report = peft_kernels.patch(model)      # the PEFT model that is there trains an
 import importlib
 
 from peft_kernels import backends, registry
+from peft_kernels.methods import BottleneckConfig
 from peft_kernels.ops import (
     AdapterPool,
     Site,
@@ -25,25 +26,33 @@ registry.link()
 __version__ = "0.1.0"
 __all__ = [
     "AdapterPool",
+    "BottleneckConfig",
     "PatchReport",
     "PeftKernelsCallback",
     "Runner",
     "Site",
     "SiteAdapter",
+    "active_adapters",
     "adapter_ids",
+    "attach",
     "attach_pool",
     "backends",
     "batched_lora",
     "batched_lora_route",
     "bottleneck_adapter",
+    "detach",
     "generate_batch",
     "init_continuous_batching",
+    "load",
     "lora_dropout_mask",
     "lora_linear",
     "lora_linear_group",
     "new_seed",
     "patch",
+    "print_trainable_parameters",
     "registry",
+    "save_pretrained",
+    "set_active",
     "unpatch",
 ]
 
@@ -51,11 +60,18 @@ _FROM_INTEGRATIONS = {
     "PatchReport": "transformers",
     "PeftKernelsCallback": "transformers",
     "Runner": "runner",
+    "active_adapters": "bottleneck",
     "adapter_ids": "rows",
+    "attach": "bottleneck",
     "attach_pool": "pooled",
+    "detach": "bottleneck",
     "generate_batch": "continuous",
     "init_continuous_batching": "continuous",
+    "load": "bottleneck",
     "patch": "transformers",
+    "print_trainable_parameters": "bottleneck",
+    "save_pretrained": "bottleneck",
+    "set_active": "bottleneck",
     "unpatch": "transformers",
 }
 

@@ -93,6 +93,16 @@ def subclass(make, family_class: type, members: dict) -> type:
     return type(family_class.__name__, (family_class,), members)
 
 
+def beneath(kind: type) -> type:
+    """The class that an instance would have without bottleneck adapters, which are put over whatever else changes it."""
+    return kind.family_class if "over" in kind.__dict__ else kind
+
+
+def again_over(kind: type, family_class: type) -> type:
+    """The class in place of `kind` for an instance that is to be of `family_class` beneath its adapters."""
+    return kind.over(family_class) if "over" in kind.__dict__ else family_class
+
+
 @functools.cache
 def asking_class(family_class: type) -> type:
     """An adapter layer whose own forward is told the adapters of the rows."""

@@ -1,4 +1,5 @@
-"""Which modules of which model own several projections of one input: rows of data, one per family.
+"""Rows of data on the models of transformers: which modules own several projections of one input, one row per family;
+and which modules are the blocks that bottleneck adapters go to, one row per form that a block has.
 
 `attention` and `mlp` are class names in `module`. `norms` are applied to q and k, per head. `reads` are the arguments
 that the family's attention hands to the attention function besides scaling and dropout, and where it finds them.
@@ -10,8 +11,9 @@ import ast
 import functools
 import hashlib
 import inspect
+import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
 MLP_FORWARD = "82070aec"  # down_proj(act_fn(gate_proj(x)) * up_proj(x)), the same in all families
@@ -67,6 +69,53 @@ GROUPS = {
         Group(family, "gate_up", ("gate_proj", "up_proj"), family.mlp),
     )
 }
+
+
+@dataclass(frozen=True)
+class Block:
+    """A form of FFN or self-attention block, known by the names of its children.
+
+    `output` is the child whose output is the block's; "" where that is no child's (experts). `x` says what the block's
+    input is: an argument of the owner's forward by its place, or the input of a child by its name. `inside`: something
+    follows `output` in the owner's forward (dropout, residual, norm), which is to see what the adapter gives.
+    `path` is a pattern that the end of the owner's name has to fit.
+    """
+
+    representation: str  # "ffn" or "attention"
+    children: tuple[str, ...]
+    output: str
+    x: int | str = 0
+    inside: bool = False
+    path: str = ""
+
+
+BLOCKS = (  # the first that fits counts
+    Block("ffn", ("experts", "gate"), ""),  # a mixture of experts, with its shared ones
+    Block("ffn", ("experts", "router"), ""),
+    Block("ffn", ("gate_proj", "up_proj", "down_proj"), "down_proj"),  # Llama, Qwen, Mistral, Gemma, OLMo, ...
+    Block("ffn", ("gate_up_proj", "down_proj"), "down_proj"),  # Phi-3, GLM
+    Block("ffn", ("wi", "wo"), "wo"),  # T5's DenseReluDense
+    Block("ffn", ("wi_0", "wi_1", "wo"), "wo"),
+    Block("ffn", ("c_fc", "c_proj"), "c_proj", inside=True),  # GPT-2, GPT-Neo
+    Block("ffn", ("dense_h_to_4h", "dense_4h_to_h"), "dense_4h_to_h", inside=True),  # GPT-NeoX, Falcon, BLOOM
+    Block("ffn", ("fc1", "fc2"), "fc2", x="fc1", inside=True),  # in the layer (BART, OPT) or in an MLP (Phi, CLIP)
+    Block("ffn", ("dense", "LayerNorm"), "dense", x=1, inside=True, path=r"\.\d+\.output"),  # BERT, RoBERTa, ELECTRA
+    Block("attention", ("q_proj", "k_proj", "v_proj", "o_proj"), "o_proj"),
+    Block("attention", ("qkv_proj", "o_proj"), "o_proj"),
+    Block("attention", ("q_proj", "k_proj", "v_proj", "out_proj"), "out_proj"),  # BART, OPT
+    Block("attention", ("q", "k", "v", "o"), "o"),  # T5
+    Block("attention", ("c_attn", "c_proj"), "c_proj", inside=True),  # GPT-2
+    Block("attention", ("dense", "LayerNorm"), "dense", x=1, inside=True, path=r"\.attention\.output"),  # BERT
+)
+CROSS_ATTENTION = ("encoder_attn", "EncDecAttention", "crossattention")
+
+
+def block_of(name: str, children: Container[str]) -> Block | None:
+    """The form that a module's name and children fit, or None."""
+    if name.rpartition(".")[2] in CROSS_ATTENTION:
+        return None
+    fits = (b for b in BLOCKS if all(c in children for c in b.children) and re.search(f"{b.path}$", name))
+    return next(fits, None)
 
 
 def group_of(owner: type) -> Group | None:

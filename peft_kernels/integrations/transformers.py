@@ -27,8 +27,10 @@ from peft_kernels import backends
 from peft_kernels.integrations.groups import add_member, fused_class
 from peft_kernels.integrations.named import (
     FusedLoraModel,
+    again_over,
     asking_class,
     asks_for_rows,
+    beneath,
     keeping_class,
     takes_names,
 )
@@ -101,7 +103,7 @@ def unpatch(model: nn.Module) -> contextlib.AbstractContextManager:
         kind = type(module)
         if _plain_class(kind) is not kind:
             swaps.append((module, _plain_class(kind)))
-        elif isinstance(module, FusedLinear) or hasattr(kind, "family_class"):
+        elif isinstance(module, FusedLinear) or hasattr(beneath(kind), "family_class"):
             warnings.warn(f"unpatch: {name} keeps its class, {kind.__name__}, which was made after patch", stacklevel=2)
     restore = contextlib.ExitStack()
     for module in model.modules():
@@ -113,7 +115,8 @@ def unpatch(model: nn.Module) -> contextlib.AbstractContextManager:
 
 def _plain_class(kind: type) -> type:
     """The class that an instance of `kind` had before it was patched."""
-    return PLAIN_CLASS.get(kind) or kind.__dict__.get("family_class", kind)
+    patched = beneath(kind)
+    return again_over(kind, PLAIN_CLASS.get(patched) or patched.__dict__.get("family_class", patched))
 
 
 def swap(swaps: list[tuple[nn.Module, type]]) -> Callable[[], None]:
@@ -127,8 +130,9 @@ def swap(swaps: list[tuple[nn.Module, type]]) -> Callable[[], None]:
             module.__dict__[name] = MethodType(kind.forward, module)
 
     def restore():
-        alive = [(module(), before, after) for module, before, after in done]
-        swap([(module, before) for module, before, after in alive if type(module) is after])
+        alive = [(module(), beneath(before), beneath(after)) for module, before, after in done]
+        unchanged = ((module, before) for module, before, after in alive if beneath(type(module)) is after)
+        swap([(module, again_over(type(module), before)) for module, before in unchanged])
 
     return restore
 
@@ -212,7 +216,8 @@ def _plan_groups(model: nn.Module, rows: list[Row]):
     layers = {row.name: row for row in rows}
     swaps, known = [], False
     for name, owner in model.named_modules():
-        plain = getattr(type(owner), "family_class", type(owner))
+        kind = beneath(type(owner))
+        plain = getattr(kind, "family_class", kind)
         group = group_of(plain)
         if group is None:
             continue
@@ -227,8 +232,8 @@ def _plan_groups(model: nn.Module, rows: list[Row]):
         rows.append(Row(name, group.kind, next(iter(lora.values())).kernel, _group_state(children, lora)))
         for path, row in lora.items():
             layers[path] = replace(row, group=name)
-        if type(owner) is plain:
-            swaps.append((owner, fused_class(group)))
+        if kind is plain:
+            swaps.append((owner, again_over(type(owner), fused_class(group))))
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     notes = [] if known else [f"{family}: no module with several projections of one input is known; one call per layer"]
     return sorted((layers.get(row.name, row) for row in rows), key=_order(model)), swaps, notes
@@ -279,17 +284,17 @@ def _plan_rows_adapters(model: nn.Module, fused: set[int]) -> list[tuple[nn.Modu
             continue
         parts = name.split(".")
         above.update(".".join(parts[:i]) for i in range(len(parts)))
-        if not (asks_for_rows(module) or id(module) in fused or _keeps_its_class(module)):
+        if not (asks_for_rows(module) or id(module) in fused or keeps_its_class(module)):
             swaps.append((module, asking_class(type(module))))
     for name in above:
-        module, kind = modules[name], type(modules[name])
+        module, kind = modules[name], beneath(type(modules[name]))
         checkpointed = isinstance(module, GradientCheckpointingLayer)
-        if checkpointed and not hasattr(kind, "family_class") and not _keeps_its_class(module):
-            swaps.append((module, keeping_class(kind)))
+        if checkpointed and not hasattr(kind, "family_class") and not keeps_its_class(module):
+            swaps.append((module, again_over(type(module), keeping_class(kind))))
     return swaps
 
 
-def _keeps_its_class(module: nn.Module) -> bool:
+def keeps_its_class(module: nn.Module) -> bool:
     return made_by_fsdp(module) or is_parametrized(module) or forward_was_replaced(module)
 
 
