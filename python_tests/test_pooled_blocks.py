@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from models import (
+    TARGETS,
     Operators,
     assert_as_close_as_peft,
     base_model,
