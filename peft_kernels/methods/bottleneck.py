@@ -7,8 +7,8 @@ The four dimensions of the unified view (He et al. 2022, arXiv:2110.04366, table
     modified representation    representation              the FFN block, the attention block, or both
     composition                scaling, gate               s and g
 
-The presets are points in that space: Houlsby et al. 2019 (arXiv:1902.00751), Pfeiffer et al. 2021 (arXiv:2005.00247), He
-et al. 2022, and Adapter+ (Steitz and Roth 2024, arXiv:2406.06820).
+The presets are points in that space: Houlsby et al. 2019 (arXiv:1902.00751), Pfeiffer et al. 2021 (arXiv:2005.00247),
+He et al. 2022, and Adapter+ (Steitz and Roth 2024, arXiv:2406.06820).
 """
 
 import math
@@ -154,7 +154,9 @@ class BottleneckConfig:
     def bottleneck(self, width: int) -> int:
         """E at a block of a width. Raises ValueError if that is above 1024."""
         E = self.r or max(1, int(width / (self.reduction_factor or REDUCTION)))
-        _require(E <= MAX_R, "reduction_factor", f"{width / MAX_R:g} or more at a width of {width}", self.reduction_factor)
+        _require(
+            E <= MAX_R, "reduction_factor", f"{width / MAX_R:g} or more at a width of {width}", self.reduction_factor
+        )
         return E
 
     def parameters(self, width: int) -> int:
