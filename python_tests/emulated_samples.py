@@ -13,6 +13,8 @@ import torch
 
 from peft_kernels import registry, testing
 from peft_kernels.ops.batched_lora import pooled_samples, route
+from peft_kernels.ops.bottleneck_adapter import samples as bottleneck_samples
+from peft_kernels.ops.bottleneck_adapter.op import GRADIENTS
 from peft_kernels.ops.lora_linear.samples import problem
 
 BUILD, LIBRARY = os.environ["PK_EMULATED"], ctypes.CDLL(os.environ["PK_EMULATED_LIBRARY"])
@@ -27,6 +29,7 @@ LIBRARY.peft_kernels_bind(f"peft_kernels_emulated_{BUILD}".encode(), b"CPU")
 LIBRARY.peft_kernels_poison.restype = ctypes.c_float
 POISON = LIBRARY.peft_kernels_poison(1)  # for all that follows: it is a library of tests
 OP, POOLED = registry.ops()["lora_linear"], registry.ops()["batched_lora_"]
+BOTTLENECK = registry.ops()["bottleneck_adapter"]
 FORWARD, BACKWARD = testing.operators(f"emulated_{BUILD}", OP)
 MASK = getattr(torch.ops, f"peft_kernels_emulated_{BUILD}").lora_dropout_mask.default
 ROUTE = getattr(torch.ops, f"peft_kernels_emulated_{BUILD}").batched_lora_route.default
@@ -179,3 +182,66 @@ def test_x_may_be_y(K, pair):
         got = [x.clone(), *(y.clone() for y in others)]
         forward(*(arguments | {"x": got[0], "y": got}).values())
         assert all(torch.equal(*both) for both in zip(got, wanted, strict=True))
+
+
+# -- bottleneck adapters ----------------------------------------------------------------------------------------------
+
+EVERYTHING = dict(K=264, N=136, E=40, scale="channel", gated=True, p=0.1)
+BOTTLENECKS = {
+    "everything": EVERYTHING,
+    "serial": dict(K=136, N=None, E=20, scale="scalar", p=0.1),
+    "output": EVERYTHING | {"dropout_on": "output"},
+    "normed": dict(K=136, N=None, E=20, norm="layer_norm", gated=True),
+}
+each_bottleneck = pytest.mark.parametrize("case", BOTTLENECKS)
+each_pair = pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, F32), (F16, F16), (F32, F32)], ids=str)
+
+
+def bottleneck(case, pair, rows):
+    arguments = bottleneck_samples.problem("cpu", *pair, rows=(rows,), **BOTTLENECKS[case])
+    return arguments, testing.gradients_for(BOTTLENECK, arguments)
+
+
+@each_pair
+@each_bottleneck
+def test_a_bottleneck_has_the_same_bits_for_every_schedule(case, pair):
+    arguments, dy = bottleneck(case, pair, 70)
+    runs = []
+    for schedule in [(0, LATE), (1, EARLY), (3, RANDOM)]:
+        set_schedule(*schedule)
+        runs.append(BOTTLENECK.evaluate(*testing.operators(f"emulated_{BUILD}", BOTTLENECK), arguments, dy))
+    for other in runs[1:]:
+        assert all(torch.equal(runs[0][name], other[name]) for name in runs[0])
+
+
+@pytest.mark.parametrize("pair", [(BF16, BF16), (F32, F32)], ids=str)
+@each_bottleneck
+def test_only_needed_gradients_of_a_bottleneck_are_written(case, pair):
+    arguments, dy = bottleneck(case, pair, 20)
+    forward, backward = testing.operators(f"emulated_{BUILD}", BOTTLENECK)
+    h = forward(*arguments.values())[1]
+    rest = [value for name, value in arguments.items() if name not in ("x", "residual", "down_bias")]
+    rest.append(arguments["residual"] is None)
+    given = [arguments[name] is not None for name in GRADIENTS]
+    full = backward(dy[0], arguments["x"], h, *rest, given)
+    for i, gradient in enumerate(full):
+        if given[i]:
+            with testing.poisoned_memory():
+                alone = backward(dy[0], arguments["x"], h, *rest, [j == i for j in range(9)])
+            assert torch.equal(alone[i], gradient), GRADIENTS[i]
+            assert all(alone[j].numel() == 0 for j in range(9) if j != i)
+
+
+@pytest.mark.parametrize("pair", [(BF16, BF16), (F32, F32)], ids=str)
+@each_bottleneck
+def test_nan_stays_in_its_row_of_a_bottleneck(case, pair):
+    arguments, dy = bottleneck(case, pair, 20)
+    results = []
+    for value in (None, math.nan):
+        if value is not None:
+            arguments["x"][1] = value
+        results.append(BOTTLENECK.evaluate(*testing.operators(f"emulated_{BUILD}", BOTTLENECK), arguments, dy))
+    others = [m for m in range(20) if m != 1]
+    for name in ("y[0]", "h", "grad x[0]"):
+        assert torch.equal(results[0][name][others], results[1][name][others]), name
+    assert results[1]["h"][1].isnan().all()
