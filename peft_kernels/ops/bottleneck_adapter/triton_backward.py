@@ -18,6 +18,7 @@ from peft_kernels.ops.bottleneck_adapter.triton_activations import activation as
 from peft_kernels.ops.bottleneck_adapter.triton_activations import slope
 from peft_kernels.ops.bottleneck_adapter.triton_gradients import down_gradients, up_gradients
 from peft_kernels.ops.bottleneck_adapter.triton_tiles import (
+    OPTIONS,
     TYPES,
     as_number,
     cut,
@@ -171,7 +172,7 @@ def _input_kernel(
 def _values(dys, up_weight, up_bias, scale, scaling, dropped, seed, *, gated: bool):
     """v [pieces, M, E] and, for the gate's gradient, d (s b) [pieces, M]."""
     (M, N), E, dtype, factor = dys.shape, up_weight.shape[1], accumulator(dys.dtype), up_weight.dtype
-    low, channels = tile(dys.dtype, M, E), scale is not None and scale.shape[0] == N
+    low, channels = tile(dys.dtype, M, E, N), scale is not None and scale.shape[0] == N
     grid = triton.cdiv(M, low.M), triton.cdiv(E, low.E)
     pieces, N_piece = split(N, low.W, grid[0] * grid[1])
     v = dys.new_empty((pieces, M, E), dtype=dtype)
@@ -181,7 +182,7 @@ def _values(dys, up_weight, up_bias, scale, scaling, dropped, seed, *, gated: bo
         number(scaling, dtype), dropped, dys.stride(0),
         BLOCK_M=low.M, BLOCK_E=low.E, BLOCK_N=low.W, ACCUMULATOR=TYPES[dtype], DROP_OUT=dropped < 65536,
         CHANNELS=channels, **cut(dys.dtype, dys.dtype, dtype if channels else factor, 3 if factor.itemsize > 2 else 2),
-        num_warps=low.num_warps, num_stages=low.num_stages, enable_fp_fusion=True,
+        num_warps=low.num_warps, num_stages=low.num_stages, **OPTIONS,
     )  # fmt: skip
     return v, added
 
@@ -195,7 +196,7 @@ def _slopes(h, v, added, gate, gate_gradient, activation, dropped, seed, *, need
     _slope_kernel[(triton.cdiv(M, 16), triton.cdiv(E, group))](
         dh, low, gate_gradient, v, added, h, gate, seed, M, E, 1 if v is None else v.shape[0], group, dropped,
         BLOCK_M=16, BLOCK_E=block, ACCUMULATOR=TYPES[h.dtype], F=activation, DROP=dropped < 65536,
-        num_warps=4, enable_fp_fusion=True,
+        num_warps=4, **OPTIONS,
     )  # fmt: skip
     return dh, low
 
@@ -203,7 +204,7 @@ def _slopes(h, v, added, gate, gate_gradient, activation, dropped, seed, *, need
 def _input_gradient(out, dh, down_weight, x, stats, norm, norm_weight, dys) -> None:
     """Fills out [M, K]; dys: what is added to it, or None."""
     (M, K), E, dtype = out.shape, dh.shape[1], dh.dtype
-    wide = up_tile(x.dtype, M, E)
+    wide = up_tile(x.dtype, down_weight.dtype, M, E, K)
     grid = triton.cdiv(M, wide.M), triton.cdiv(K, wide.W)
 
     def launch(to, sums, added):
@@ -212,7 +213,7 @@ def _input_gradient(out, dh, down_weight, x, stats, norm, norm_weight, dys) -> N
             *down_weight.stride(), x.stride(0), 0 if added is None else added.stride(0),
             BLOCK_M=wide.M, BLOCK_E=wide.E, BLOCK_K=wide.W, ACCUMULATOR=TYPES[dtype], NORMED=stats is not None,
             CENTRED=norm == "layer_norm", **cut(x.dtype, dtype, down_weight.dtype, 2),
-            num_warps=wide.num_warps, num_stages=wide.num_stages, enable_fp_fusion=True,
+            num_warps=wide.num_warps, num_stages=wide.num_stages, **OPTIONS,
         )  # fmt: skip
 
     sums = None

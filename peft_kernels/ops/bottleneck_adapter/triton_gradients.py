@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peft_kernels.ops.bottleneck_adapter.triton_tiles import (
+    OPTIONS,
     TYPES,
     as_number,
     cut,
@@ -160,7 +161,8 @@ def _up_kernel(
 
 def _sums(low: Tensor, wide: Tensor, stats, gate, dropped: int, seed, factor: torch.dtype, *, of_low: bool):
     """(low^T wide [pieces, E, W], colsum(low) [pieces, E] if `of_low` or else colsum(g wide) [pieces, W])."""
-    (M, E), W, dtype, of = low.shape, wide.shape[1], low.dtype, gradient_tile(wide.dtype)
+    (M, E), W, dtype = low.shape, wide.shape[1], low.dtype
+    of = gradient_tile(wide.dtype, factor, W)
     grid = triton.cdiv(W, of.W), triton.cdiv(E, of.E)
     pieces, M_piece = split(M, of.M, grid[0] * grid[1])
     product, vectors = low.new_empty((pieces, E, W)), low.new_empty((pieces, E if of_low else W))
@@ -170,7 +172,7 @@ def _sums(low: Tensor, wide: Tensor, stats, gate, dropped: int, seed, factor: to
         BLOCK_M=of.M, BLOCK_E=of.E, BLOCK_W=of.W, ACCUMULATOR=TYPES[dtype], NORMED=stats is not None,
         DROP_OUT=dropped < 65536,
         **cut(wide.dtype, dtype, wide.dtype if stats is None else dtype, 3 if factor.itemsize > 2 else 2),
-        num_warps=of.num_warps, num_stages=of.num_stages, enable_fp_fusion=True,
+        num_warps=of.num_warps, num_stages=of.num_stages, **OPTIONS,
     )  # fmt: skip
     return product, vectors
 
@@ -183,7 +185,7 @@ def down_gradients(
     pieces, E, K = product.shape
     _down_kernel[(triton.cdiv(K, 64),)](
         grad_weight, grad_bias, grad_norm_weight, grad_norm_bias, product, of_low, down_weight, norm_weight, norm_bias,
-        K, E, pieces, *down_weight.stride(), BLOCK_E=32, BLOCK_K=64, num_warps=4, enable_fp_fusion=True,
+        K, E, pieces, *down_weight.stride(), BLOCK_E=32, BLOCK_K=64, num_warps=4, **OPTIONS,
     )  # fmt: skip
 
 
@@ -198,7 +200,7 @@ def up_gradients(
     _up_kernel[(triton.cdiv(N, 64),)](
         grad_weight, grad_bias, whole, product, of_wide, up_weight, up_bias, scale, N, E, pieces,
         number(scaling, product.dtype), *up_weight.stride(),
-        BLOCK_E=32, BLOCK_N=64, CHANNELS=channels, num_warps=4, enable_fp_fusion=True,
+        BLOCK_E=32, BLOCK_N=64, CHANNELS=channels, num_warps=4, **OPTIONS,
     )  # fmt: skip
     if whole is not grad_scale:
         grad_scale.copy_(whole.sum(0, keepdim=True))

@@ -16,6 +16,7 @@ from peft_kernels.ops.bottleneck_adapter.op import check
 from peft_kernels.ops.bottleneck_adapter.triton_activations import activation
 from peft_kernels.ops.bottleneck_adapter.triton_backward import backward
 from peft_kernels.ops.bottleneck_adapter.triton_tiles import (
+    OPTIONS,
     TYPES,
     as_number,
     cut,
@@ -253,7 +254,7 @@ def forward(
                 "DROP_OUT": dropped and dropout_on == "output",
                 "CHANNELS": scale is not None and scale.shape[0] == N,
                 "ACCUMULATOR": TYPES[dtype],
-                "BLOCK_M": tile(x.dtype, M, h.shape[1]).M,
+                "BLOCK_M": tile(x.dtype, M, h.shape[1], N).M,
             }
             numbers = number(scaling, dtype), threshold(dropout_p)
             _launch(h, vector(down_bias), down, (up_weight, *up_weight.stride()), out, seed, numbers, constants)
@@ -263,13 +264,13 @@ def forward(
 def _launch(h, down_bias, down, up, out, seed, numbers, constants: dict) -> None:
     """Fills h and y with one kernel or two; which, depends on shapes only."""
     (M, E), K, N, x, factor = h.shape, down[0].shape[1], out[0].shape[1], down[0].dtype, up[0].dtype
-    low, wide = tile(x, M, E), up_tile(x, M, E)
+    low, wide = tile(x, M, E, K), up_tile(x, factor, M, E, N)
     is_normed, one_block = down[1] is not None, E <= wide.E
     into = cut(x, h.dtype if is_normed else x, factor, 3)
     back = cut(x, h.dtype, factor, 2)
     del into["LIMIT"], back["LIMIT"]
     row_tiles = triton.cdiv(M, low.M)
-    options = {"num_warps": low.num_warps, "num_stages": low.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": low.num_warps, "num_stages": low.num_stages, **OPTIONS}
     if one_block and 2 * row_tiles >= PROGRAMS:
         _fused_kernel[(row_tiles,)](
             h, down_bias, down, up, out, seed, M, K, N, E, *numbers,

@@ -36,27 +36,36 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def tile(dtype: torch.dtype, M: int, E: int) -> Tile:
-    """For products of all of x's or y's columns with a factor. The mask is drawn for 32 bottlenecks at a time."""
-    rows, wide = 16 if M <= 16 else 32, E > 32
-    if dtype is torch.float64:
-        return Tile(rows, 32, 32, 8, 2)  # four warps spill
-    if dtype is torch.float32:
-        return Tile(rows, 32, 32, 4, 3)
-    return Tile(rows, 64 if wide else 32, 32 if wide else 64, 4, 3)
+OPTIONS = {"maxnreg": 255, "enable_fp_fusion": True}  # of every launch: left alone, ptxas spills to use fewer
 
 
-def up_tile(dtype: torch.dtype, M: int, E: int) -> Tile:
-    """For products whose contraction is the bottleneck."""
-    few = tile(dtype, M, E)
-    return few if dtype.itemsize > 2 else few._replace(E=64 if 32 < E <= 64 else 32, W=64 if M <= 16 else 128)
+def tile(x: torch.dtype, M: int, E: int, W: int) -> Tile:
+    """For products of rows of W columns of x or y with a factor. The mask is drawn for 32 bottlenecks at a time."""
+    rows = 16 if M <= 16 else 32
+    if x.itemsize > 2:
+        return Tile(rows, 32, 32, 8 if x.itemsize > 4 else 4, 2 if x.itemsize > 4 else 3)  # four warps of fp64 spill
+    return Tile(rows, 64 if E > 32 else 32, 64 if E <= 32 and _aligned(W) else 32, 4, 3)
 
 
-def gradient_tile(dtype: torch.dtype) -> Tile:
+def up_tile(x: torch.dtype, factor: torch.dtype, M: int, E: int, W: int) -> Tile:
+    """For products whose contraction is the bottleneck, and whose results are rows of W columns."""
+    few = tile(x, M, E, W)
+    if x.itemsize > 2:
+        return few
+    large = M > 16 and E <= 64 and factor.itemsize == 2 and _aligned(W)  # what else is as large spills
+    return few._replace(E=64 if 32 < E <= 64 else 32, W=128 if large else 64)
+
+
+def gradient_tile(x: torch.dtype, factor: torch.dtype, W: int) -> Tile:
     """For sums over the rows."""
-    if dtype is torch.float64:
-        return Tile(32, 32, 32, 8, 2)
-    return Tile(32, 32, 32, 4, 2) if dtype is torch.float32 else Tile(32, 32, 128, 4, 3)
+    if x.itemsize > 2:
+        return Tile(32, 32, 32, 8 if x.itemsize > 4 else 4, 2)
+    return Tile(32, 32, 128 if factor.itemsize == 2 and _aligned(W) else 64, 4, 3)
+
+
+def _aligned(W: int) -> bool:
+    """Rows can be read 16 bytes at a time; if not, each element has an address of its own, in registers."""
+    return W % 8 == 0
 
 
 def product_type(x: torch.dtype, *others: torch.dtype) -> torch.dtype:
@@ -139,7 +148,7 @@ def statistics(x: Tensor, norm: str, eps: float) -> Tensor | None:
     stats = x.new_empty((2, M), dtype=dtype)
     _statistics_kernel[(triton.cdiv(M, 4),)](
         stats, x, M, K, number(eps, dtype), x.stride(0),
-        BLOCK_M=4, BLOCK_K=512, ACCUMULATOR=TYPES[dtype], CENTRED=norm == "layer_norm", num_warps=4,
+        BLOCK_M=4, BLOCK_K=512, ACCUMULATOR=TYPES[dtype], CENTRED=norm == "layer_norm", num_warps=4, **OPTIONS,
     )  # fmt: skip
     return stats
 
