@@ -19,15 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from peft_kernels.integrations.blocks import CHILD, Site, adapted_class, sites_of
-from peft_kernels.integrations.named import beneath
+from peft_kernels.integrations import adapterhub
+from peft_kernels.integrations.blocks import CHILD, Site, sites_of, stream_owner, unfit
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.methods import BottleneckConfig
-from peft_kernels.modules import BottleneckAdapters
+from peft_kernels.modules import OF_STREAM, BottleneckAdapters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every key in PEFT's files
 NOTE = "bottleneck_adapters"
+MADE = "FSDP or a parametrization has made its class, or its forward was replaced"
 
 
 @dataclass
@@ -127,20 +128,16 @@ def detach(model: nn.Module, name: str = "default") -> None:
     """
     root = _root(model)
     _require_attached(root, name, "detach")
-    swaps = []
     for owner_name, adapters in _adapters(root):
         if list(adapters) == [name] and keeps_its_class(root.get_submodule(owner_name)):
             raise ValueError(f"detach: {owner_name} has a class that was made after attach; undo that before")
     for owner_name, adapters in _adapters(root):
         if name in adapters:
-            del adapters[name]
+            del adapters[name], adapters.reads[name]
             adapters.active = tuple(other for other in adapters.active if other != name)
-            adapters.serial -= {name}
         if not adapters:
-            owner = root.get_submodule(owner_name)
-            del owner._modules[CHILD]
-            swaps.append((owner, beneath(type(owner))))
-    swap(swaps)
+            del root.get_submodule(owner_name)._modules[CHILD]
+    swap(unfit(root))
     note = _note(root)
     del note.configs[name]
     if not note.configs:
@@ -188,6 +185,9 @@ def load(
 ) -> tuple[str, ...]:
     """Attaches an adapter that `save_pretrained` has written; returns the names of the blocks that have one.
 
+    Bottleneck adapters of AdapterHub are read too, as its `save_adapter(..., use_safetensors=True)` writes them: seq_bn,
+    double_seq_bn, par_bn, scaled_par_bn and what lies between, for BERT, RoBERTa, BART, T5, GPT-2 and Llama.
+
     Args:
         source: a folder, or an id of the Hugging Face Hub.
         name: what the adapter is called here, whatever it was called when it was saved. It becomes the active one.
@@ -202,7 +202,7 @@ def load(
         >>> peft_kernels.load(model, "checkpoints/task", "task")
     """
     root = _root(model)
-    config, tensors = _read(source)
+    config, tensors = _read(root, source)
     sites = _plan(root, config, name)
     _check_tensors(config, sites, tensors, source)
     _add(root, config, name, sites, tensors)
@@ -212,11 +212,16 @@ def load(
     return tuple(site.name for site in sites)
 
 
-def _read(source: str | PathLike) -> tuple[BottleneckConfig, dict[str, Tensor]]:
+def _read(root: nn.Module, source: str | PathLike) -> tuple[BottleneckConfig, dict[str, Tensor]]:
     try:
         about = json.loads(Path(cached_file(source, CONFIG)).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"load: {source} has no {CONFIG} that can be read: {str(error).splitlines()[0]}") from error
+    if adapterhub.is_adapterhubs(about):
+        config = adapterhub.config_of(about, root, source)
+        tensors = _read_tensors(source, adapterhub.WEIGHTS, adapterhub.REMEDY)
+        tensors = adapterhub.renamed(tensors, about, root, source)
+        return config, {PREFIX + key: tensor for key, tensor in tensors.items()}
     kind = about.get("peft_type") if isinstance(about, dict) else None
     if kind != BottleneckConfig.peft_type:
         raise ValueError(
@@ -224,15 +229,16 @@ def _read(source: str | PathLike) -> tuple[BottleneckConfig, dict[str, Tensor]]:
             "loaded by PeftModel.from_pretrained"
         )
     about.pop("base_model_name_or_path", None)
-    config = BottleneckConfig.from_dict(about)
+    return BottleneckConfig.from_dict(about), _read_tensors(source, WEIGHTS, "save it again as .safetensors")
+
+
+def _read_tensors(source: str | PathLike, file: str, remedy: str) -> dict[str, Tensor]:
     try:
-        return config, load_file(cached_file(source, WEIGHTS))
+        return load_file(cached_file(source, file))
     except OSError as error:
-        raise ValueError(
-            f"load: {source} has no {WEIGHTS}; a .bin file is a pickle and is not read: save it again as .safetensors"
-        ) from error
+        raise ValueError(f"load: {source} has no {file}; a .bin file is a pickle and is not read: {remedy}") from error
     except SafetensorError as error:
-        raise ValueError(f"load: {WEIGHTS} in {source} cannot be read: {error}") from error
+        raise ValueError(f"load: {file} in {source} cannot be read: {error}") from error
 
 
 def _check_tensors(config: BottleneckConfig, sites: list[Site], tensors: dict[str, Tensor], source) -> None:
@@ -313,12 +319,15 @@ def _plan(root: nn.Module, config: BottleneckConfig, name: str) -> list[Site]:
     sites = [
         site
         for site in every
-        if site.block.representation in config.representations and (config.layers is None or site.layer in config.layers)
+        if site.block.representation in config.representations
+        and (config.layers is None or site.layer in config.layers)
     ]
     for site in sites:
         owner = root.get_submodule(site.name)
         if reason := _obstacle(owner):
             raise ValueError(f"attach: {site.name} cannot change class: {reason}")
+        if config.reads in OF_STREAM:
+            _check_stream(root, site, config.reads)
         config.bottleneck(site.width)  # raises where it is too wide
     return sites
 
@@ -326,7 +335,18 @@ def _plan(root: nn.Module, config: BottleneckConfig, name: str) -> list[Site]:
 def _obstacle(owner: nn.Module) -> str:
     if CHILD in owner._modules:
         return "" if isinstance(owner._modules[CHILD], BottleneckAdapters) else f"it has a {CHILD} of its own"
-    return "FSDP or a parametrization has made its class, or its forward was replaced" if keeps_its_class(owner) else ""
+    return MADE if keeps_its_class(owner) else ""
+
+
+def _check_stream(root: nn.Module, site: Site, reads: str) -> None:
+    layer = stream_owner(root, site)
+    if layer is None:
+        raise ValueError(
+            f"attach: the residual stream around {site.name} is not known, which reads={reads!r} needs; "
+            'reads="output" or, for a parallel adapter, "input" does without'
+        )
+    if keeps_its_class(root.get_submodule(layer)):
+        raise ValueError(f"attach: {layer} has to hand on its residual stream and cannot change class: {MADE}")
 
 
 def _check_layers(what: str, layers: Sequence[int], sites: list[Site]) -> None:
@@ -337,7 +357,6 @@ def _check_layers(what: str, layers: Sequence[int], sites: list[Site]) -> None:
 
 def _add(root: nn.Module, config: BottleneckConfig, name: str, sites: list[Site], tensors=None) -> None:
     """Puts the adapters in, new ones or those of a file; none runs yet."""
-    swaps = []
     for site in sites:
         owner = root.get_submodule(site.name)
         base = next(owner.parameters())
@@ -351,12 +370,10 @@ def _add(root: nn.Module, config: BottleneckConfig, name: str, sites: list[Site]
                     parameter.copy_(tensors[_key(site, key)])
         if CHILD not in owner._modules:
             owner.add_module(CHILD, BottleneckAdapters())
-            swaps.append((owner, adapted_class(site.block, type(owner))))
         adapters = owner._modules[CHILD]
         adapters[name] = adapter.train(owner.training)
-        if config.insertion == "serial":
-            adapters.serial |= {name}
-    swap(swaps)
+        adapters.reads[name] = config.reads
+    swap(unfit(root))
     _note(root).configs[name] = config
 
 
