@@ -1,4 +1,4 @@
-"""Bottleneck adapters that AdapterHub's package `adapters` has saved (Poth et al. 2023, arXiv:2311.11077), in our terms.
+"""Bottleneck adapters that AdapterHub's package `adapters` has saved (Poth et al. 2023, arXiv:2311.11077), as ours.
 
 Its files are adapter_config.json and adapter.safetensors. With h the block's output and the stream that is added to it
 next, what it calls original_ln_before is reads="sum" here, is_parallel is reads="stream", neither of them is
@@ -49,15 +49,14 @@ REFUSED = {  # option -> the value that it must have, and what to do where it ha
     "original_ln_after": (True, "train one with original_ln_after=True"),
     "residual_before_ln": (True, "train one with residual_before_ln=True"),
 }
-READ = frozenset(
-    "mh_adapter output_adapter reduction_factor non_linearity original_ln_before init_weights is_parallel scaling leave_out "
-    "dropout stochastic_depth".split()
-)
-WITHOUT_EFFECT = frozenset(  # where the options above are as they must be
-    "adapter_residual_before_ln init_weights_seed inv_adapter_reduction_factor phm_dim phm_rank phm_bias phm_c_init "
-    "phm_init_range learn_phm factorized_phm_W factorized_phm_rule shared_W_phm shared_phm_rule "
-    "hypercomplex_nonlinearity".split()
-)
+READ = {
+    "mh_adapter", "output_adapter", "reduction_factor", "non_linearity", "original_ln_before", "init_weights",
+    "is_parallel", "scaling", "leave_out", "dropout", "stochastic_depth",
+}  # fmt: skip
+WITHOUT_EFFECT = (  # how the names begin of options that say nothing where those above are as they must be
+    "adapter_residual_before_ln", "init_weights_seed", "inv_adapter_reduction_factor", "phm_", "learn_phm",
+    "factorized_phm", "shared_", "hypercomplex_nonlinearity",
+)  # fmt: skip
 
 
 def is_adapterhubs(about: Any) -> bool:
@@ -70,7 +69,7 @@ def config_of(about: dict[str, Any], root: nn.Module, source: str | PathLike) ->
     model_type = root.config.model_type
     if model_type not in MODEL_TYPES or about.get("model_type") != model_type:
         raise ValueError(
-            f"load: {source} is an adapter of AdapterHub for a model of type {about.get('model_type')}, and this one is "
+            f"load: {source} is an adapter of AdapterHub for a model of type {about.get('model_type')}, this one is a "
             f"{model_type}; both must be the same one of {', '.join(MODEL_TYPES)}"
         )
     options = about["config"]
@@ -104,7 +103,8 @@ def _refuse(options: dict[str, Any], source: str | PathLike) -> None:
         found = options.get(option, expected)
         if found != expected and (summed or option != "residual_before_ln"):
             raise ValueError(f"load: {option} in {source} must be {expected}, got {found!r}: {remedy}")
-    if strangers := sorted(options.keys() - REFUSED.keys() - READ - WITHOUT_EFFECT):
+    strangers = sorted(o for o in options.keys() - REFUSED.keys() - READ if not o.startswith(WITHOUT_EFFECT))
+    if strangers:
         raise ValueError(f"load: {source} has an option that is not known, {strangers[0]}={options[strangers[0]]!r}")
     if absent := sorted({"mh_adapter", "output_adapter", "reduction_factor", "non_linearity"} - options.keys()):
         raise ValueError(f"load: adapter_config.json in {source} has no {absent[0]}")

@@ -55,16 +55,16 @@ def _width(model: nn.Module, owner: nn.Module, block: Block) -> int:
     return output.out_features if hasattr(output, "out_features") else output.nf  # transformers' Conv1D
 
 
-def stream_owner(model: nn.Module, site: Site) -> str | None:
-    """Name of the module that has the residual stream around a block: the block's owner or the layer above; or None."""
-    if _has_stream(site.block, model.get_submodule(site.name)):
-        return site.name
-    layer, _, child = site.name.rpartition(".")
+def stream_owner(model: nn.Module, name: str) -> str | None:
+    """The module that has the residual stream around a block: its owner, of that name, or the layer above that."""
+    if _has_stream(name, model.get_submodule(name)):
+        return name
+    layer, _, child = name.rpartition(".")
     return layer if stream_of(child, model.get_submodule(layer)._modules) else None
 
 
-def _has_stream(block: Block, owner: nn.Module) -> bool:
-    return bool(block.norm) and block.norm in owner._modules
+def _has_stream(name: str, owner: nn.Module) -> bool:
+    return block_of(name, owner._modules).norm in owner._modules
 
 
 def unfit(model: nn.Module) -> list[tuple[nn.Module, type]]:
@@ -88,7 +88,7 @@ def _needs_layer(name: str, owner: nn.Module | None) -> bool:
     adapters = owner._modules.get(CHILD) if owner is not None else None
     if not isinstance(adapters, BottleneckAdapters) or OF_STREAM.isdisjoint(adapters.reads.values()):
         return False
-    return not _has_stream(block_of(name, owner._modules), owner)
+    return not _has_stream(name, owner)
 
 
 # -- classes ----------------------------------------------------------------------------------------------------------
@@ -152,13 +152,16 @@ class StandIn:
     def leave(self, h: Tensor) -> Tensor:
         y = getattr(self.owner, self.block.output)(h)
         self.ran = True
-        stream, norm = None, None
-        if _reads_stream(self.owner):
-            stream, norm = self.residual_stream or self.stream_beside(self.block.norm, self.x)
-        by_sample = (self.samples, -1, y.shape[-1])  # OPT gives all samples as one
-        tensors = (self.x, y) if stream is None else (self.x, y, stream)
-        tensors = (t.reshape(by_sample) if t.dim() == 2 else t for t in tensors)
-        return self.owner._modules[CHILD](*tensors, *([] if norm is None else [norm])).reshape(y.shape)
+        beside = self.residual_stream
+        if not beside and _reads_stream(self.owner):
+            beside = self.stream_beside(self.block.norm, self.x)
+        if beside:
+            beside = self.by_sample(beside[0]), beside[1]
+        return self.owner._modules[CHILD](self.by_sample(self.x), self.by_sample(y), *beside).reshape(y.shape)
+
+    def by_sample(self, tensor: Tensor) -> Tensor:
+        """OPT gives all samples as one."""
+        return tensor.reshape(self.samples, -1, tensor.shape[-1]) if tensor.dim() == 2 else tensor
 
     def stream_beside(self, norm: str, x: Tensor) -> tuple[Tensor, nn.Module | None]:
         """The residual stream beside a block with an input x, and the norm of the sum if that comes after the block."""

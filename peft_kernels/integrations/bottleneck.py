@@ -129,8 +129,11 @@ def detach(model: nn.Module, name: str = "default") -> None:
     root = _root(model)
     _require_attached(root, name, "detach")
     for owner_name, adapters in _adapters(root):
-        if list(adapters) == [name] and keeps_its_class(root.get_submodule(owner_name)):
-            raise ValueError(f"detach: {owner_name} has a class that was made after attach; undo that before")
+        changed = [owner_name] if list(adapters) == [name] else []
+        if adapters.reads.get(name) in OF_STREAM:
+            changed.append(stream_owner(root, owner_name))
+        if made := [module for module in changed if keeps_its_class(root.get_submodule(module))]:
+            raise ValueError(f"detach: {made[0]} has a class that was made after attach; undo that before")
     for owner_name, adapters in _adapters(root):
         if name in adapters:
             del adapters[name], adapters.reads[name]
@@ -185,8 +188,8 @@ def load(
 ) -> tuple[str, ...]:
     """Attaches an adapter that `save_pretrained` has written; returns the names of the blocks that have one.
 
-    Bottleneck adapters of AdapterHub are read too, as its `save_adapter(..., use_safetensors=True)` writes them: seq_bn,
-    double_seq_bn, par_bn, scaled_par_bn and what lies between, for BERT, RoBERTa, BART, T5, GPT-2 and Llama.
+    Adapters of AdapterHub are read too, as its `save_adapter(..., use_safetensors=True)` writes them: seq_bn,
+    double_seq_bn, par_bn, scaled_par_bn and what lies between them, for BERT, RoBERTa, BART, T5, GPT-2 and Llama.
 
     Args:
         source: a folder, or an id of the Hugging Face Hub.
@@ -339,7 +342,7 @@ def _obstacle(owner: nn.Module) -> str:
 
 
 def _check_stream(root: nn.Module, site: Site, reads: str) -> None:
-    layer = stream_owner(root, site)
+    layer = stream_owner(root, site.name)
     if layer is None:
         raise ValueError(
             f"attach: the residual stream around {site.name} is not known, which reads={reads!r} needs; "

@@ -132,12 +132,16 @@ class BottleneckConfig:
 
     @classmethod
     def pfeiffer(cls, **changes) -> "BottleneckConfig":
-        """One serial adapter in each layer, after the FFN (Pfeiffer et al. 2021)."""
+        """One serial adapter in each layer, after the FFN (Pfeiffer et al. 2021).
+
+        It reads the FFN's output, which works in every model and in pools. Theirs, and seq_bn of AdapterHub, reads the
+        sum of that and the residual stream: `pfeiffer(reads="sum")`.
+        """
         return cls(**{"activation": "relu", "init": "bert"} | changes)
 
     @classmethod
     def parallel(cls, **changes) -> "BottleneckConfig":
-        """One adapter in each layer beside the FFN (He et al. 2022)."""
+        """One adapter in each layer beside the FFN (He et al. 2022). par_bn of AdapterHub has reads="stream"."""
         return cls(**{"insertion": "parallel", "init": "mam"} | changes)
 
     @classmethod
