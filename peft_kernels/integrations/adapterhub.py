@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_kernels.integrations.blocks import CHILD, Site, sites_of
+from peft_kernels.integrations.attached import file_key
+from peft_kernels.integrations.blocks import Site, sites_of
 from peft_kernels.methods import ALIASES, BottleneckConfig
 from peft_kernels.ops.bottleneck_adapter.reference import ACTIVATIONS
 
@@ -121,7 +122,7 @@ def _refuse(options: dict[str, Any], source: str | PathLike) -> None:
 
 
 def renamed(tensors: Mapping[str, Tensor], about: dict[str, Any], root: nn.Module, source) -> dict[str, Tensor]:
-    """AdapterHub's tensors by the names that they have in this model. Raises ValueError for one without a place."""
+    """AdapterHub's tensors by the names that they have in our files. Raises ValueError for one without a place."""
     sites = {_bare(site.name, root): site for site in sites_of(root)}
     found = {}
     for key, tensor in tensors.items():
@@ -129,7 +130,7 @@ def renamed(tensors: Mapping[str, Tensor], about: dict[str, Any], root: nn.Modul
         site = _site(_bare(place, root), sites)
         if site is None or parameter not in PARAMETERS:
             raise ValueError(f"load: this model has no place for {key} of {source}")
-        found[f"{site.name}.{CHILD}.{PARAMETERS[parameter]}"] = tensor
+        found[file_key(site, PARAMETERS[parameter])] = tensor
     return found
 
 

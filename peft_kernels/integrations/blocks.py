@@ -2,9 +2,9 @@
 
 y = block(x), then the adapters on (x, y), before what the model does next (dropout, residual, norm). The adapters are a
 child of the module that owns the block; its class becomes a subclass without state. Where the block's output leaves the
-owner as it is, the owner's own forward runs and then the adapters. Where something follows inside the owner, its forward
-runs on a stand-in for the owner: an object of this one call, which passes everything on, and on the way through the
-last projection, runs the adapters. So x is never kept on a module, and a checkpointed layer makes a stand-in of its own.
+owner as it is, the owner's own forward runs and then the adapters. Where something follows inside, the owner's forward
+runs on a stand-in for the owner: an object of this one call, which passes everything on, and at the last projection
+runs the adapters. So x is never kept on a module, and a checkpointed layer makes a stand-in of its own in the backward.
 
 An adapter may read the residual stream, which passes the block by. Where the owner does not have it, the layer above it
 does: it too runs on a stand-in then, which sees the stream on its way into the norm and hands it on with the call.
