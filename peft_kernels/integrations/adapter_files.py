@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
+from peft_kernels.integrations import adapterhub
 from peft_kernels.integrations.attached import (
     add,
     file_key,
@@ -51,6 +52,9 @@ def load(
 ) -> tuple[str, ...]:
     """Attaches an adapter that `save_pretrained` has written; returns the names of the blocks that have one.
 
+    Adapters of AdapterHub are read too, as its `save_adapter(..., use_safetensors=True)` writes them: seq_bn,
+    double_seq_bn, par_bn, scaled_par_bn and what lies between them, for BERT, RoBERTa, BART, T5, GPT-2 and Llama.
+
     Args:
         source: a folder, or an id of the Hugging Face Hub.
         name: what the adapter is called here, whatever it was called when it was saved. It becomes the active one.
@@ -65,7 +69,7 @@ def load(
         >>> peft_kernels.load(model, "checkpoints/task", "task")
     """
     root = root_of(model)
-    config, tensors = _read(source)
+    config, tensors = _read(root, source)
     sites = plan(root, config, name)
     _check_tensors(config, sites, tensors, source)
     add(root, config, name, sites, tensors)
@@ -75,11 +79,15 @@ def load(
     return tuple(site.name for site in sites)
 
 
-def _read(source: str | PathLike) -> tuple[BottleneckConfig, dict[str, Tensor]]:
+def _read(root: nn.Module, source: str | PathLike) -> tuple[BottleneckConfig, dict[str, Tensor]]:
     try:
         about = json.loads(Path(cached_file(source, CONFIG)).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"load: {source} has no {CONFIG} that can be read: {str(error).splitlines()[0]}") from error
+    if adapterhub.is_adapterhubs(about):
+        config = adapterhub.config_of(about, root, source)
+        tensors = _read_tensors(source, adapterhub.WEIGHTS, adapterhub.REMEDY)
+        return config, adapterhub.renamed(tensors, about, root, source)
     kind = about.get("peft_type") if isinstance(about, dict) else None
     if kind != BottleneckConfig.peft_type:
         raise ValueError(
@@ -87,15 +95,16 @@ def _read(source: str | PathLike) -> tuple[BottleneckConfig, dict[str, Tensor]]:
             "loaded by PeftModel.from_pretrained"
         )
     about.pop("base_model_name_or_path", None)
-    config = BottleneckConfig.from_dict(about)
+    return BottleneckConfig.from_dict(about), _read_tensors(source, WEIGHTS, "save it again as .safetensors")
+
+
+def _read_tensors(source: str | PathLike, file: str, remedy: str) -> dict[str, Tensor]:
     try:
-        return config, load_file(cached_file(source, WEIGHTS))
+        return load_file(cached_file(source, file))
     except OSError as error:
-        raise ValueError(
-            f"load: {source} has no {WEIGHTS}; a .bin file is a pickle and is not read: save it again as .safetensors"
-        ) from error
+        raise ValueError(f"load: {source} has no {file}; a .bin file is a pickle and is not read: {remedy}") from error
     except SafetensorError as error:
-        raise ValueError(f"load: {WEIGHTS} in {source} cannot be read: {error}") from error
+        raise ValueError(f"load: {file} in {source} cannot be read: {error}") from error
 
 
 def _check_tensors(config: BottleneckConfig, sites: list[Site], tensors: dict[str, Tensor], source) -> None:

@@ -12,13 +12,14 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from peft_kernels.integrations.blocks import CHILD, Site, adapted_class, sites_of
+from peft_kernels.integrations.blocks import CHILD, Site, sites_of, stream_owner, unfit
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.methods import BottleneckConfig
-from peft_kernels.modules import BottleneckAdapters
+from peft_kernels.modules import OF_STREAM, BottleneckAdapters
 
 NOTE = "bottleneck_adapters"
 PREFIX = "base_model.model."  # of every key in PEFT's files
+MADE = "FSDP or a parametrization has made its class, or its forward was replaced"
 
 
 @dataclass
@@ -89,6 +90,8 @@ def plan(root: nn.Module, config: BottleneckConfig, name: str) -> list[Site]:
         owner = root.get_submodule(site.name)
         if reason := _obstacle(owner):
             raise ValueError(f"attach: {site.name} cannot change class: {reason}")
+        if config.reads in OF_STREAM:
+            _check_stream(root, site.name, config.reads)
         config.bottleneck(site.width)  # raises where it is too wide
     return sites
 
@@ -96,7 +99,18 @@ def plan(root: nn.Module, config: BottleneckConfig, name: str) -> list[Site]:
 def _obstacle(owner: nn.Module) -> str:
     if CHILD in owner._modules:
         return "" if isinstance(owner._modules[CHILD], BottleneckAdapters) else f"it has a {CHILD} of its own"
-    return "FSDP or a parametrization has made its class, or its forward was replaced" if keeps_its_class(owner) else ""
+    return MADE if keeps_its_class(owner) else ""
+
+
+def _check_stream(root: nn.Module, block: str, reads: str) -> None:
+    layer = stream_owner(root, block)
+    if layer is None:
+        raise ValueError(
+            f"attach: the residual stream around {block} is not known, which reads={reads!r} needs; reads='output' or, "
+            "for a parallel adapter, 'input' does without"
+        )
+    if keeps_its_class(root.get_submodule(layer)):
+        raise ValueError(f"attach: {layer} has to hand on its residual stream and cannot change class: {MADE}")
 
 
 def check_layers(what: str, layers: Sequence[int], sites: list[Site]) -> None:
@@ -107,7 +121,6 @@ def check_layers(what: str, layers: Sequence[int], sites: list[Site]) -> None:
 
 def add(root: nn.Module, config: BottleneckConfig, name: str, sites: list[Site], tensors=None) -> None:
     """Puts the adapters in, new ones or those of a file; none runs yet."""
-    swaps = []
     for site in sites:
         owner = root.get_submodule(site.name)
         base = next(owner.parameters())
@@ -121,12 +134,10 @@ def add(root: nn.Module, config: BottleneckConfig, name: str, sites: list[Site],
                     parameter.copy_(tensors[file_key(site, key)])
         if CHILD not in owner._modules:
             owner.add_module(CHILD, BottleneckAdapters().train(owner.training))
-            swaps.append((owner, adapted_class(site.block, type(owner))))
         adapters = owner._modules[CHILD]
         adapters[name] = adapter.train(owner.training)
-        if config.insertion == "serial":
-            adapters.serial |= {name}
-    swap(swaps)
+        adapters.reads[name] = config.reads
+    swap(unfit(root))
     note_of(root).configs[name] = config
 
 

@@ -5,16 +5,21 @@ child of the module that owns the block; its class becomes a subclass without st
 owner as it is, the owner's own forward runs and then the adapters. Where something follows inside, the owner's forward
 runs on a stand-in for the owner: an object of this one call, which passes everything on, and at the last projection
 runs the adapters. So x is never kept on a module, and a checkpointed layer makes a stand-in of its own in the backward.
+
+An adapter may read the residual stream, which passes the block by. Where the owner does not have it, the layer above it
+does: it too runs on a stand-in then, which sees the stream on its way into the norm and hands it on with the call.
 """
 
 import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from peft_kernels.integrations.named import beneath, subclass
-from peft_kernels.integrations.targets import Block, block_of
+from peft_kernels.integrations.targets import Block, Stream, block_of, stream_of
+from peft_kernels.modules import OF_STREAM, BottleneckAdapters
 
 CHILD = "bottleneck"
 
@@ -50,6 +55,42 @@ def _width(model: nn.Module, owner: nn.Module, block: Block) -> int:
     return output.out_features if hasattr(output, "out_features") else output.nf  # transformers' Conv1D
 
 
+def stream_owner(model: nn.Module, name: str) -> str | None:
+    """The module that has the residual stream around a block: its owner, of that name, or the layer above that."""
+    if _has_stream(name, model.get_submodule(name)):
+        return name
+    layer, _, child = name.rpartition(".")
+    return layer if stream_of(child, model.get_submodule(layer)._modules) else None
+
+
+def _has_stream(name: str, owner: nn.Module) -> bool:
+    return block_of(name, owner._modules).norm in owner._modules
+
+
+def unfit(model: nn.Module) -> list[tuple[nn.Module, type]]:
+    """Modules of a class that does not fit the adapters that the model has, and the class that does."""
+    found = []
+    for name, module in model.named_modules():
+        kind = type(module)
+        if any("over" in base.__dict__ for base in kind.__mro__[1:]):
+            continue  # others have made a class over ours, which stays
+        block = block_of(name, module._modules) if CHILD in module._modules else None
+        children = module._modules
+        streams = tuple(stream_of(c, children) for c in children if _needs_layer(f"{name}.{c}", children[c]))
+        fits = _adapted_class(block, streams, beneath(kind)) if block or streams else beneath(kind)
+        if fits is not kind:
+            found.append((module, fits))
+    return found
+
+
+def _needs_layer(name: str, owner: nn.Module | None) -> bool:
+    """Whether a block has an adapter, active or not, that reads a stream which its owner does not have."""
+    adapters = owner._modules.get(CHILD) if owner is not None else None
+    if not isinstance(adapters, BottleneckAdapters) or OF_STREAM.isdisjoint(adapters.reads.values()):
+        return False
+    return not _has_stream(name, owner)
+
+
 # -- classes ----------------------------------------------------------------------------------------------------------
 
 
@@ -57,7 +98,13 @@ def _input(place: int, args: tuple, kwargs: dict) -> Tensor:
     return args[place] if place < len(args) else [*kwargs.values()][place - len(args)]
 
 
-def _around(self, *args, **kwargs):
+def _reads_stream(owner: nn.Module) -> bool:
+    """Whether an adapter of a block is active that reads the residual stream."""
+    adapters = owner._modules.get(CHILD)
+    return isinstance(adapters, BottleneckAdapters) and adapters.read_stream
+
+
+def _around(self, *args, residual_stream: tuple = (), **kwargs):
     """The forward of an owner that returns y, or y and more."""
     kind = beneath(type(self))
     y = kind.forward(self, *args, **kwargs)
@@ -65,20 +112,23 @@ def _around(self, *args, **kwargs):
     if not adapters.active:
         return y
     x = _input(self.block.x, args, kwargs)
-    return (adapters(x, y[0]), *y[1:]) if isinstance(y, tuple) else adapters(x, y)
+    if isinstance(y, tuple):
+        return adapters(x, y[0], *residual_stream), *y[1:]
+    return adapters(x, y, *residual_stream)
 
 
-def _within(self, *args, **kwargs):
-    """The forward of an owner in which something follows y."""
-    kind = beneath(type(self))
-    if not self._modules[CHILD].active:
+def _within(self, *args, residual_stream: tuple = (), **kwargs):
+    """The forward of an owner in which something follows y, or of a layer whose blocks need the residual stream."""
+    kind, block = beneath(type(self)), self.block
+    runs = block is not None and self._modules[CHILD].active
+    if not runs and not any(_reads_stream(self._modules[stream.child]) for stream in self.streams):
         return kind.forward(self, *args, **kwargs)
     first = _input(0, args, kwargs)
-    x = None if isinstance(self.block.x, str) else _input(self.block.x, args, kwargs)
-    stand_in = self.stand_in(self, first.shape[0], x)
+    x = None if block is None or isinstance(block.x, str) else _input(block.x, args, kwargs)
+    stand_in = self.stand_in(self, first.shape[0], x, residual_stream)
     result = kind.forward(stand_in, *args, **kwargs)
-    if not stand_in.ran:
-        raise RuntimeError(f"bottleneck adapters: {kind.__name__}.forward has not called its {self.block.output}")
+    if runs and not stand_in.ran:
+        raise RuntimeError(f"bottleneck adapters: {kind.__name__}.forward has not called its {block.output}")
     return result
 
 
@@ -87,8 +137,10 @@ class StandIn:
 
     forward = None  # transformers' layers ask whose forward is the outermost: the owner's, which is running already
 
-    def __init__(self, owner: nn.Module, samples: int, x: Tensor | None):
+    def __init__(self, owner: nn.Module, samples: int, x: Tensor | None, residual_stream: tuple):
         self.owner, self.samples, self.x, self.ran = owner, samples, x, False
+        self.residual_stream = residual_stream
+        self.normed = {}  # by the name of a norm: what it was called with
 
     def __getattr__(self, name: str):
         return getattr(self.owner, name)
@@ -100,23 +152,64 @@ class StandIn:
     def leave(self, h: Tensor) -> Tensor:
         y = getattr(self.owner, self.block.output)(h)
         self.ran = True
-        by_sample = (self.samples, -1, y.shape[-1])  # OPT gives all samples as one
-        x, r = (t.reshape(by_sample) if t.dim() == 2 else t for t in (self.x, y))
-        return self.owner._modules[CHILD](x, r).reshape(y.shape)
+        beside = self.residual_stream
+        if not beside and _reads_stream(self.owner):
+            beside = self.stream_beside(self.block.norm, self.x)
+        if beside:
+            beside = self.by_sample(beside[0]), beside[1]
+        return self.owner._modules[CHILD](self.by_sample(self.x), self.by_sample(y), *beside).reshape(y.shape)
+
+    def by_sample(self, tensor: Tensor) -> Tensor:
+        """OPT gives all samples as one."""
+        return tensor.reshape(self.samples, -1, tensor.shape[-1]) if tensor.dim() == 2 else tensor
+
+    def stream_beside(self, norm: str, x: Tensor) -> tuple[Tensor, nn.Module | None]:
+        """The residual stream beside a block with an input x, and the norm of the sum if that comes after the block."""
+        return (self.normed[norm], None) if norm in self.normed else (x, getattr(self.owner, norm))
 
 
-@functools.cache
-def _stand_in_class(block: Block) -> type:
-    members = {"block": block, block.output: StandIn.leave}
-    if isinstance(block.x, str):
-        members[block.x] = StandIn.enter
+def _noting(name: str) -> Callable:
+    def norm(self, x: Tensor) -> Tensor:
+        self.normed[name] = x
+        return getattr(self.owner, name)(x)
+
+    return norm
+
+
+def _handing_on(stream: Stream) -> Callable:
+    def child(self, *args, **kwargs):
+        block = getattr(self.owner, stream.child)
+        if _reads_stream(block):
+            kwargs["residual_stream"] = self.stream_beside(stream.norm, _input(0, args, kwargs))
+        return block(*args, **kwargs)
+
+    return child
+
+
+def _stand_in_class(block: Block | None, streams: tuple[Stream, ...]) -> type:
+    members = {"block": block}
+    for stream in streams:
+        members |= {stream.norm: _noting(stream.norm), stream.child: _handing_on(stream)}
+    if block is not None:
+        members[block.output] = StandIn.leave
+        if isinstance(block.x, str):
+            members[block.x] = StandIn.enter
+        if block.norm:
+            members[block.norm] = _noting(block.norm)
     return type("StandIn", (StandIn,), members)
 
 
-@functools.cache
 def adapted_class(block: Block, family_class: type) -> type:
     """An owner of some class, with what its bottleneck adapters do. `over` makes it of another class."""
-    make = functools.partial(adapted_class, block)
-    members = {"block": block, "over": staticmethod(make)}
-    members |= {"forward": _within, "stand_in": _stand_in_class(block)} if block.inside else {"forward": _around}
+    return _adapted_class(block, (), family_class)
+
+
+@functools.cache
+def _adapted_class(block: Block | None, streams: tuple[Stream, ...], family_class: type) -> type:
+    make = functools.partial(_adapted_class, block, streams)
+    members = {"block": block, "streams": streams, "over": staticmethod(make)}
+    if streams or block.inside:
+        members |= {"forward": _within, "stand_in": _stand_in_class(block, streams)}
+    else:
+        members["forward"] = _around
     return subclass(make, family_class, members)

@@ -16,10 +16,10 @@ from peft_kernels.integrations.attached import (
     root_of,
     unfreeze_base,
 )
-from peft_kernels.integrations.blocks import CHILD, sites_of
-from peft_kernels.integrations.named import beneath
+from peft_kernels.integrations.blocks import CHILD, sites_of, stream_owner, unfit
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.methods import BottleneckConfig
+from peft_kernels.modules import OF_STREAM
 
 
 def attach(
@@ -112,20 +112,19 @@ def detach(model: nn.Module, name: str = "default") -> None:
     """
     root = root_of(model)
     require_attached(root, name, "detach")
-    swaps = []
     for owner_name, adapters in adapters_in(root):
-        if list(adapters) == [name] and keeps_its_class(root.get_submodule(owner_name)):
-            raise ValueError(f"detach: {owner_name} has a class that was made after attach; undo that before")
+        changed = [owner_name] if list(adapters) == [name] else []
+        if adapters.reads.get(name) in OF_STREAM:
+            changed.append(stream_owner(root, owner_name))
+        if made := [module for module in changed if keeps_its_class(root.get_submodule(module))]:
+            raise ValueError(f"detach: {made[0]} has a class that was made after attach; undo that before")
     for owner_name, adapters in adapters_in(root):
         if name in adapters:
-            del adapters[name]
+            del adapters[name], adapters.reads[name]
             adapters.active = tuple(other for other in adapters.active if other != name)
-            adapters.serial -= {name}
         if not adapters:
-            owner = root.get_submodule(owner_name)
-            del owner._modules[CHILD]
-            swaps.append((owner, beneath(type(owner))))
-    swap(swaps)
+            del root.get_submodule(owner_name)._modules[CHILD]
+    swap(unfit(root))
     note = note_of(root)
     del note.configs[name]
     if not note.configs:

@@ -78,7 +78,8 @@ class Block:
     `output` is the child whose output is the block's; "" where that is no child's (experts). `x` says what the block's
     input is: an argument of the owner's forward by its place, or the input of a child by its name. `inside`: something
     follows `output` in the owner's forward (dropout, residual, norm), which is to see what the adapter gives.
-    `path` is a pattern that the end of the owner's name has to fit.
+    `path` is a pattern that the end of the owner's name has to fit. `norm` is the child that norms the residual stream,
+    before the block or after it has been added, where the owner has that too.
     """
 
     representation: str  # "ffn" or "attention"
@@ -87,6 +88,7 @@ class Block:
     x: int | str = 0
     inside: bool = False
     path: str = ""
+    norm: str = ""
 
 
 BLOCKS = (  # the first that fits counts
@@ -98,14 +100,40 @@ BLOCKS = (  # the first that fits counts
     Block("ffn", ("wi_0", "wi_1", "wo"), "wo"),
     Block("ffn", ("c_fc", "c_proj"), "c_proj", inside=True),  # GPT-2, GPT-Neo
     Block("ffn", ("dense_h_to_4h", "dense_4h_to_h"), "dense_4h_to_h", inside=True),  # GPT-NeoX, Falcon, BLOOM
-    Block("ffn", ("fc1", "fc2"), "fc2", x="fc1", inside=True),  # in the layer (BART, OPT) or in an MLP (Phi, CLIP)
-    Block("ffn", ("dense", "LayerNorm"), "dense", x=1, inside=True, path=r"\.\d+\.output"),  # BERT, RoBERTa, ELECTRA
+    # in the layer (BART, OPT) or in an MLP (Phi, CLIP)
+    Block("ffn", ("fc1", "fc2"), "fc2", x="fc1", inside=True, norm="final_layer_norm"),
+    # BERT, RoBERTa, ELECTRA
+    Block("ffn", ("dense", "LayerNorm"), "dense", x=1, inside=True, path=r"\.\d+\.output", norm="LayerNorm"),
     Block("attention", ("q_proj", "k_proj", "v_proj", "o_proj"), "o_proj"),
     Block("attention", ("qkv_proj", "o_proj"), "o_proj"),
     Block("attention", ("q_proj", "k_proj", "v_proj", "out_proj"), "out_proj"),  # BART, OPT
     Block("attention", ("q", "k", "v", "o"), "o"),  # T5
     Block("attention", ("c_attn", "c_proj"), "c_proj", inside=True),  # GPT-2
-    Block("attention", ("dense", "LayerNorm"), "dense", x=1, inside=True, path=r"\.attention\.output"),  # BERT
+    Block(
+        "attention", ("dense", "LayerNorm"), "dense", x=1, inside=True, path=r"\.attention\.output", norm="LayerNorm"
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A layer's residual stream around a block, which is its `child`: `norm` norms it before the block, or after the
+    block's output has been added to it; which of the two, the order of the calls shows. `lacks` is no child of it."""
+
+    child: str
+    norm: str
+    lacks: str = ""
+
+
+STREAMS = (  # the first that fits counts
+    Stream("mlp", "pre_feedforward_layernorm"),  # Gemma 2 and 3
+    Stream("mlp", "post_attention_layernorm", lacks="post_feedforward_layernorm"),  # Llama, Qwen, Mistral, Gemma
+    Stream("mlp", "ln_2"),  # GPT-2
+    Stream("DenseReluDense", "layer_norm"),  # T5
+    Stream("self_attn", "input_layernorm"),
+    Stream("self_attn", "self_attn_layer_norm"),  # BART, OPT
+    Stream("attn", "ln_1"),
+    Stream("SelfAttention", "layer_norm"),
 )
 CROSS_ATTENTION = ("encoder_attn", "EncDecAttention", "crossattention")
 
@@ -116,6 +144,11 @@ def block_of(name: str, children: Container[str]) -> Block | None:
         return None
     fits = (b for b in BLOCKS if all(c in children for c in b.children) and re.search(f"{b.path}$", name))
     return next(fits, None)
+
+
+def stream_of(child: str, children: Container[str]) -> Stream | None:
+    """The residual stream around a layer's child, or None."""
+    return next((s for s in STREAMS if s.child == child and s.norm in children and s.lacks not in children), None)
 
 
 def group_of(owner: type) -> Group | None:

@@ -3,7 +3,7 @@
 The four dimensions of the unified view (He et al. 2022, arXiv:2110.04366, table 1) are fields of the config:
 
     functional form            activation                  f
-    insertion form             insertion                   serial: x is the block's output; parallel: its input
+    insertion form             insertion, reads            serial: x is the block's output; parallel: its input
     modified representation    representation              the FFN block, the attention block, or both
     composition                scaling, gate               s and g
 
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from peft_kernels.modules import INITS, BottleneckAdapter
+from peft_kernels.modules import INITS, READS, BottleneckAdapter
 from peft_kernels.ops.bottleneck_adapter.op import DROPOUTS, NORMS
 from peft_kernels.ops.bottleneck_adapter.op import MAX_BOTTLENECK as MAX_R
 from peft_kernels.ops.bottleneck_adapter.reference import ACTIVATIONS
@@ -45,6 +45,9 @@ class BottleneckConfig:
             transformers or AdapterHub has for one of them (gelu_new, gelu_pytorch_tanh, swish, leakyrelu, ...).
         insertion: "serial", the adapter reads and replaces the block's output; "parallel", it reads the block's input
             and adds to its output. Both are before dropout, residual and norm of the model.
+        reads: what the adapter reads where that is not the block's output or input. "sum" (serial): the output plus the
+            residual stream to which the model will add it, normed by the model's own norm where that comes next (BERT);
+            "stream" (parallel): that stream, before the norm in front of the block. Of models whose layers are known.
         representation: "ffn", "attention" (self-attention), or "both".
         scaling: s: a number, "learned" (one trained number) or "channel" (one for each feature).
         gate: whether each token has a trained gate g = sigmoid(x w + c).
@@ -69,6 +72,7 @@ class BottleneckConfig:
     reduction_factor: float | None = None
     activation: str = "relu"
     insertion: str = "serial"
+    reads: str | None = None
     representation: str = "ffn"
     scaling: float | str = 1.0
     gate: bool = False
@@ -81,7 +85,10 @@ class BottleneckConfig:
 
     def __post_init__(self):
         self._check_width()
-        _one_of("insertion", self.insertion, ("serial", "parallel"))
+        _one_of("insertion", self.insertion, tuple(READS))
+        if self.reads is None:
+            object.__setattr__(self, "reads", READS[self.insertion][0])
+        _one_of(f"reads of a {self.insertion} adapter", self.reads, READS[self.insertion])
         _one_of("representation", self.representation, ("ffn", "attention", "both"))
         _one_of("norm", self.norm, NORMS)
         _one_of("dropout_on", self.dropout_on, DROPOUTS)
@@ -125,12 +132,16 @@ class BottleneckConfig:
 
     @classmethod
     def pfeiffer(cls, **changes) -> "BottleneckConfig":
-        """One serial adapter in each layer, after the FFN (Pfeiffer et al. 2021)."""
+        """One serial adapter in each layer, after the FFN (Pfeiffer et al. 2021).
+
+        It reads the FFN's output, which works in every model and in pools. Theirs, and seq_bn of AdapterHub, reads the
+        sum of that and the residual stream: `pfeiffer(reads="sum")`.
+        """
         return cls(**{"activation": "relu", "init": "bert"} | changes)
 
     @classmethod
     def parallel(cls, **changes) -> "BottleneckConfig":
-        """One adapter in each layer beside the FFN (He et al. 2022)."""
+        """One adapter in each layer beside the FFN (He et al. 2022). par_bn of AdapterHub has reads="stream"."""
         return cls(**{"insertion": "parallel", "init": "mam"} | changes)
 
     @classmethod

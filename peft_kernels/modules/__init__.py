@@ -1,5 +1,5 @@
 """nn.Modules: parameters and one op call each. No kernels, no knowledge of models."""
 
-from peft_kernels.modules.bottleneck import INITS, BottleneckAdapter, BottleneckAdapters
+from peft_kernels.modules.bottleneck import INITS, OF_STREAM, READS, BottleneckAdapter, BottleneckAdapters
 
-__all__ = ["INITS", "BottleneckAdapter", "BottleneckAdapters"]
+__all__ = ["INITS", "OF_STREAM", "READS", "BottleneckAdapter", "BottleneckAdapters"]

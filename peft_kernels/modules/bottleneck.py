@@ -114,23 +114,40 @@ class BottleneckAdapter(nn.Module):
         return f"{K} -> {E} -> {N}, activation={self.activation}, scaling={self.scaling}"
 
 
-class BottleneckAdapters(nn.ModuleDict):
-    """The adapters of one block by name. `active` are those that run; `serial` says which read the block's output.
+READS = {  # what an adapter may read, by insertion form; the first is what it reads if nothing is said
+    "serial": ("output", "sum"),
+    "parallel": ("input", "stream"),
+}
+OF_STREAM = frozenset({"sum", "stream"})
 
-    Parallel ones are summed on the block's output; then the serial ones run, each on what the one before it gave.
+
+class BottleneckAdapters(nn.ModuleDict):
+    """The adapters of one block by name. `active` are those that run; `reads` says of each what it reads.
+
+    y is the block's output, x its input; stream is the model's residual stream, to which y will be added. Parallel
+    adapters read x ("input") or the stream ("stream") and are summed on y; then the serial ones run, each on the y that
+    the one before it gave, and read that ("output") or y + stream ("sum"), normed where the model will norm the sum.
     """
 
     def __init__(self):
         super().__init__()
         self.active: tuple[str, ...] = ()
-        self.serial: frozenset[str] = frozenset()
+        self.reads: dict[str, str] = {}
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x is the block's input, y its output."""
+    @property
+    def read_stream(self) -> bool:
+        """Whether an active adapter needs the residual stream."""
+        return any(self.reads[name] in OF_STREAM for name in self.active)
+
+    def forward(self, x: Tensor, y: Tensor, stream: Tensor | None = None, norm: nn.Module | None = None) -> Tensor:
+        if stream is None and self.read_stream:
+            raise RuntimeError("bottleneck adapters: one reads the residual stream, which the layer has not handed on")
         for name in self.active:
-            if name not in self.serial:
-                y = self[name](x, y)
+            if self.reads[name] in READS["parallel"]:
+                y = self[name](x if self.reads[name] == "input" else stream, y)
         for name in self.active:
-            if name in self.serial:
+            if self.reads[name] == "output":
                 y = self[name](y)
+            elif self.reads[name] == "sum":
+                y = self[name](y + stream if norm is None else norm(y + stream), y)
         return y
