@@ -36,11 +36,16 @@ def sites_of(model: nn.Module) -> list[Site]:
         block = block_of(name, owner._modules)
         if block is None or CHILD in name.split(".") or name.startswith(inside[block.representation]):
             continue  # what is inside of a block (the experts of a mixture) belongs to it
-        number = re.search(r"(?<![^.])\d+(?![^.])", name)
-        layer = layers.setdefault(name[: number.end()] if number else name, len(layers))
+        layer = layers.setdefault(layer_of(name), len(layers))
         inside[block.representation] += (f"{name}.",)
         found.append(Site(name, layer, block, _width(model, owner, block)))
     return found
+
+
+def layer_of(name: str) -> str:
+    """The name of the layer that a module is in: up to its first number."""
+    number = re.search(r"(?<![^.])\d+(?![^.])", name)
+    return name[: number.end()] if number else name
 
 
 def _width(model: nn.Module, owner: nn.Module, block: Block) -> int:
@@ -62,7 +67,7 @@ def _around(self, *args, **kwargs):
     kind = beneath(type(self))
     y = kind.forward(self, *args, **kwargs)
     adapters = self._modules[CHILD]
-    if not adapters.active:
+    if not adapters.active_names:
         return y
     x = _input(self.block.x, args, kwargs)
     return (adapters(x, y[0]), *y[1:]) if isinstance(y, tuple) else adapters(x, y)
@@ -71,7 +76,7 @@ def _around(self, *args, **kwargs):
 def _within(self, *args, **kwargs):
     """The forward of an owner in which something follows y."""
     kind = beneath(type(self))
-    if not self._modules[CHILD].active:
+    if not self._modules[CHILD].active_names:
         return kind.forward(self, *args, **kwargs)
     first = _input(0, args, kwargs)
     x = None if isinstance(self.block.x, str) else _input(self.block.x, args, kwargs)
