@@ -8,14 +8,18 @@ import torch
 from bottlenecks import PARALLEL, SERIAL, llama, logits, with_values
 from models import (
     LAYERS,
+    ROWS,
     assert_as_close_as_peft,
     base_model,
     calls_per_forward,
+    each_alone,
     in_double,
+    in_rows,
     inputs,
     lora_config,
     randomise,
     results,
+    served,
 )
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
@@ -54,6 +58,8 @@ def test_lora_and_bottleneck_adapters_work_together(name, first, patched):
     else:
         found = results(model)
     assert_as_close_as_peft(found, expected, exact)
+    with model.disable_adapter(), plain.disable_adapter():
+        assert torch.equal(logits(model), logits(plain))
     peft_kernels.unpatch(model)
     assert [type(m) for m in model.modules()] == kinds
     with peft_kernels.patch(model):
@@ -89,6 +95,50 @@ def test_rows_with_their_own_lora_under_checkpointing():
     model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
     found = a_step()
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+@pytest.mark.parametrize("pool_first", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bart"])
+def test_a_model_with_a_pool(name, pool_first):
+    """Rows with LoRA of a pool, over a base that has a bottleneck adapter for all of them."""
+    plain, model, alone = served(name)
+    plain_kinds = [type(m) for m in plain.modules()]
+    peft_kernels.attach(plain, SERIAL)
+    with_values(plain, "default")
+    if not pool_first:
+        peft_kernels.unpatch(model)
+        peft_kernels.attach(model, SERIAL)
+        pool = peft_kernels.attach_pool(model, adapters=8)
+        assert not [site for site in pool.sites if "bottleneck" in site]
+        for adapter, peft in alone.items():
+            pool.load(adapter, peft)
+    else:
+        peft_kernels.attach(model, SERIAL)
+    with_values(model, "default")
+    for peft in alone.values():
+        peft_kernels.attach(peft, SERIAL)
+        with_values(peft, "default")
+    batch = {"input_ids": inputs(rows=len(ROWS))["input_ids"]}
+    with in_rows(ROWS), torch.no_grad():
+        found = {"logits": model(**batch).logits}
+    expected = each_alone(plain, alone, ROWS, batch)
+    exact = each_alone(in_double(plain), {n: in_double(peft) for n, peft in alone.items()}, ROWS, batch)
+    assert_as_close_as_peft(found, expected, exact)
+    peft_kernels.unpatch(model)
+    peft_kernels.detach(model)
+    assert [type(m) for m in model.modules()] == plain_kinds
+
+
+def test_a_class_that_is_made_over_an_adapted_one():
+    """As FSDP2 makes it: the class keeps its adapters, and what would change it is refused."""
+    model = base_model("bart").eval()
+    peft_kernels.attach(model, PARALLEL)
+    expected, layer = logits(with_values(model, "default")), model.model.decoder.layers[0]
+    layer.__class__ = type("FSDPBartDecoderLayer", (type(layer),), {})
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(ValueError, match=r"model.decoder.layers.0 has a class that was made after attach"):
+        peft_kernels.detach(model)
+    assert torch.equal(logits(model), expected)
 
 
 # -- files, Trainer ---------------------------------------------------------------------------------------------------
