@@ -11,7 +11,7 @@ from torch.nn.functional import linear, silu
 
 import peft_kernels
 from peft_kernels import BottleneckConfig
-from peft_kernels.integrations.attached import NOTE
+from peft_kernels.integrations.attachments import NOTE
 
 # representation -> within a layer: among whose inputs the stream is, its place there, whose output the block's is, and
 # the norm of their sum where one follows
