@@ -10,19 +10,19 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from peft_kernels.integrations import adapterhub
-from peft_kernels.integrations.attached import (
+from peft_kernels.integrations.attach import set_active
+from peft_kernels.integrations.attachments import (
+    Config,
     add,
-    file_key,
     freeze_base,
     note_of,
     plan,
     require_attached,
     root_of,
+    shapes,
     tensors_of,
 )
-from peft_kernels.integrations.blocks import Site
-from peft_kernels.integrations.bottleneck import set_active
-from peft_kernels.methods import BottleneckConfig
+from peft_kernels.methods import CONFIGS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -50,7 +50,7 @@ def save_pretrained(model: nn.Module, folder: str | PathLike, name: str = "defau
 def load(
     model: nn.Module, source: str | PathLike, name: str = "default", *, trainable: bool = False, freeze: bool = True
 ) -> tuple[str, ...]:
-    """Attaches an adapter that `save_pretrained` has written; returns the names of the blocks that have one.
+    """Attaches an adapter that `save_pretrained` has written; returns what `attach` does.
 
     Adapters of AdapterHub are read too, as its `save_adapter(..., use_safetensors=True)` writes them: seq_bn,
     double_seq_bn, par_bn, scaled_par_bn and what lies between them, for BERT, RoBERTa, BART, T5, GPT-2 and Llama.
@@ -70,16 +70,16 @@ def load(
     """
     root = root_of(model)
     config, tensors = _read(root, source)
-    sites = plan(root, config, name)
-    _check_tensors(config, sites, tensors, source)
-    add(root, config, name, sites, tensors)
+    places = plan(root, config, name)
+    _check_tensors(shapes(config, places), tensors, source)
+    add(root, config, name, places, tensors)
     if freeze:
         freeze_base(root)
     set_active(root, name, trainable=trainable)
-    return tuple(site.name for site in sites)
+    return tuple(places)
 
 
-def _read(root: nn.Module, source: str | PathLike) -> tuple[BottleneckConfig, dict[str, Tensor]]:
+def _read(root: nn.Module, source: str | PathLike) -> tuple[Config, dict[str, Tensor]]:
     try:
         about = json.loads(Path(cached_file(source, CONFIG)).read_text())
     except (OSError, ValueError) as error:
@@ -89,13 +89,13 @@ def _read(root: nn.Module, source: str | PathLike) -> tuple[BottleneckConfig, di
         tensors = _read_tensors(source, adapterhub.WEIGHTS, adapterhub.REMEDY)
         return config, adapterhub.renamed(tensors, about, root, source)
     kind = about.get("peft_type") if isinstance(about, dict) else None
-    if kind != BottleneckConfig.peft_type:
+    if kind not in CONFIGS:
         raise ValueError(
-            f"load: the peft_type in {source} must be {BottleneckConfig.peft_type}, got {kind}; what PEFT has saved is "
+            f"load: the peft_type in {source} must be {' or '.join(CONFIGS)}, got {kind}; what PEFT has saved is "
             "loaded by PeftModel.from_pretrained"
         )
     about.pop("base_model_name_or_path", None)
-    return BottleneckConfig.from_dict(about), _read_tensors(source, WEIGHTS, "save it again as .safetensors")
+    return CONFIGS[kind].from_dict(about), _read_tensors(source, WEIGHTS, "save it again as .safetensors")
 
 
 def _read_tensors(source: str | PathLike, file: str, remedy: str) -> dict[str, Tensor]:
@@ -107,11 +107,7 @@ def _read_tensors(source: str | PathLike, file: str, remedy: str) -> dict[str, T
         raise ValueError(f"load: {file} in {source} cannot be read: {error}") from error
 
 
-def _check_tensors(config: BottleneckConfig, sites: list[Site], tensors: dict[str, Tensor], source) -> None:
-    expected = {}
-    for site in sites:
-        for key, tensor in config.adapter(site.width, "meta").state_dict().items():
-            expected[file_key(site, key)] = list(tensor.shape)
+def _check_tensors(expected: dict[str, list[int]], tensors: dict[str, Tensor], source: str | PathLike) -> None:
     if strangers := sorted(tensors.keys() - expected.keys()):
         raise ValueError(f"load: the model has no place for {strangers[0]} of {source} ({len(strangers)} such tensors)")
     if missing := sorted(expected.keys() - tensors.keys()):

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_kernels.integrations.attached import file_key
+from peft_kernels.integrations.attachments import file_key
 from peft_kernels.integrations.blocks import Site, sites_of
 from peft_kernels.methods import ALIASES, BottleneckConfig
 from peft_kernels.ops.bottleneck_adapter.reference import ACTIVATIONS

@@ -41,11 +41,16 @@ def sites_of(model: nn.Module) -> list[Site]:
         block = block_of(name, owner._modules)
         if block is None or CHILD in name.split(".") or name.startswith(inside[block.representation]):
             continue  # what is inside of a block (the experts of a mixture) belongs to it
-        number = re.search(r"(?<![^.])\d+(?![^.])", name)
-        layer = layers.setdefault(name[: number.end()] if number else name, len(layers))
+        layer = layers.setdefault(layer_of(name), len(layers))
         inside[block.representation] += (f"{name}.",)
         found.append(Site(name, layer, block, _width(model, owner, block)))
     return found
+
+
+def layer_of(name: str) -> str:
+    """The name of the layer that a module is in: up to its first number."""
+    number = re.search(r"(?<![^.])\d+(?![^.])", name)
+    return name[: number.end()] if number else name
 
 
 def _width(model: nn.Module, owner: nn.Module, block: Block) -> int:
@@ -86,7 +91,7 @@ def unfit(model: nn.Module) -> list[tuple[nn.Module, type]]:
 def _needs_layer(name: str, owner: nn.Module | None) -> bool:
     """Whether a block has an adapter, active or not, that reads a stream which its owner does not have."""
     adapters = owner._modules.get(CHILD) if owner is not None else None
-    if not isinstance(adapters, BottleneckAdapters) or OF_STREAM.isdisjoint(adapters.reads.values()):
+    if not isinstance(adapters, BottleneckAdapters) or OF_STREAM.isdisjoint(adapters.reads_by_name.values()):
         return False
     return not _has_stream(name, owner)
 
@@ -101,15 +106,15 @@ def _input(place: int, args: tuple, kwargs: dict) -> Tensor:
 def _reads_stream(owner: nn.Module) -> bool:
     """Whether an adapter of a block is active that reads the residual stream."""
     adapters = owner._modules.get(CHILD)
-    return isinstance(adapters, BottleneckAdapters) and adapters.read_stream
+    return isinstance(adapters, BottleneckAdapters) and adapters.needs_stream
 
 
 def _around(self, *args, residual_stream: tuple = (), **kwargs):
     """The forward of an owner that returns y, or y and more."""
-    kind = beneath(type(self))
-    y = kind.forward(self, *args, **kwargs)
+    family_class = type(self).family_class
+    y = family_class.forward(self, *args, **kwargs)
     adapters = self._modules[CHILD]
-    if not adapters.active:
+    if not adapters.active_names:
         return y
     x = _input(self.block.x, args, kwargs)
     if isinstance(y, tuple):
@@ -119,16 +124,16 @@ def _around(self, *args, residual_stream: tuple = (), **kwargs):
 
 def _within(self, *args, residual_stream: tuple = (), **kwargs):
     """The forward of an owner in which something follows y, or of a layer whose blocks need the residual stream."""
-    kind, block = beneath(type(self)), self.block
-    runs = block is not None and self._modules[CHILD].active
+    family_class, block = type(self).family_class, self.block
+    runs = block is not None and self._modules[CHILD].active_names
     if not runs and not any(_reads_stream(self._modules[stream.child]) for stream in self.streams):
-        return kind.forward(self, *args, **kwargs)
+        return family_class.forward(self, *args, **kwargs)
     first = _input(0, args, kwargs)
     x = None if block is None or isinstance(block.x, str) else _input(block.x, args, kwargs)
     stand_in = self.stand_in(self, first.shape[0], x, residual_stream)
-    result = kind.forward(stand_in, *args, **kwargs)
+    result = family_class.forward(stand_in, *args, **kwargs)
     if runs and not stand_in.ran:
-        raise RuntimeError(f"bottleneck adapters: {kind.__name__}.forward has not called its {block.output}")
+        raise RuntimeError(f"bottleneck adapters: {family_class.__name__}.forward has not called its {block.output}")
     return result
 
 

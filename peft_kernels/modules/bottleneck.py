@@ -122,7 +122,7 @@ OF_STREAM = frozenset({"sum", "stream"})
 
 
 class BottleneckAdapters(nn.ModuleDict):
-    """The adapters of one block by name. `active` are those that run; `reads` says of each what it reads.
+    """The adapters of one block by name. Those of `active_names` run; `reads_by_name` says of each what it reads.
 
     y is the block's output, x its input; stream is the model's residual stream, to which y will be added. Parallel
     adapters read x ("input") or the stream ("stream") and are summed on y; then the serial ones run, each on the y that
@@ -131,23 +131,23 @@ class BottleneckAdapters(nn.ModuleDict):
 
     def __init__(self):
         super().__init__()
-        self.active: tuple[str, ...] = ()
-        self.reads: dict[str, str] = {}
+        self.active_names: tuple[str, ...] = ()
+        self.reads_by_name: dict[str, str] = {}
 
     @property
-    def read_stream(self) -> bool:
-        """Whether an active adapter needs the residual stream."""
-        return any(self.reads[name] in OF_STREAM for name in self.active)
+    def needs_stream(self) -> bool:
+        """Whether an active adapter reads the residual stream."""
+        return any(self.reads_by_name[name] in OF_STREAM for name in self.active_names)
 
     def forward(self, x: Tensor, y: Tensor, stream: Tensor | None = None, norm: nn.Module | None = None) -> Tensor:
-        if stream is None and self.read_stream:
+        if stream is None and self.needs_stream:
             raise RuntimeError("bottleneck adapters: one reads the residual stream, which the layer has not handed on")
-        for name in self.active:
-            if self.reads[name] in READS["parallel"]:
-                y = self[name](x if self.reads[name] == "input" else stream, y)
-        for name in self.active:
-            if self.reads[name] == "output":
+        for name in self.active_names:
+            if (reads := self.reads_by_name[name]) in READS["parallel"]:
+                y = self[name](x if reads == "input" else stream, y)
+        for name in self.active_names:
+            if (reads := self.reads_by_name[name]) == "output":
                 y = self[name](y)
-            elif self.reads[name] == "sum":
+            elif reads == "sum":
                 y = self[name](y + stream if norm is None else norm(y + stream), y)
         return y
