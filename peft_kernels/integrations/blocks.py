@@ -69,8 +69,9 @@ def _around(self, *args, **kwargs):
     adapters = self._modules[CHILD]
     if not adapters.active_names:
         return y
-    x = _input(self.block.x, args, kwargs)
-    return (adapters(x, y[0]), *y[1:]) if isinstance(y, tuple) else adapters(x, y)
+    x, r = _input(self.block.x, args, kwargs), y[0] if isinstance(y, tuple) else y
+    adapted = _like(adapters, x, r, x.shape)
+    return (adapted, *y[1:]) if isinstance(y, tuple) else adapted
 
 
 def _within(self, *args, **kwargs):
@@ -107,9 +108,15 @@ class StandIn:
     def leave(self, h: Tensor) -> Tensor:
         y = getattr(self.owner, self.block.output)(h)
         self.ran = True
-        by_sample = (self.samples, -1, y.shape[-1])  # OPT gives all samples as one
-        x, r = (t.reshape(by_sample) if t.dim() == 2 else t for t in (self.x, y))
-        return self.owner._modules[CHILD](x, r).reshape(y.shape)
+        shape = y.shape if y.dim() > 2 else (self.samples, -1, y.shape[-1])
+        return _like(self.owner._modules[CHILD], self.x, y, shape)
+
+
+def _like(adapters: nn.Module, x: Tensor, r: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The adapters on tensors of a shape that has the samples apart, which OPT and Llama 4's experts give as one."""
+    if r.shape == shape:  # a view of the result would be in the way of a model that adds to it in place
+        return adapters(x, r)
+    return adapters(x.reshape(shape), r.reshape(shape)).reshape(r.shape)
 
 
 @functools.cache
