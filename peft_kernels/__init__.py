@@ -7,7 +7,7 @@ report = peft_kernels.patch(model)      # the PEFT model that is there trains an
 import importlib
 
 from peft_kernels import backends, registry
-from peft_kernels.methods import BottleneckConfig
+from peft_kernels.methods import BitFitConfig, BottleneckConfig
 from peft_kernels.ops import (
     AdapterPool,
     Site,
@@ -26,6 +26,7 @@ registry.link()
 __version__ = "0.1.0"
 __all__ = [
     "AdapterPool",
+    "BitFitConfig",
     "BottleneckConfig",
     "PatchReport",
     "PeftKernelsCallback",
@@ -53,6 +54,8 @@ __all__ = [
     "registry",
     "save_pretrained",
     "set_active",
+    "train_all",
+    "train_top_layers",
     "unpatch",
 ]
 
@@ -60,18 +63,20 @@ _FROM_INTEGRATIONS = {
     "PatchReport": "transformers",
     "PeftKernelsCallback": "transformers",
     "Runner": "runner",
-    "active_adapters": "bottleneck",
+    "active_adapters": "attach",
     "adapter_ids": "rows",
-    "attach": "bottleneck",
+    "attach": "attach",
     "attach_pool": "pooled",
-    "detach": "bottleneck",
+    "detach": "attach",
     "generate_batch": "continuous",
     "init_continuous_batching": "continuous",
     "load": "adapter_files",
     "patch": "transformers",
-    "print_trainable_parameters": "bottleneck",
+    "print_trainable_parameters": "attach",
     "save_pretrained": "adapter_files",
-    "set_active": "bottleneck",
+    "set_active": "attach",
+    "train_all": "selective",
+    "train_top_layers": "selective",
     "unpatch": "transformers",
 }
 

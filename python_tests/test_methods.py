@@ -1,55 +1,24 @@
 """Bottleneck adapters as a method: the config, the module, several adapters on a model, LoRA beside them, files."""
 
+import copy
 import json
 import math
-import shutil
 
 import pytest
 import torch
+from bottlenecks import PARALLEL, SERIAL, llama, logits, with_values
 from models import (
     HIDDEN,
     LAYERS,
-    assert_as_close_as_peft,
     base_model,
-    calls_per_forward,
-    in_double,
-    inputs,
     lora_config,
-    randomise,
-    results,
 )
 from peft import get_peft_model
-from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer, TrainingArguments
 
 import peft_kernels
-from peft_kernels import BottleneckConfig
+from peft_kernels import BitFitConfig, BottleneckConfig
 from peft_kernels.modules import BottleneckAdapter
-
-SERIAL = BottleneckConfig.houlsby(r=4)
-PARALLEL = BottleneckConfig.scaled_parallel(r=3)
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=inputs()["input_ids"]).logits
-
-
-def llama(**changes) -> nn.Module:
-    return base_model("llama", **changes).eval()
-
-
-def with_values(model: nn.Module, *names: str) -> nn.Module:
-    """Adapters that do something, each its own."""
-    with torch.no_grad():
-        for seed, name in enumerate(names):
-            generator = torch.Generator().manual_seed(seed)
-            for key, parameter in model.named_parameters():
-                if f".bottleneck.{name}." in key:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) / 16)
-    return model
-
 
 # -- config -----------------------------------------------------------------------------------------------------------
 
@@ -232,13 +201,17 @@ def test_layers_are_left_out():
 REFUSED = {
     "taken": (lambda m: peft_kernels.attach(m, SERIAL, "there"), "has an adapter 'there'; choose another name"),
     "dot": (lambda m: peft_kernels.attach(m, SERIAL, "a.b"), "name must be a str without dots, got 'a.b'"),
+    "attribute": (lambda m: peft_kernels.attach(m, SERIAL, "train"), "must not be that of an attribute .* 'train'"),
     "layers": (
         lambda m: peft_kernels.attach(m, BottleneckConfig(layers=[9]), "x"),
         r"layers must lie in \[0, 2\), the layers of this model, got 9",
     ),
-    "unknown": (lambda m: peft_kernels.set_active(m, ["x"]), "set_active: the model has no .* 'x'; it has 'there'"),
+    "unknown": (
+        lambda m: peft_kernels.set_active(m, ["x"]),
+        "set_active: the model has no adapter 'x'; it has 'there'",
+    ),
     "twice": (lambda m: peft_kernels.set_active(m, ["there", "there"]), "names must differ from each other"),
-    "detach": (lambda m: peft_kernels.detach(m), "detach: the model has no .* 'default'; it has 'there'"),
+    "detach": (lambda m: peft_kernels.detach(m), "detach: the model has no adapter 'default'; it has 'there'"),
     "save": (lambda m: peft_kernels.save_pretrained(m, "/", "x"), "save_pretrained: the model has no"),
     "nothing": (lambda m: peft_kernels.attach(nn.Linear(2, 2), SERIAL), "no attention block is known in a Linear"),
 }
@@ -256,7 +229,9 @@ def test_what_cannot_be_done_is_said(call, text):
 
 def test_other_configs_and_replaced_forwards_are_refused():
     model = llama()
-    with pytest.raises(TypeError, match=r"config must be a .*BottleneckConfig, got a LoraConfig; what PEFT"):
+    with pytest.raises(
+        TypeError, match="config must be a BottleneckConfig or a BitFitConfig, got a LoraConfig; what PEFT"
+    ):
         peft_kernels.attach(model, lora_config())
     mlp = model.model.layers[1].mlp
     mlp.forward = lambda x: x
@@ -265,162 +240,73 @@ def test_other_configs_and_replaced_forwards_are_refused():
     assert "bottleneck" not in model.model.layers[0].mlp._modules and model.lm_head.weight.requires_grad
 
 
-# -- LoRA beside it ---------------------------------------------------------------------------------------------------
+# -- BitFit, and fine-tuning without adapters -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("patched", ["not", "before", "after"])
-@pytest.mark.parametrize("first", ["lora", "bottleneck"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bart"])
-def test_lora_and_bottleneck_adapters_work_together(name, first, patched):
-    def build(patched):
-        model = base_model(name).eval()
-        if first == "bottleneck":
-            peft_kernels.attach(model, SERIAL)
-        model = randomise(get_peft_model(model, lora_config()))
-        if patched == "before":
-            peft_kernels.patch(model, strict=True)
-        if first == "lora":
-            peft_kernels.attach(model, SERIAL)
-        peft_kernels.set_active(model, "default")  # PEFT has frozen what it does not know
-        return with_values(model.eval(), "default")
-
-    model, plain = build(patched), build("not")
-    kinds = [type(m) for m in plain.modules()]
-    expected, exact = results(plain), results(in_double(plain))
-    assert {"lora_A", "lora_B", "bottleneck"} <= {part for key in expected for part in key.split(".")}
-    if patched == "after":
-        report = peft_kernels.patch(model, strict=True).verify(**inputs())
-        found = results(model)
-        assert report.fused == 2 * calls_per_forward(report) and not report.fallbacks
-    else:
-        found = results(model)
-    assert_as_close_as_peft(found, expected, exact)
-    peft_kernels.unpatch(model)
-    assert [type(m) for m in model.modules()] == kinds
-    with peft_kernels.patch(model):
-        peft_kernels.detach(model)
-    lora = randomise(get_peft_model(base_model(name).eval(), lora_config()))
-    assert torch.equal(logits(model), logits(lora))
-    assert [type(m) for m in model.modules()] == [type(m) for m in lora.modules()]
-    assert list(model.state_dict()) == list(lora.state_dict())
-    assert {k for k, p in model.named_parameters() if p.requires_grad} == {
-        k for k, p in lora.named_parameters() if p.requires_grad
-    }
-
-
-def test_a_model_that_was_adapted_inside_of_patch_is_plain_afterwards():
-    model = randomise(get_peft_model(llama(), lora_config()))
-    with peft_kernels.patch(model):
-        peft_kernels.attach(model, PARALLEL)
-    kinds = {type(m).__name__ for m in model.modules()}
-    assert not [kind for kind in kinds if kind.startswith("Fused")]
-    assert len([key for key in results(model) if "bottleneck" in key]) == LAYERS * 4
-
-
-def test_rows_with_their_own_lora_under_checkpointing():
-    model = randomise(get_peft_model(base_model("bart"), lora_config())).train()
-    peft_kernels.attach(model, PARALLEL)
-    peft_kernels.patch(model)
-
-    def a_step():
-        with peft_kernels.adapter_ids([0, -1], ["default"]):
-            return results(with_values(model, "default"))
-
-    expected = a_step()
-    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
-    found = a_step()
-    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
-
-
-# -- files, Trainer ---------------------------------------------------------------------------------------------------
-
-
-def saved(folder, config=PARALLEL):
-    model = llama()
-    peft_kernels.attach(model, config)
-    peft_kernels.save_pretrained(with_values(model, "default"), folder)
+def shifted(model: nn.Module) -> nn.Module:
+    """As after some training: what is trained has other values."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
     return model
 
 
-def test_files_are_those_of_peft(tmp_path):
-    model = saved(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    about = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert about["peft_type"] == "BOTTLENECK" and about["scaling"] == 4.0 and about["r"] == 3
-    keys = load_file(tmp_path / "adapter_model.safetensors")
-    assert "base_model.model.model.layers.0.mlp.bottleneck.down_weight" in keys and len(keys) == 4 * LAYERS
-    other = llama()
-    state = torch.random.get_rng_state()
-    peft_kernels.load(other, tmp_path, "other")
-    assert torch.equal(torch.random.get_rng_state(), state) and not any(p.requires_grad for p in other.parameters())
-    assert torch.equal(logits(other), logits(model))
-    peft_kernels.load(other, tmp_path, "trained", trainable=True)
-    assert sum(p.requires_grad for p in other.parameters()) == 4 * LAYERS
-    under_lora = get_peft_model(llama(), lora_config())
-    peft_kernels.load(under_lora, tmp_path)
-    assert torch.equal(logits(under_lora), logits(model))
+@pytest.mark.parametrize("name", ["gpt2", "bert", "bart", "opt", "qwen2"])
+def test_bitfit_trains_biases_and_gives_them_back(name, tmp_path):
+    model = base_model(name).eval()
+    base, state = logits(model), {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    biases = peft_kernels.attach(model, BitFitConfig(), "fit")
+    assert torch.equal(logits(model), base) and all(key.endswith(".bias") for key in biases)
+    trained = {key for key, p in model.named_parameters() if p.requires_grad}
+    assert trained == {key for key, _ in model.named_parameters() if key.endswith(".bias")} == set(biases)
+    after = logits(shifted(model))
+    peft_kernels.save_pretrained(model, tmp_path, "fit")
+    peft_kernels.attach(model, BitFitConfig(), "second")  # starts from the base
+    assert torch.equal(logits(model), base)
+    peft_kernels.attach(model, SERIAL, "serial")
+    peft_kernels.set_active(model, ["fit", "serial"])
+    assert peft_kernels.active_adapters(model) == ("serial", "fit")
+    peft_kernels.set_active(copy.deepcopy(model), [])
+    peft_kernels.set_active(model, "fit")
+    assert torch.equal(logits(model), after)
+    peft_kernels.set_active(model, [])
+    assert torch.equal(logits(model), base) and not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="have the values of one adapter, got fit and second"):
+        peft_kernels.set_active(model, ["fit", "second"])
+    for attached in ("fit", "second", "serial"):
+        peft_kernels.detach(model, attached)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+    assert peft_kernels.load(model, tmp_path) == biases and torch.equal(logits(model), after)
+    peft_kernels.detach(model)
+    assert torch.equal(logits(model), base)
 
 
-def _config(folder, **changes):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def test_bitfit_of_some_modules_beside_lora():
+    model = base_model("bert").eval()
+    some = peft_kernels.attach(model, BitFitConfig(target_modules=["query", "intermediate.dense"]))
+    assert len(some) == 2 * LAYERS and "bert.encoder.layer.0.attention.self.query.bias" in some
+    model = get_peft_model(base_model("bert").eval(), lora_config(lora_bias=True))
+    base = logits(model)
+    assert set(some) < set(peft_kernels.attach(model, BitFitConfig()))
+    assert not torch.equal(logits(shifted(model)), base)
+    with pytest.raises(ValueError, match="BitFit trains biases, of which a LlamaForCausalLM has none; a Bottleneck"):
+        peft_kernels.attach(llama(), BitFitConfig())
+    for wrong in ("query", [], [1]):
+        with pytest.raises(ValueError, match="BitFitConfig: target_modules must"):
+            BitFitConfig(target_modules=wrong)
 
 
-def _weights(folder, change):
-    tensors = load_file(folder / "adapter_model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "adapter_model.safetensors")
-
-
-_KEY = "base_model.model.model.layers.1.mlp.bottleneck.up_bias"
-BROKEN = {
-    "no-folder": (shutil.rmtree, "has no adapter_config.json that can be read"),
-    "no-config": (lambda f: (f / "adapter_config.json").unlink(), "has no adapter_config.json that can be read"),
-    "not-json": (lambda f: (f / "adapter_config.json").write_text("{"), "has no adapter_config.json that can be read"),
-    "not-a-dict": (lambda f: (f / "adapter_config.json").write_text("[]"), "must be BOTTLENECK, got None"),
-    "lora": (lambda f: _config(f, peft_type="LORA"), "must be BOTTLENECK, got LORA; what PEFT has saved is loaded by"),
-    "stranger": (lambda f: _config(f, rank=3), "there is no field 'rank'"),
-    "field": (lambda f: _config(f, norm="batch"), "norm must be one of"),
-    "layer": (lambda f: _config(f, layers=[7]), r"layers must lie in \[0, 2\)"),
-    "no-weights": (
-        lambda f: (f / "adapter_model.safetensors").rename(f / "pytorch_adapter.bin"),
-        "has no adapter_model.safetensors; a .bin file is a pickle and is not read",
-    ),
-    "cut-weights": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"12345678"), "cannot be read"),
-    "missing": (lambda f: _weights(f, lambda t: t.pop(_KEY)), f"has no {_KEY}, which its config needs"),
-    "too-many": (lambda f: _weights(f, lambda t: t.update(x=t[_KEY].clone())), "the model has no place for x"),
-    "shape": (
-        lambda f: _weights(f, lambda t: t.update({_KEY: torch.zeros(9)})),
-        rf"{_KEY} must have shape \[32\] in this model, got \[9\]",
-    ),
-}
-
-
-@pytest.mark.parametrize(("spoil", "text"), BROKEN.values(), ids=BROKEN)
-def test_a_load_that_fails_changes_nothing(spoil, text, tmp_path):
-    model = saved(tmp_path)
-    before = dict(model.named_modules()), logits(model), {k: p.requires_grad for k, p in model.named_parameters()}
-    spoil(tmp_path)
-    with pytest.raises(ValueError, match=text):
-        peft_kernels.load(model, tmp_path, "other")
-    assert dict(model.named_modules()) == before[0] and torch.equal(logits(model), before[1])
-    assert {k: p.requires_grad for k, p in model.named_parameters()} == before[2]
-    assert peft_kernels.active_adapters(model) == ("default",)
-
-
-def test_trainer_trains_it_and_its_parameters_are_counted(tmp_path, capsys):
-    model = base_model("llama")
-    peft_kernels.attach(model, BottleneckConfig.adapter_plus(r=4))
-    peft_kernels.print_trainable_parameters(model)
-    trainable, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (0, 1))
-    words = f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
-    assert capsys.readouterr().out.strip() == words
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    rows = [{key: tensor[0] for key, tensor in inputs().items()}] * 4
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, learning_rate=1e-2,
-        gradient_checkpointing=True, save_strategy="no",
-    )  # fmt: skip
-    Trainer(model, arguments, train_dataset=rows).train()
-    changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
-    assert changed and changed <= {key for key in before if ".bottleneck.default." in key}
+def test_all_parameters_or_those_of_the_top_layers():
+    model = llama(num_hidden_layers=3)
+    assert peft_kernels.train_top_layers(model, 2) == ("model.layers.1", "model.layers.2")
+    trained = {key for key, p in model.named_parameters() if p.requires_grad}
+    assert trained == {
+        key for key, _ in model.named_parameters() if key.startswith(("model.layers.1", "model.layers.2"))
+    }
+    peft_kernels.train_all(model)
+    assert all(p.requires_grad for p in model.parameters())
+    assert peft_kernels.train_top_layers(base_model("bart"), 1) == ("model.decoder.layers.0",)
+    with pytest.raises(ValueError, match="k must be from 1 to 3, the layers that are known, got 4"):
+        peft_kernels.train_top_layers(model, 4)

@@ -5,6 +5,10 @@ one input, `targets.py` the rows of data that say which, `counts.py` and `report
 the adapters of the rows of one call, `named.py` is what else has to know them.
 
 `pooled.py` lets a plain model serve the adapters of a pool, which `checkpoints.py` reads; `runner.py` is that model
-compiled or captured, `continuous.py` in transformers' continuous batching. `estimate.py` says what many adapters of a
-model would cost.
+compiled or captured, `continuous.py` in transformers' continuous batching. `estimate.py` and `estimate_bottleneck.py`
+say what many adapters of a model would cost.
+
+`attach.py` puts the methods of this library on a model and takes them off, `attachments.py` is what a model has of them,
+`blocks.py` how its blocks run bottleneck adapters, `biases.py` BitFit, `adapter_files.py` saving and loading,
+`selective.py` fine-tuning without adapters.
 """

@@ -9,19 +9,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from peft_kernels.integrations.attached import (
+from peft_kernels.integrations.attach import set_active
+from peft_kernels.integrations.attachments import (
+    Config,
     add,
-    file_key,
     freeze_base,
     note_of,
     plan,
     require_attached,
     root_of,
+    shapes,
     tensors_of,
 )
-from peft_kernels.integrations.blocks import Site
-from peft_kernels.integrations.bottleneck import set_active
-from peft_kernels.methods import BottleneckConfig
+from peft_kernels.methods import CONFIGS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -49,7 +49,7 @@ def save_pretrained(model: nn.Module, folder: str | PathLike, name: str = "defau
 def load(
     model: nn.Module, source: str | PathLike, name: str = "default", *, trainable: bool = False, freeze: bool = True
 ) -> tuple[str, ...]:
-    """Attaches an adapter that `save_pretrained` has written; returns the names of the blocks that have one.
+    """Attaches an adapter that `save_pretrained` has written; returns what `attach` does.
 
     Args:
         source: a folder, or an id of the Hugging Face Hub.
@@ -66,28 +66,28 @@ def load(
     """
     root = root_of(model)
     config, tensors = _read(source)
-    sites = plan(root, config, name)
-    _check_tensors(config, sites, tensors, source)
-    add(root, config, name, sites, tensors)
+    places = plan(root, config, name)
+    _check_tensors(shapes(config, places), tensors, source)
+    add(root, config, name, places, tensors)
     if freeze:
         freeze_base(root)
     set_active(root, name, trainable=trainable)
-    return tuple(site.name for site in sites)
+    return tuple(places)
 
 
-def _read(source: str | PathLike) -> tuple[BottleneckConfig, dict[str, Tensor]]:
+def _read(source: str | PathLike) -> tuple[Config, dict[str, Tensor]]:
     try:
         about = json.loads(Path(cached_file(source, CONFIG)).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"load: {source} has no {CONFIG} that can be read: {str(error).splitlines()[0]}") from error
     kind = about.get("peft_type") if isinstance(about, dict) else None
-    if kind != BottleneckConfig.peft_type:
+    if kind not in CONFIGS:
         raise ValueError(
-            f"load: the peft_type in {source} must be {BottleneckConfig.peft_type}, got {kind}; what PEFT has saved is "
+            f"load: the peft_type in {source} must be {' or '.join(CONFIGS)}, got {kind}; what PEFT has saved is "
             "loaded by PeftModel.from_pretrained"
         )
     about.pop("base_model_name_or_path", None)
-    config = BottleneckConfig.from_dict(about)
+    config = CONFIGS[kind].from_dict(about)
     try:
         return config, load_file(cached_file(source, WEIGHTS))
     except OSError as error:
@@ -98,11 +98,7 @@ def _read(source: str | PathLike) -> tuple[BottleneckConfig, dict[str, Tensor]]:
         raise ValueError(f"load: {WEIGHTS} in {source} cannot be read: {error}") from error
 
 
-def _check_tensors(config: BottleneckConfig, sites: list[Site], tensors: dict[str, Tensor], source) -> None:
-    expected = {}
-    for site in sites:
-        for key, tensor in config.adapter(site.width, "meta").state_dict().items():
-            expected[file_key(site, key)] = list(tensor.shape)
+def _check_tensors(expected: dict[str, list[int]], tensors: dict[str, Tensor], source: str | PathLike) -> None:
     if strangers := sorted(tensors.keys() - expected.keys()):
         raise ValueError(f"load: the model has no place for {strangers[0]} of {source} ({len(strangers)} such tensors)")
     if missing := sorted(expected.keys() - tensors.keys()):

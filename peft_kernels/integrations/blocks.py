@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from peft_kernels.integrations.named import beneath, subclass
+from peft_kernels.integrations.named import subclass
 from peft_kernels.integrations.targets import Block, block_of
 
 CHILD = "bottleneck"
@@ -36,11 +36,16 @@ def sites_of(model: nn.Module) -> list[Site]:
         block = block_of(name, owner._modules)
         if block is None or CHILD in name.split(".") or name.startswith(inside[block.representation]):
             continue  # what is inside of a block (the experts of a mixture) belongs to it
-        number = re.search(r"(?<![^.])\d+(?![^.])", name)
-        layer = layers.setdefault(name[: number.end()] if number else name, len(layers))
+        layer = layers.setdefault(layer_of(name), len(layers))
         inside[block.representation] += (f"{name}.",)
         found.append(Site(name, layer, block, _width(model, owner, block)))
     return found
+
+
+def layer_of(name: str) -> str:
+    """The name of the layer that a module is in: up to its first number."""
+    number = re.search(r"(?<![^.])\d+(?![^.])", name)
+    return name[: number.end()] if number else name
 
 
 def _width(model: nn.Module, owner: nn.Module, block: Block) -> int:
@@ -59,10 +64,10 @@ def _input(place: int, args: tuple, kwargs: dict) -> Tensor:
 
 def _around(self, *args, **kwargs):
     """The forward of an owner that returns y, or y and more."""
-    kind = beneath(type(self))
-    y = kind.forward(self, *args, **kwargs)
+    family_class = type(self).family_class
+    y = family_class.forward(self, *args, **kwargs)
     adapters = self._modules[CHILD]
-    if not adapters.active:
+    if not adapters.active_names:
         return y
     x = _input(self.block.x, args, kwargs)
     return (adapters(x, y[0]), *y[1:]) if isinstance(y, tuple) else adapters(x, y)
@@ -70,15 +75,17 @@ def _around(self, *args, **kwargs):
 
 def _within(self, *args, **kwargs):
     """The forward of an owner in which something follows y."""
-    kind = beneath(type(self))
-    if not self._modules[CHILD].active:
-        return kind.forward(self, *args, **kwargs)
+    family_class = type(self).family_class
+    if not self._modules[CHILD].active_names:
+        return family_class.forward(self, *args, **kwargs)
     first = _input(0, args, kwargs)
     x = None if isinstance(self.block.x, str) else _input(self.block.x, args, kwargs)
     stand_in = self.stand_in(self, first.shape[0], x)
-    result = kind.forward(stand_in, *args, **kwargs)
+    result = family_class.forward(stand_in, *args, **kwargs)
     if not stand_in.ran:
-        raise RuntimeError(f"bottleneck adapters: {kind.__name__}.forward has not called its {self.block.output}")
+        raise RuntimeError(
+            f"bottleneck adapters: {family_class.__name__}.forward has not called its {self.block.output}"
+        )
     return result
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from peft_kernels.integrations.attached import plan
+from peft_kernels.integrations.attachments import plan_blocks
 from peft_kernels.integrations.estimate import Question, distinct_of, pattern, read_by_a_step
 from peft_kernels.methods import BottleneckConfig
 
@@ -54,7 +54,7 @@ def estimate_bottleneck(model: nn.Module, config: BottleneckConfig, question: Qu
         ValueError: a number is out of range, or the model has no block for the config.
     """
     q, distinct = question, distinct_of(question)
-    counts = Counter((pattern(site.name), site.width) for site in plan(model, config, "estimate"))
+    counts = Counter((pattern(site.name), site.width) for site in plan_blocks(model, config).values())
     blocks = tuple(
         BlockKind(name, count, width, config.bottleneck(width), count * config.parameters(width))
         for (name, width), count in counts.items()

@@ -188,7 +188,7 @@ class PooledBlock(nn.Module):
             self._modules[form].pool_site = PoolSite(pool, site_name(owner, form), output=False)
 
     @property
-    def active(self) -> bool:
+    def active_names(self) -> bool:
         """Whether some adapter has ever touched the block."""
         sites = (place.pool_site for place in self._modules.values())
         return any(site.pool.touched(site.name) for site in sites)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from peft_kernels.integrations.adapter_files import CONFIG, WEIGHTS
-from peft_kernels.integrations.attached import PREFIX
+from peft_kernels.integrations.attachments import PREFIX
 from peft_kernels.integrations.blocks import CHILD, Site
 from peft_kernels.methods import BottleneckConfig
 from peft_kernels.ops import SiteAdapter

@@ -115,22 +115,22 @@ class BottleneckAdapter(nn.Module):
 
 
 class BottleneckAdapters(nn.ModuleDict):
-    """The adapters of one block by name. `active` are those that run; `serial` says which read the block's output.
+    """The adapters of one block by name. Those of `active_names` run; those of `serial_names` are serial.
 
     Parallel ones are summed on the block's output; then the serial ones run, each on what the one before it gave.
     """
 
     def __init__(self):
         super().__init__()
-        self.active: tuple[str, ...] = ()
-        self.serial: frozenset[str] = frozenset()
+        self.active_names: tuple[str, ...] = ()
+        self.serial_names: frozenset[str] = frozenset()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x is the block's input, y its output."""
-        for name in self.active:
-            if name not in self.serial:
+        for name in self.active_names:
+            if name not in self.serial_names:
                 y = self[name](x, y)
-        for name in self.active:
-            if name in self.serial:
+        for name in self.active_names:
+            if name in self.serial_names:
                 y = self[name](y)
         return y

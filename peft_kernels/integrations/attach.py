@@ -1,11 +1,12 @@
-"""Bottleneck adapters on a model: attach them, say which run, take them off."""
+"""Adapters of our own on a model: attach them, say which run, take them off."""
 
 from collections.abc import Sequence
 
 from torch import nn
 
-from peft_kernels.integrations.attached import (
+from peft_kernels.integrations.attachments import (
     NOTE,
+    Config,
     adapters_in,
     add,
     check_layers,
@@ -16,32 +17,32 @@ from peft_kernels.integrations.attached import (
     root_of,
     unfreeze_base,
 )
+from peft_kernels.integrations.biases import activate, biases_of, deactivate
 from peft_kernels.integrations.blocks import CHILD, sites_of
 from peft_kernels.integrations.named import beneath
 from peft_kernels.integrations.transformers import keeps_its_class, swap
-from peft_kernels.methods import BottleneckConfig
+from peft_kernels.methods import BitFitConfig
 
 
-def attach(
-    model: nn.Module, config: BottleneckConfig, name: str = "default", *, freeze: bool = True
-) -> tuple[str, ...]:
-    """Gives a model bottleneck adapters, active and ready to be trained; returns the names of the blocks that have one.
+def attach(model: nn.Module, config: Config, name: str = "default", *, freeze: bool = True) -> tuple[str, ...]:
+    """Gives a model an adapter, active and ready to be trained; returns the names of the blocks, or biases, it is at.
 
     Args:
         model: a transformers model, or a PeftModel around one: its LoRA stays as it is and both work together.
-        config: a `BottleneckConfig`.
+        config: a `BottleneckConfig`, or a `BitFitConfig`.
         name: by which `set_active`, `detach` and `save_pretrained` know the adapter. Others that the model has stop
             being active: `set_active(model, [other, name])` stacks them.
         freeze: whether the model's own parameters stop being trained; `detach` of the last adapter undoes it. PEFT's
             adapters, and the model under them, keep what PEFT has set.
 
     The owners of the blocks change class (instances only); no key of the model's state dict changes. Adapters are
-    float32 (float64 in a float64 model) on the device of their block, whatever the base is stored in.
+    float32 (float64 in a float64 model) on the device of their block, whatever the base is stored in. BitFit trains the
+    model's own biases: while its adapter is active, they have its values.
 
     Raises:
-        ValueError: the name is taken or has a dot; the model has no block that is known, or not the layers that the
-            config names; a block cannot change class (FSDP, parametrizations, a forward of its own). Nothing has
-            changed then.
+        ValueError: the name is taken or has a dot; the model has no block that is known, no bias, or not the layers
+            that the config names; a block cannot change class (FSDP, parametrizations, a forward of its own). Nothing
+            has changed then.
 
     Example:
         >>> peft_kernels.attach(model, peft_kernels.BottleneckConfig.pfeiffer(reduction_factor=16))
@@ -50,12 +51,12 @@ def attach(
         >>> peft_kernels.save_pretrained(model, "checkpoints/adapter")
     """
     root = root_of(model)
-    sites = plan(root, config, name)
-    add(root, config, name, sites)
+    places = plan(root, config, name)
+    add(root, config, name, places)
     if freeze:
         freeze_base(root)
     set_active(root, name)
-    return tuple(site.name for site in sites)
+    return tuple(places)
 
 
 def set_active(
@@ -64,13 +65,13 @@ def set_active(
     """Says which adapters run; the others stop being trained.
 
     Args:
-        names: serial ones run in this order, each on what the one before gave; parallel ones are summed. [] stands
-            for the model without adapters.
+        names: serial ones run in this order, each on what the one before gave; parallel ones are summed; of BitFit's
+            there may be one. [] stands for the model without adapters.
         skip_layers: layers that go without adapters from now on (AdapterDrop, arXiv:2010.11918).
         trainable: whether the active ones are trained.
 
     Raises:
-        ValueError: the model has no adapter of a name, or no layer of an index; a name comes twice.
+        ValueError: the model has no adapter of a name, or no layer of an index; a name comes twice; two are BitFit's.
 
     Example:
         >>> peft_kernels.set_active(model, ["language", "task"])
@@ -82,23 +83,34 @@ def set_active(
         require_attached(root, name, "set_active")
     if len(set(names)) < len(names):
         raise ValueError(f"set_active: names must differ from each other, got {list(names)}")
-    sites = sites_of(root)
-    check_layers("set_active: skip_layers", skip_layers, sites)
+    note, sites = note_of(root), sites_of(root)
+    fits = [name for name in names if isinstance(note.configs[name], BitFitConfig)]
+    if len(fits) > 1:
+        raise ValueError(f"set_active: the model's biases have the values of one adapter, got {' and '.join(fits)}")
+    if skip_layers:
+        check_layers("set_active: skip_layers", skip_layers, sites)
+    if note.biases.active is not None:
+        deactivate(note.biases, biases_of(root, note.configs[note.biases.active]))
+    for name in fits:
+        activate(note.biases, name, biases_of(root, note.configs[name]), trainable)
     for site in sites:
         adapters = root.get_submodule(site.name)._modules.get(CHILD)
         if adapters is not None:
             here = () if site.layer in skip_layers else names
-            adapters.active = tuple(name for name in here if name in adapters)
+            adapters.active_names = tuple(name for name in here if name in adapters)
             for name, adapter in adapters.items():
-                adapter.requires_grad_(trainable and name in adapters.active)
+                adapter.requires_grad_(trainable and name in adapters.active_names)
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
-    """Names of the adapters that some block of a model runs.
+    """Names of the adapters that some block of a model runs, and of the one whose values its biases have.
 
     >>> peft_kernels.active_adapters(model)
     """
-    return tuple(dict.fromkeys(name for _, adapters in adapters_in(root_of(model)) for name in adapters.active))
+    root = root_of(model)
+    names = [name for _, adapters in adapters_in(root) for name in adapters.active_names]
+    fit = root.__dict__[NOTE].biases.active if NOTE in root.__dict__ else None
+    return tuple(dict.fromkeys(names if fit is None else [*names, fit]))
 
 
 def detach(model: nn.Module, name: str = "default") -> None:
@@ -119,14 +131,17 @@ def detach(model: nn.Module, name: str = "default") -> None:
     for owner_name, adapters in adapters_in(root):
         if name in adapters:
             del adapters[name]
-            adapters.active = tuple(other for other in adapters.active if other != name)
-            adapters.serial -= {name}
+            adapters.active_names = tuple(other for other in adapters.active_names if other != name)
+            adapters.serial_names -= {name}
         if not adapters:
             owner = root.get_submodule(owner_name)
             del owner._modules[CHILD]
             swaps.append((owner, beneath(type(owner))))
     swap(swaps)
     note = note_of(root)
+    if name == note.biases.active:
+        deactivate(note.biases, biases_of(root, note.configs[name]))
+    note.biases.kept.pop(name, None)
     del note.configs[name]
     if not note.configs:
         unfreeze_base(root)

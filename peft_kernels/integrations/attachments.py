@@ -1,10 +1,11 @@
-"""What bottleneck adapters a model has, and how they come into it.
+"""What adapters a model has, and how they come into it.
 
-Adapters are parameters of the model, `<owner of the block>.bottleneck.<name>.<parameter>`; all other keys of its state
-dict stay. The config of each adapter is noted by name at the model itself, as PEFT does.
+Bottleneck adapters are parameters of the model, `<owner of the block>.bottleneck.<name>.<parameter>`; all other keys of
+its state dict stay. BitFit adapters are values of its biases (`biases.py`). The config of each is noted by name at the
+model itself, as PEFT does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,21 +13,26 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from peft_kernels.integrations.biases import Biases, biases_of, keep, values_of
 from peft_kernels.integrations.blocks import CHILD, Site, adapted_class, sites_of
 from peft_kernels.integrations.transformers import keeps_its_class, swap
-from peft_kernels.methods import BottleneckConfig
+from peft_kernels.methods import BitFitConfig, BottleneckConfig
 from peft_kernels.modules import BottleneckAdapters
 
-NOTE = "bottleneck_adapters"
+Config = BottleneckConfig | BitFitConfig
+Places = dict[str, Site | nn.Parameter]  # blocks by the names of their owners, or biases by their own
+
+NOTE = "attached_adapters"
 PREFIX = "base_model.model."  # of every key in PEFT's files
 
 
 @dataclass
 class Attached:
-    """What a model has: configs by name, and the names of the parameters that `attach` has frozen."""
+    """What a model has: configs by name, the names of the parameters that `attach` has frozen, and BitFit's values."""
 
-    configs: dict[str, BottleneckConfig] = field(default_factory=dict)
+    configs: dict[str, Config] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
+    biases: Biases = field(default_factory=Biases)
 
 
 def root_of(model: nn.Module) -> nn.Module:
@@ -41,7 +47,7 @@ def require_attached(root: nn.Module, name: str, function: str) -> None:
     configs = root.__dict__[NOTE].configs if NOTE in root.__dict__ else {}
     if name not in configs:
         has = ", ".join(map(repr, configs)) or "none"
-        raise ValueError(f"{function}: the model has no bottleneck adapter {name!r}; it has {has}")
+        raise ValueError(f"{function}: the model has no adapter {name!r}; it has {has}")
 
 
 def adapters_in(root: nn.Module) -> list[tuple[str, BottleneckAdapters]]:
@@ -55,6 +61,10 @@ def adapters_in(root: nn.Module) -> list[tuple[str, BottleneckAdapters]]:
 
 def tensors_of(root: nn.Module, name: str) -> dict[str, Tensor]:
     """The parameters of an adapter, by their keys in the file."""
+    note = note_of(root)
+    if isinstance(config := note.configs[name], BitFitConfig):
+        values = values_of(note.biases, name, biases_of(root, config))
+        return {PREFIX + key: tensor for key, tensor in values.items()}
     return {
         f"{PREFIX}{owner}.{CHILD}.{key}": parameter
         for owner, adapters in adapters_in(root)
@@ -63,17 +73,24 @@ def tensors_of(root: nn.Module, name: str) -> dict[str, Tensor]:
     }
 
 
-def plan(root: nn.Module, config: BottleneckConfig, name: str) -> list[Site]:
-    """The blocks that get an adapter. Raises for what cannot be done."""
-    if not isinstance(config, BottleneckConfig):
+def plan(root: nn.Module, config: Config, name: str) -> Places:
+    """Where an adapter goes. Raises for what cannot be done."""
+    if not isinstance(config, Config):
         raise TypeError(
-            f"attach: config must be a peft_kernels.BottleneckConfig, got a {type(config).__name__}; what PEFT has is "
-            "attached by peft.get_peft_model, before or after"
+            f"attach: config must be a BottleneckConfig or a BitFitConfig, got a {type(config).__name__}; what PEFT "
+            "has is attached by peft.get_peft_model, before or after"
         )
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"attach: name must be a str without dots, got {name!r}")
+    if hasattr(BottleneckAdapters(), name):
+        raise ValueError(f"attach: name must not be that of an attribute of torch's modules, got {name!r}")
     if NOTE in root.__dict__ and name in root.__dict__[NOTE].configs:
         raise ValueError(f"attach: the model has an adapter {name!r}; choose another name, or detach(model, {name!r})")
+    return biases_of(root, config) if isinstance(config, BitFitConfig) else plan_blocks(root, config)
+
+
+def plan_blocks(root: nn.Module, config: BottleneckConfig) -> dict[str, Site]:
+    """The blocks that get an adapter."""
     every = sites_of(root)
     for representation in config.representations:
         if not any(site.block.representation == representation for site in every):
@@ -82,13 +99,12 @@ def plan(root: nn.Module, config: BottleneckConfig, name: str) -> list[Site]:
                 "children that peft_kernels/integrations/targets.py lists"
             )
     check_layers("attach: layers", config.layers or (), every)
-    sites = [site for site in every if site.block.representation in config.representations]
+    sites = {site.name: site for site in every if site.block.representation in config.representations}
     if config.layers is not None:
-        sites = [site for site in sites if site.layer in config.layers]
-    for site in sites:
-        owner = root.get_submodule(site.name)
-        if reason := _obstacle(owner):
-            raise ValueError(f"attach: {site.name} cannot change class: {reason}")
+        sites = {name: site for name, site in sites.items() if site.layer in config.layers}
+    for name, site in sites.items():
+        if reason := _obstacle(root.get_submodule(name)):
+            raise ValueError(f"attach: {name} cannot change class: {reason}")
         config.bottleneck(site.width)  # raises where it is too wide
     return sites
 
@@ -105,8 +121,29 @@ def check_layers(what: str, layers: Sequence[int], sites: list[Site]) -> None:
         raise ValueError(f"{what} must lie in [0, {count}), the layers of this model, got {outside[0]}")
 
 
-def add(root: nn.Module, config: BottleneckConfig, name: str, sites: list[Site], tensors=None) -> None:
-    """Puts the adapters in, new ones or those of a file; none runs yet."""
+def shapes(config: Config, places: Places) -> dict[str, list[int]]:
+    """Of the tensors in a file, by their keys."""
+    if isinstance(config, BitFitConfig):
+        return {PREFIX + key: list(bias.shape) for key, bias in places.items()}
+    return {
+        _file_key(site, key): list(parameter.shape)
+        for site in places.values()
+        for key, parameter in config.adapter(site.width, "meta").named_parameters()
+    }
+
+
+def add(root: nn.Module, config: Config, name: str, places: Places, tensors: dict[str, Tensor] | None = None) -> None:
+    """Puts an adapter in, a new one or that of a file; it does not run yet."""
+    note = note_of(root)
+    if isinstance(config, BitFitConfig):
+        values = tensors and {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+        keep(note.biases, name, places, values)
+    else:
+        _add_to_blocks(root, config, name, places.values(), tensors)
+    note.configs[name] = config
+
+
+def _add_to_blocks(root: nn.Module, config: BottleneckConfig, name: str, sites: Iterable[Site], tensors) -> None:
     swaps = []
     for site in sites:
         owner = root.get_submodule(site.name)
@@ -118,16 +155,15 @@ def add(root: nn.Module, config: BottleneckConfig, name: str, sites: list[Site],
             adapter = config.adapter(site.width, "meta", dtype).to_empty(device=base.device)
             with torch.no_grad():
                 for key, parameter in adapter.named_parameters():
-                    parameter.copy_(tensors[file_key(site, key)])
+                    parameter.copy_(tensors[_file_key(site, key)])
         if CHILD not in owner._modules:
             owner.add_module(CHILD, BottleneckAdapters().train(owner.training))
             swaps.append((owner, adapted_class(site.block, type(owner))))
         adapters = owner._modules[CHILD]
         adapters[name] = adapter.train(owner.training)
         if config.insertion == "serial":
-            adapters.serial |= {name}
+            adapters.serial_names |= {name}
     swap(swaps)
-    note_of(root).configs[name] = config
 
 
 def freeze_base(root: nn.Module) -> None:
@@ -153,6 +189,6 @@ def _has_peft(root: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in root.modules())
 
 
-def file_key(site: Site, parameter: str) -> str:
+def _file_key(site: Site, parameter: str) -> str:
     """Of a tensor in the file."""
     return f"{PREFIX}{site.name}.{CHILD}.{parameter}"
