@@ -29,7 +29,7 @@ static void add_v(const Problem& p, WideTile& v, int64_t row0, int64_t rows, int
         if (of_bias) gate_sums[i] += first_of(scaled * load(bias + j), cols - j);
       }
     }
-    outer<false>(v.at[0], kWidePitch, rows, width, d.at[0], 1, kPitch, B + n0 * p.E + e0, p.E, cols);
+    product(v.at[0], kWidePitch, rows, width, d.at[0], 1, kPitch, B + n0 * p.E + e0, p.E, cols);
   }
   const int64_t parts = bottleneck_units(p);
   for (int64_t i = 0; p.dgate && e0 == 0 && i < rows; ++i) {
@@ -146,7 +146,7 @@ static void up_unit(const Problem& p, int64_t unit, float* sums) {
     const int64_t rows = min(kRows, p.M - row0);
     Tile d;
     load_dy(p, d, row0, rows, n0, cols);
-    if (wants_up(p)) outer<false>(up_t, kPitch, p.E, cols, p.u + row0 * p.E, p.E, 1, d.at[0], kPitch, rows);
+    if (wants_up(p)) product(up_t, kPitch, p.E, cols, p.u + row0 * p.E, p.E, 1, d.at[0], kPitch, rows);
     for (int64_t i = 0; wants_sums && i < rows; ++i) {
       const float gate = p.gate ? number_at(p, p.gate, row0 + i) : 1.f;
       for (int64_t j = 0; j < cols; j += kLanes) store(sums + j, load(sums + j) + load(d.at[i] + j) * gate);
@@ -220,12 +220,12 @@ static void down_unit(const Problem& p, int64_t k0, float* sums) {
     if (wants_out(p)) {
       if (p.dnorm_weight) load_x(p, x, row0, rows, k0, cols, true);
       for (int64_t i = 0; i < rows; ++i) fill(out.at[i], cols, 0.f);
-      outer<false>(out.at[0], kPitch, rows, cols, dh, 1, p.E, A, in_place ? p.K : kPitch, p.E);
+      product(out.at[0], kPitch, rows, cols, dh, 1, p.E, A, in_place ? p.K : kPitch, p.E);
       store_out(p, out, x, norm_sums, row0, rows, k0, cols);
     }
     if (p.dA) {
       load_x(p, x, row0, rows, k0, cols, false);
-      outer<false>(dA, kPitch, p.E, cols, dh, p.E, 1, x.at[0], kPitch, rows);
+      product(dA, kPitch, p.E, cols, dh, p.E, 1, x.at[0], kPitch, rows);
     }
   }
   for (int64_t e = 0; p.dA && e < p.E; ++e) narrow_row(p.dA, p.factors, e * p.K + k0, dA + e * kPitch, cols);

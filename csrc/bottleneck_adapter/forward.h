@@ -41,7 +41,7 @@ static void add_down(const Problem& p, WideTile& sums, int64_t row0, int64_t row
                     static_cast<const decltype(number)*>(p.A) + e0 * p.K + k0, p.K, cols, 1.f);
       });
     } else {
-      outer<false>(sums.at[0], kWidePitch, rows, width, x.at[0], 1, kPitch, p.packed_A + k0 * pitch(p.E) + e0,
+      product(sums.at[0], kWidePitch, rows, width, x.at[0], 1, kPitch, p.packed_A + k0 * pitch(p.E) + e0,
                    pitch(p.E), cols);
     }
   }
@@ -116,7 +116,7 @@ static void expand_unit(const Problem& p, int64_t n0, int64_t first, int64_t las
                     p.E, 1.f);
       });
     } else {
-      outer<false>(tile.at[0], kPitch, rows, cols, u, 1, p.E, p.packed_B + n0, pitch(p.N), p.E);
+      product(tile.at[0], kPitch, rows, cols, u, 1, p.E, p.packed_B + n0, pitch(p.N), p.E);
     }
     store_y(p, tile, scale, row0, rows, n0, cols);
   }

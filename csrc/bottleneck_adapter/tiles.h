@@ -18,6 +18,12 @@ struct WideTile {
   alignas(64) float at[kRows][kWidePitch];
 };
 
+// c[i][j] += sum_n p[n * ldn + i * ldi] v[n * ldv + j], all in fp32.
+PK_INLINE void product(float* c, int64_t ldc, int64_t rows, int64_t cols, const float* p, int64_t ldn, int64_t ldi,
+                       const float* v, int64_t ldv, int64_t n) {
+  outer<false, kTallest>(c, ldc, rows, cols, p, ldn, ldi, v, ldv, n);
+}
+
 // f(a number of the type)
 template <class F>
 PK_INLINE void with_type(Dtype type, const F& f) {

@@ -187,11 +187,14 @@ PK_INLINE void outer_pairs_tile(float* c, int64_t ldc, const bf16* p, int64_t ld
 }
 #endif
 
+constexpr int kHalfTall = kLanes == 16 ? 8 : 4;  // rows of a tile of two vectors: it takes half of the registers
+constexpr int kTallest = kLanes == 16 ? 12 : 6;  // nearly all: for fp32 that lies in L1
+
 // c[i][j] += sum_n p(n, i) v[n][j], i < rows, j < cols. c has room for whole vectors; what is past cols is undefined.
-template <bool kMasked, class V>
+// kTall changes the speed only.
+template <bool kMasked, int kTall = kHalfTall, class V>
 __attribute__((noinline)) void outer(float* c, int64_t ldc, int64_t rows, int64_t cols, const float* p, int64_t ldn,
                                      int64_t ldi, const V* v, int64_t ldv, int64_t n, const uint32_t* mask = nullptr) {
-  constexpr int kTall = kLanes == 16 ? 8 : 4;  // 2 kTall accumulators: half of the registers
   for (int64_t j = 0; j < cols;) {
     const bool wide = cols - j >= 2 * kLanes;
     const uint32_t* words = kMasked ? mask + j / 32 : nullptr;
@@ -208,6 +211,8 @@ __attribute__((noinline)) void outer(float* c, int64_t ldc, int64_t rows, int64_
       };
       if (rows - i >= kTall) {
         tile(Constant<kTall>{});
+      } else if (kTall > 4 && rows - i >= 4) {
+        tile(Constant<4>{});
       } else if (rows - i >= 2) {
         tile(Constant<2>{});
       } else {
