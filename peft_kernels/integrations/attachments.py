@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from peft_kernels.integrations.biases import Biases, biases_of, keep, values_of
 from peft_kernels.integrations.blocks import CHILD, Site, adapted_class, sites_of
+from peft_kernels.integrations.pooled import PooledBlock
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.methods import BitFitConfig, BottleneckConfig
 from peft_kernels.modules import BottleneckAdapters
@@ -110,8 +111,11 @@ def plan_blocks(root: nn.Module, config: BottleneckConfig) -> dict[str, Site]:
 
 
 def _obstacle(owner: nn.Module) -> str:
-    if CHILD in owner._modules:
-        return "" if isinstance(owner._modules[CHILD], BottleneckAdapters) else f"it has a {CHILD} of its own"
+    child = owner._modules.get(CHILD)
+    if isinstance(child, PooledBlock):
+        return "the model's pool has bottleneck adapters there" if child.active_names else ""
+    if child is not None:
+        return "" if isinstance(child, BottleneckAdapters) else f"it has a {CHILD} of its own"
     return "FSDP or a parametrization has made its class, or its forward was replaced" if keeps_its_class(owner) else ""
 
 
@@ -156,9 +160,10 @@ def _add_to_blocks(root: nn.Module, config: BottleneckConfig, name: str, sites: 
             with torch.no_grad():
                 for key, parameter in adapter.named_parameters():
                     parameter.copy_(tensors[_file_key(site, key)])
-        if CHILD not in owner._modules:
-            owner.add_module(CHILD, BottleneckAdapters().train(owner.training))
-            swaps.append((owner, adapted_class(site.block, type(owner))))
+        child = owner._modules.get(CHILD)
+        if not isinstance(child, BottleneckAdapters):  # a pool's place, which nothing has touched, makes room
+            owner._modules[CHILD] = BottleneckAdapters().train(owner.training)
+            swaps += [(owner, adapted_class(site.block, type(owner)))] if child is None else []
         adapters = owner._modules[CHILD]
         adapters[name] = adapter.train(owner.training)
         if config.insertion == "serial":
