@@ -136,6 +136,42 @@ def test_identical_rows_get_identical_bits(backend):
             assert same(rows, rows[:1].expand_as(rows))
 
 
+def with_activation(number):
+    def plant(arguments):
+        for table in arguments["table"]:
+            table[:, 3] = number
+        return {}
+
+    return plant
+
+
+MUTANTS = {  # by the sample that has to catch it
+    "relu": ("f is ignored", with_activation(0)),
+    "gelu": ("gelu's tanh form for gelu", with_activation(NAMES.index("gelu_tanh"))),
+    "gelu_tanh": ("gelu for its tanh form", with_activation(NAMES.index("gelu"))),
+    "leaky_relu": ("relu for leaky_relu", with_activation(NAMES.index("relu"))),
+    "down-bias": ("a is forgotten", lambda a: {"down_bias": [t.new_empty(0) for t in a["down_bias"]]}),
+    "mixed": ("a of another slot", lambda a: {"down_bias": [t.roll(1, 0) for t in a["down_bias"]]}),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("id", MUTANTS)
+def test_the_oracle_catches_what_is_planted(id, backend):
+    (sample,) = (s for s in OP.samples() if s.id == id)
+    forward = testing.operators(backend, OP)[0]
+    names = list(sample.make("cpu", F32, F32))
+
+    def planted(*values):
+        arguments = dict(zip(names, values, strict=True))
+        arguments["table"] = [table.clone() for table in arguments["table"]]
+        forward(*(arguments | MUTANTS[id][1](arguments)).values())
+
+    testing.assert_matches_oracle(OP, sample.make("cpu", F32, F32), forward, None)
+    with pytest.raises(AssertionError):
+        testing.assert_matches_oracle(OP, sample.make("cpu", F32, F32), planted, None)
+
+
 def in_place(forward, arguments, places):
     """y where x is y[0]; `places` lays a matrix out."""
     x, others = places(arguments["x"]), [places(y) for y in arguments["y"][1:]]

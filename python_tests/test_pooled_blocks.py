@@ -154,12 +154,21 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     assert pool_of(model) is pool and pool.names() == ["french"]
 
 
-def test_a_model_has_a_pool_or_bottleneck_adapters_of_its_own():
-    model = base_model("llama")
-    peft_kernels.attach(model, CONFIGS["behind"])
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp has bottleneck adapters; peft_kernels\.detach"):
-        peft_kernels.attach_pool(model)
-    peft_kernels.detach(model)
-    peft_kernels.attach_pool(model)
-    with pytest.raises(ValueError, match="bottleneck of its own"):
+def test_adapters_of_the_model_and_of_its_pool(tmp_path):
+    """What `attach` gives is for all rows: a block has that or places in the pool."""
+    plain, model, _, pool = served("llama", tmp_path, ("behind",))
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.mlp cannot change class: the model's pool has bottleneck adapters"
+    ):
         peft_kernels.attach(model, CONFIGS["behind"])
+    peft_kernels.attach(model, CONFIGS["heads"])  # its blocks are free
+    with_bottleneck(plain, tmp_path, "heads", CONFIGS["heads"])
+    with pytest.raises(ValueError, match=r"self_attn.* has bottleneck adapters of the model's own"):
+        pool.load("heads", tmp_path / "heads")
+    other = copy.deepcopy(plain)
+    peft_kernels.attach(other, CONFIGS["behind"])
+    pool = peft_kernels.attach_pool(other)
+    assert not [site for site in pool.sites if "bottleneck" in site]
+    with pytest.raises(ValueError, match="cannot take adapters: the model has bottleneck adapters of its own"):
+        pool.load("heads", tmp_path / "heads")
+    assert pool_of(other) is pool

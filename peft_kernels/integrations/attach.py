@@ -21,7 +21,7 @@ from peft_kernels.integrations.biases import activate, biases_of, deactivate
 from peft_kernels.integrations.blocks import CHILD, sites_of, stream_owner, unfit
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.methods import BitFitConfig
-from peft_kernels.modules import OF_STREAM
+from peft_kernels.modules import OF_STREAM, BottleneckAdapters
 
 
 def attach(model: nn.Module, config: Config, name: str = "default", *, freeze: bool = True) -> tuple[str, ...]:
@@ -97,7 +97,7 @@ def set_active(
         activate(note.biases, name, biases_of(root, note.configs[name]), trainable)
     for site in sites:
         adapters = root.get_submodule(site.name)._modules.get(CHILD)
-        if adapters is not None:
+        if isinstance(adapters, BottleneckAdapters):
             here = () if site.layer in skip_layers else names
             adapters.active_names = tuple(name for name in here if name in adapters)
             for name, adapter in adapters.items():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from peft_kernels.integrations.biases import Biases, biases_of, keep, values_of
 from peft_kernels.integrations.blocks import CHILD, Site, sites_of, stream_owner, unfit
+from peft_kernels.integrations.pooled import PooledBlock
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.methods import BitFitConfig, BottleneckConfig
 from peft_kernels.modules import OF_STREAM, BottleneckAdapters
@@ -115,8 +116,11 @@ def plan_blocks(root: nn.Module, config: BottleneckConfig) -> dict[str, Site]:
 
 
 def _obstacle(owner: nn.Module) -> str:
-    if CHILD in owner._modules:
-        return "" if isinstance(owner._modules[CHILD], BottleneckAdapters) else f"it has a {CHILD} of its own"
+    child = owner._modules.get(CHILD)
+    if isinstance(child, PooledBlock):
+        return "the model's pool has bottleneck adapters there" if child.active_names else ""
+    if child is not None:
+        return "" if isinstance(child, BottleneckAdapters) else f"it has a {CHILD} of its own"
     return MADE if keeps_its_class(owner) else ""
 
 
@@ -171,8 +175,8 @@ def _add_to_blocks(root: nn.Module, config: BottleneckConfig, name: str, sites: 
             with torch.no_grad():
                 for key, parameter in adapter.named_parameters():
                     parameter.copy_(tensors[file_key(site, key)])
-        if CHILD not in owner._modules:
-            owner.add_module(CHILD, BottleneckAdapters().train(owner.training))
+        if not isinstance(owner._modules.get(CHILD), BottleneckAdapters):  # a pool's place makes room, if nothing has
+            owner._modules[CHILD] = BottleneckAdapters().train(owner.training)  # touched it
         adapters = owner._modules[CHILD]
         adapters[name] = adapter.train(owner.training)
         adapters.reads_by_name[name] = config.reads

@@ -35,6 +35,7 @@ from peft_kernels.ops.batched_lora.pooled_reference import FIRST_PAGE, PAGE
 from peft_kernels.ops.batched_lora.route import HEADER
 
 BATCHED_LORA_ = torch.ops.peft_kernels.batched_lora_.default
+HAS_OWN = "the model has bottleneck adapters of its own, which all rows share; peft_kernels.detach takes them off"
 SEQUENCE_FIRST = ("xlnet", "fsmt")
 
 
@@ -188,7 +189,7 @@ class PooledBlock(nn.Module):
             self._modules[form].pool_site = PoolSite(pool, site_name(owner, form), output=False)
 
     @property
-    def active(self) -> bool:
+    def active_names(self) -> bool:
         """Whether some adapter has ever touched the block."""
         sites = (place.pool_site for place in self._modules.values())
         return any(site.pool.touched(site.name) for site in sites)
@@ -337,11 +338,6 @@ def _plan(model: nn.Module):
             )
         if POOL_SITE in module.__dict__:
             raise ValueError("attach_pool: the model has a pool; peft_kernels.unpatch(model) takes it off")
-        if CHILD in module._modules:
-            raise ValueError(
-                f"attach_pool: {name} has bottleneck adapters; peft_kernels.detach(model, name) takes them off, and "
-                "pool.load(name, folder) serves them from where peft_kernels.save_pretrained has written them"
-            )
         if reason := _keeps_inside(module, model):
             owned |= {f"{name}.{child}" if name else child: reason for child, _ in module.named_modules()}
         site = _site(module)
@@ -360,10 +356,10 @@ def _plan(model: nn.Module):
     devices = {str(p.device) for p in model.parameters()}
     if len(devices) > 1 or "meta" in devices:
         raise ValueError(f"attach_pool: the model must lie on one device, got {', '.join(sorted(devices))}")
-    blocks = []
+    blocks, own = [], any(CHILD in module._modules for module in model.modules())
     for block in sites_of(model) if isinstance(model, PreTrainedModel) else ():
         owner, places = model.get_submodule(block.name), [site_name(block.name, form) for form in FORMS]
-        if reason := owned.get(block.name) or _obstacle(owner):
+        if reason := HAS_OWN if own else owned.get(block.name) or _obstacle(owner):
             left_alone |= dict.fromkeys(places, reason)
         else:
             blocks.append(block.name)

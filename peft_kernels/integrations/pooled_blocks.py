@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from peft_kernels.integrations.blocks import CHILD, Site
-from peft_kernels.integrations.bottleneck import CONFIG, PREFIX, WEIGHTS
+from peft_kernels.integrations.checkpoints import PREFIX
+from peft_kernels.integrations.transformers import POOL_SITE
 from peft_kernels.methods import BottleneckConfig
 from peft_kernels.ops import SiteAdapter
 
@@ -31,7 +33,7 @@ def site_name(owner: str, form: str) -> str:
 def bottleneck_config(source) -> dict | None:
     """What adapter_config.json says where it is one of a bottleneck adapter."""
     try:
-        about = json.loads(Path(cached_file(source, CONFIG)).read_text())
+        about = json.loads(Path(cached_file(source, CONFIG_NAME)).read_text())
     except (OSError, ValueError):
         return None  # PEFT's reader says what is wrong
     ours = isinstance(about, dict) and about.pop("peft_type", None) == BottleneckConfig.peft_type
@@ -46,9 +48,9 @@ def read_bottleneck(
     config = BottleneckConfig.from_dict(about)
     _refuse(config, source, name)
     try:
-        tensors = load_file(cached_file(source, WEIGHTS))
+        tensors = load_file(cached_file(source, SAFETENSORS_WEIGHTS_NAME))
     except OSError as error:
-        raise ValueError(f"adapter '{name}': {source} has no {WEIGHTS}") from error
+        raise ValueError(f"adapter '{name}': {source} has no {SAFETENSORS_WEIGHTS_NAME}") from error
     by_owner = defaultdict(dict)
     for key, tensor in tensors.items():
         owner, found, parameter = key.removeprefix(PREFIX).rpartition(f".{CHILD}.")
@@ -62,11 +64,24 @@ def read_bottleneck(
     entries = {}
     for owner, parts in by_owner.items():
         site = site_name(owner, config.insertion)
-        sites[site]  # raises where there is none
+        _check_place(sites, site, name)
         if missing := HELD - {"scale"} - parts.keys():
             raise ValueError(f"adapter '{name}': {owner} has no {min(missing)}")
         entries[site] = _entry(config, parts)
     return entries
+
+
+def _check_place(sites: Mapping[str, nn.Module], site: str, name: str) -> None:
+    """Raises where a model has no such site, or had it: `attach` takes the places that no adapter has touched."""
+    try:
+        there = POOL_SITE in sites[site].__dict__
+    except AttributeError:
+        there = False
+    if not there:
+        raise ValueError(
+            f"adapter '{name}': the block of {site} has bottleneck adapters of the model's own; peft_kernels.detach "
+            "takes them off, and after peft_kernels.unpatch attach_pool makes a pool with a site there"
+        )
 
 
 def _refuse(config: BottleneckConfig, source, name: str) -> None:
