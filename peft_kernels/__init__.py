@@ -54,6 +54,8 @@ __all__ = [
     "save_pretrained",
     "set_active",
     "unpatch",
+    "unwiden",
+    "widen",
 ]
 
 _FROM_INTEGRATIONS = {
@@ -73,6 +75,8 @@ _FROM_INTEGRATIONS = {
     "save_pretrained": "bottleneck",
     "set_active": "bottleneck",
     "unpatch": "transformers",
+    "unwiden": "widening",
+    "widen": "widening",
 }
 
 

@@ -22,6 +22,7 @@ from transformers.utils import cached_file
 from peft_kernels.integrations.blocks import CHILD, Site, adapted_class, sites_of
 from peft_kernels.integrations.named import beneath
 from peft_kernels.integrations.transformers import keeps_its_class, swap
+from peft_kernels.integrations.widened import require_unwidened
 from peft_kernels.methods import BottleneckConfig
 from peft_kernels.modules import BottleneckAdapters
 
@@ -92,6 +93,7 @@ def set_active(
         >>> peft_kernels.set_active(model, "task", skip_layers=range(4))
     """
     root = _root(model)
+    require_unwidened(root, "set_active")
     names = (names,) if isinstance(names, str) else tuple(names)
     for name in names:
         _require_attached(root, name, "set_active")
@@ -127,6 +129,7 @@ def detach(model: nn.Module, name: str = "default") -> None:
     """
     root = _root(model)
     _require_attached(root, name, "detach")
+    require_unwidened(root, "detach")
     swaps = []
     for owner_name, adapters in _adapters(root):
         if list(adapters) == [name] and keeps_its_class(root.get_submodule(owner_name)):
@@ -302,6 +305,7 @@ def _plan(root: nn.Module, config: BottleneckConfig, name: str) -> list[Site]:
         raise ValueError(f"attach: name must be a str without dots, got {name!r}")
     if NOTE in root.__dict__ and name in root.__dict__[NOTE].configs:
         raise ValueError(f"attach: the model has an adapter {name!r}; choose another name, or detach(model, {name!r})")
+    require_unwidened(root, "attach")
     every = sites_of(root)
     for representation in config.representations:
         if not any(site.block.representation == representation for site in every):
