@@ -209,7 +209,7 @@ class Widened(nn.Module):
         """Makes the wide tensors, or writes what they are made of into them again."""
         self.require_intact()
         if self.adapters.active != self.names:
-            raise RuntimeError(f"{self.name} is widened by {self.names}, but {self.adapters.active} are active now")
+            raise RuntimeError(f"{self.name} is widened by {self.names}; unwiden before other adapters are made active")
         *ups, down = self.projections
         A, a, sB, sb = self._factors()
         N, H = _rows(down)
