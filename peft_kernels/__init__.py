@@ -57,6 +57,8 @@ __all__ = [
     "train_all",
     "train_top_layers",
     "unpatch",
+    "unwiden",
+    "widen",
 ]
 
 _FROM_INTEGRATIONS = {
@@ -78,6 +80,8 @@ _FROM_INTEGRATIONS = {
     "train_all": "selective",
     "train_top_layers": "selective",
     "unpatch": "transformers",
+    "unwiden": "widening",
+    "widen": "widening",
 }
 
 

@@ -20,6 +20,7 @@ from peft_kernels.integrations.attachments import (
 from peft_kernels.integrations.biases import activate, biases_of, deactivate
 from peft_kernels.integrations.blocks import CHILD, sites_of, stream_owner, unfit
 from peft_kernels.integrations.transformers import keeps_its_class, swap
+from peft_kernels.integrations.widened import require_unwidened
 from peft_kernels.methods import BitFitConfig
 from peft_kernels.modules import OF_STREAM, BottleneckAdapters
 
@@ -78,6 +79,7 @@ def set_active(
         >>> peft_kernels.set_active(model, "task", skip_layers=range(4))
     """
     root = root_of(model)
+    require_unwidened(root, "set_active")
     names = (names,) if isinstance(names, str) else tuple(names)
     for name in names:
         require_attached(root, name, "set_active")
@@ -126,6 +128,7 @@ def detach(model: nn.Module, name: str = "default") -> None:
     """
     root = root_of(model)
     require_attached(root, name, "detach")
+    require_unwidened(root, "detach")
     for owner_name, adapters in adapters_in(root):
         changed = [owner_name] if list(adapters) == [name] else []
         if adapters.reads_by_name.get(name) in OF_STREAM:

@@ -17,6 +17,7 @@ from peft_kernels.integrations.biases import Biases, biases_of, keep, values_of
 from peft_kernels.integrations.blocks import CHILD, Site, sites_of, stream_owner, unfit
 from peft_kernels.integrations.pooled import PooledBlock
 from peft_kernels.integrations.transformers import keeps_its_class, swap
+from peft_kernels.integrations.widened import require_unwidened
 from peft_kernels.methods import BitFitConfig, BottleneckConfig
 from peft_kernels.modules import OF_STREAM, BottleneckAdapters
 
@@ -88,6 +89,7 @@ def plan(root: nn.Module, config: Config, name: str) -> Places:
         raise ValueError(f"attach: name must not be that of an attribute of torch's modules, got {name!r}")
     if NOTE in root.__dict__ and name in root.__dict__[NOTE].configs:
         raise ValueError(f"attach: the model has an adapter {name!r}; choose another name, or detach(model, {name!r})")
+    require_unwidened(root, "attach")
     return biases_of(root, config) if isinstance(config, BitFitConfig) else plan_blocks(root, config)
 
 

@@ -20,6 +20,7 @@ from peft_kernels.integrations.blocks import CHILD, Site
 from peft_kernels.integrations.checkpoints import PREFIX
 from peft_kernels.integrations.transformers import POOL_SITE
 from peft_kernels.methods import BottleneckConfig
+from peft_kernels.modules import OF_STREAM
 from peft_kernels.ops import SiteAdapter
 
 FORMS = ("parallel", "serial")
@@ -89,7 +90,7 @@ def _refuse(config: BottleneckConfig, source, name: str) -> None:
     reasons = {
         f"norm={config.norm!r} normalises what the adapter reads": config.norm != "none",
         "gate=True works a gate out for each token": config.gate,
-        f"insertion={config.insertion!r} reads x where a pool has no site": config.insertion not in FORMS,
+        f"reads={config.reads!r} is where a pool has no site": config.reads in OF_STREAM,
     }
     for reason, applies in reasons.items():
         if applies:

@@ -133,10 +133,10 @@ class PatchReport:
     def __str__(self) -> str:
         came_later = [f"{name}: came after patch; patch again" for name in self.unseen()]
         header = ("module", "kind", "kernel", "fused calls", "fallbacks")
-        return "\n".join([repr(self), *self.notes, *came_later, _render([header, *self.table()])])
+        return "\n".join([repr(self), *self.notes, *came_later, render([header, *self.table()])])
 
 
-def _render(lines: list[tuple[str, ...]]) -> str:
+def render(lines: list[tuple[str, ...]]) -> str:
     """Lines of cells as text, by rich where it is there."""
     try:
         from rich import box
