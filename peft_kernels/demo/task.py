@@ -23,6 +23,8 @@ class Size:
     base_steps: int = 240  # training the base model on English
     adapt_steps: int = 36  # adapting it to one domain, for each of the three arms
     extra_steps: int = 20  # the same where only the time and the loss curves are compared
+    method_steps: int = 16  # for each of the methods that are compared with each other
+    method_batch: int = 8
     hidden: int = 256
     intermediate: int = 704
     layers: int = 4
@@ -58,6 +60,7 @@ SIZES = {
         base_steps=100,
         adapt_steps=14,
         extra_steps=8,
+        method_steps=6,
         batch=8,
         held_out_windows=48,
         generated=16,

@@ -313,7 +313,8 @@ def _plan(root: nn.Module, config: BottleneckConfig, name: str) -> list[Site]:
     sites = [
         site
         for site in every
-        if site.block.representation in config.representations and (config.layers is None or site.layer in config.layers)
+        if site.block.representation in config.representations
+        and (config.layers is None or site.layer in config.layers)
     ]
     for site in sites:
         owner = root.get_submodule(site.name)

@@ -154,7 +154,9 @@ class BottleneckConfig:
     def bottleneck(self, width: int) -> int:
         """E at a block of a width. Raises ValueError if that is above 1024."""
         E = self.r or max(1, int(width / (self.reduction_factor or REDUCTION)))
-        _require(E <= MAX_R, "reduction_factor", f"{width / MAX_R:g} or more at a width of {width}", self.reduction_factor)
+        _require(
+            E <= MAX_R, "reduction_factor", f"{width / MAX_R:g} or more at a width of {width}", self.reduction_factor
+        )
         return E
 
     def parameters(self, width: int) -> int:
