@@ -73,6 +73,7 @@ def miniature(monkeypatch):
         base_steps=40,
         adapt_steps=8,
         extra_steps=8,
+        method_steps=12,
         hidden=64,
         intermediate=96,
         layers=2,
@@ -94,6 +95,8 @@ def demo(out, *arguments):
 
 
 def test_demo(tmp_path, miniature):
+    from peft_kernels.demo import methods
+
     result = demo(tmp_path)
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "results.json").read_text())
@@ -113,17 +116,25 @@ def test_demo(tmp_path, miniature):
         assert (tmp_path / row["adapters"]["patched"] / "adapter_model.safetensors").exists()
         assert row["domain"] in result.output
     assert all(line.split(",")[0] in result.output for line in found["conclusion"])
+    assert [(row["domain"], row["method"]) for row in found["methods"]] == [
+        (domain, method) for domain in domains[:4] for method in methods.METHODS
+    ]
+    assert all(row["bits_after"] < row["bits_before"] and not row["problems"] for row in found["methods"])
+    assert [len(claim["gains"]) for claim in found["claims"]] == [4] * len(methods.CLAIMS)
+    assert "Methods at one budget" in result.output
     served = found["serving"]
     assert not served["problems"]
     rows = [row["adapter"] for row in served["answers"]]
-    assert rows == [who for domain in domains[:4] for who in (None, domain.replace(" ", "-"))]
+    first, *others = (domain.replace(" ", "-") for domain in domains[:4])
+    bottlenecks = [f"{first}-{kind}" for kind in methods.SERVED]
+    assert rows == [None, first, *bottlenecks, *(who for domain in others for who in (None, domain))]
     assert all(row["error"] <= row["bound"] and not row["problems"] for row in served["answers"])
     assert [row["distinct"] for row in served["throughput"]] == [1, 4]
     for row in served["throughput"]:
         assert row["ratio"].keys() == row["tokens_per_second"].keys() == {"base", "pool", "patched", "peft"}
         assert {len(times) for times in row["step_times_ms"].values()} == {2}
-    assert "8 rows in one batch" in result.output and "Decode step of 4 rows" in result.output
-    for name in ("loss_curves.png", "step_times.png", "serving.png"):
+    assert "11 rows in one batch" in result.output and "Decode step of 4 rows" in result.output
+    for name in ("loss_curves.png", "step_times.png", "methods.png", "serving.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 

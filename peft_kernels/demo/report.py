@@ -371,12 +371,12 @@ def plot_methods(path: Path, trained: list[methods.Trained], device: str) -> Non
             thousands, bits = [t.parameters / 1e3 for t in row], [t.bits_after for t in row]
             axes.plot(thousands, bits, color=colour, marker=marker, markersize=8, linewidth=1, label=name)
         axes.set_title(f"{domain} (base: {row[0].bits_before:.2f})", fontsize=11, loc="left")
+        axes.set_xlabel("trainable parameters (thousands)")
         axes.margins(0.15)
         _style(axes)
     if len({t.budget for t in trained}) > 1:
         panels[0][0].set_xscale("log")
     panels[0][0].set_ylabel("held-out bits per byte")
-    figure.supxlabel("trainable parameters (thousands)", fontsize=10)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(f"Methods at one budget, {trained[0].steps} steps, one seed ({device})", fontsize=12)
     figure.savefig(path)
