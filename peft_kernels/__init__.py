@@ -67,10 +67,10 @@ _FROM_INTEGRATIONS = {
     "detach": "bottleneck",
     "generate_batch": "continuous",
     "init_continuous_batching": "continuous",
-    "load": "bottleneck",
+    "load": "adapter_files",
     "patch": "transformers",
     "print_trainable_parameters": "bottleneck",
-    "save_pretrained": "bottleneck",
+    "save_pretrained": "adapter_files",
     "set_active": "bottleneck",
     "unpatch": "transformers",
 }

@@ -145,7 +145,10 @@ def test_route_is_equal(M, adapters, dtype):
 @pytest.mark.parametrize("K,N", [(520, (264, 40)), (67, (131,))])
 def test_a_row_of_a_batch_has_the_bits_of_the_row_alone(K, N, pair):
     ranks = tuple((r, 70 - r)[: len(N)] for r in (1, 8, 17, 0, 64))
-    arguments = pooled_samples.problem("cpu", *pair, rows=37, K=K, N=N, ranks=ranks, biased=True, gained=True)
+    kinds = dict(
+        biased=True, gained=True, down_biased=True, activations=("gelu", "identity", "sigmoid", "relu", "tanh")
+    )
+    arguments = pooled_samples.problem("cpu", *pair, rows=37, K=K, N=N, ranks=ranks, **kinds)
     forward = testing.operators(f"emulated_{BUILD}", POOLED)[0]
     whole = POOLED.evaluate(forward, None, arguments, None)
     ids = route.row_ids(arguments["route"], 37)
@@ -160,3 +163,19 @@ def test_nine_slices_go_in_two_turns():
     sizes = dict(rows=5, K=40, N=(24,) * 9, ranks=((3,) * 9, (0, 8) * 4 + (1,)))
     arguments = pooled_samples.problem("cpu", BF16, BF16, **sizes)
     testing.assert_matches_oracle(POOLED, arguments, *testing.operators(f"emulated_{BUILD}", POOLED))
+
+
+@pytest.mark.parametrize("pair", pooled_samples.PAIRS, ids=str)
+@pytest.mark.parametrize("K", [520, 67])
+def test_x_may_be_y(K, pair):
+    """Of the first slice; the last of nine is launched behind it and reads x as well."""
+    sizes = dict(N=(K, *(24,) * 8), ranks=((3,) * 9, (0, 8) * 4 + (1,)), activations=("gelu", "identity"))
+    arguments = pooled_samples.problem("cpu", *pair, rows=19, K=K, **sizes)
+    arguments["y"][0] = arguments["x"].clone()
+    forward, (x, *others) = testing.operators(f"emulated_{BUILD}", POOLED)[0], (y.clone() for y in arguments["y"])
+    wanted = POOLED.evaluate(forward, None, arguments, None).values()
+    for schedule in SCHEDULES:
+        set_schedule(*schedule)
+        got = [x.clone(), *(y.clone() for y in others)]
+        forward(*(arguments | {"x": got[0], "y": got}).values())
+        assert all(torch.equal(*both) for both in zip(got, wanted, strict=True))

@@ -9,13 +9,17 @@ OP = registry.ops()["batched_lora_"]
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 BACKENDS = [pytest.param(name, id=name) for name in backends.linked("batched_lora_", "cpu")]
 needs_cpu = pytest.mark.skipif("cpu" not in backends.linked("batched_lora_", "cpu"), reason="no CPU kernels here")
+POOL_LISTS = "pages_out", "table", "scaling", "down_bias"
 SITES = {"q": Site(40, 24), "v": Site(40, 33), "down": Site(24, 40)}
 
 
-def factors(K, N, r, dtype=F32, biased=False, gained=False):
+def factors(K, N, r, dtype=F32, biased=False, gained=False, f="identity", down_biased=False):
     bias, gain = torch.randn(N).to(dtype) if biased else None, 1 + torch.randn(N) / 4
     without = torch.randn(r, K).to(dtype), torch.randn(N, r).to(dtype), 0.5, bias
-    return SiteAdapter(*without, gain.to(dtype)) if gained else without
+    if not gained and not down_biased and f == "identity":
+        return without
+    gain, down_bias = gain.to(dtype) if gained else None, torch.randn(r).to(dtype) if down_biased else None
+    return SiteAdapter(*without, gain, f, down_bias)
 
 
 def adapter(sites=SITES, ranks=(3, 9, 0), **more):
@@ -28,9 +32,9 @@ def arguments(pool, sites, ids, x, y):
     tables = [pool.tables(site) for site in sites]
     ids = torch.as_tensor(ids, dtype=torch.int32)  # of which some may be out of range
     routed = torch.ops.peft_kernels.batched_lora_route.default(ids, pool.slots)
-    lists = ([getattr(t, name) for t in tables] for name in ("pages_out", "table", "scaling"))
+    lists = ([getattr(t, name) for t in tables] for name in POOL_LISTS)
     return dict(zip(("y", "x", "route", "pages_in"), (y, x, routed, tables[0].pages_in), strict=True)) | dict(
-        zip(("pages_out", "table", "scaling"), lists, strict=True)
+        zip(POOL_LISTS, lists, strict=True)
     )
 
 

@@ -32,7 +32,6 @@ from torch import nn
 import peft_kernels
 from peft_kernels.integrations.pooled import pool_of
 from peft_kernels.integrations.rows import RowAdapters, entered
-from peft_kernels.integrations.targets import group_of
 
 
 def tokens(rows: int = len(ROWS)) -> dict:
@@ -55,7 +54,7 @@ def assert_as_alone(plain, model, alone, rows=ROWS):
 def calls_per_forward(model, alone):
     """One for the projections of a known group, one for each other layer that an adapter touches."""
     touched = {n for m in alone.values() for n in m.targeted_module_names}
-    owners = [n for n, m in model.named_modules() if group_of(getattr(type(m), "family_class", type(m)))]
+    owners = [n for n, m in model.named_modules() if hasattr(type(m), "group")]
     grouped = {
         name for name in touched if name.rpartition(".")[0] in owners and not name.endswith(("o_proj", "down_proj"))
     }

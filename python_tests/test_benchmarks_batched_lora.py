@@ -98,7 +98,7 @@ def test_every_contender_computes_the_same(popularity):
 def test_ours_is_what_the_reference_says():
     problem = arms.Problem(SMALL, CPU)
     op = registry.ops()["batched_lora_"]
-    names = ("y", "x", "route", "pages_in", "pages_out", "table", "scaling")
+    names = ("y", "x", "route", "pages_in", "pages_out", "table", "scaling", "down_bias")
     sample = dict(zip(names, (problem.base(), *problem.arguments()), strict=True))
     for backend in backends.linked("batched_lora_", "cpu"):
         testing.assert_matches_oracle(op, sample, *testing.operators(backend, op))

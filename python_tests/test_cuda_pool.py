@@ -10,6 +10,7 @@ from peft_kernels.ops.batched_lora import pooled_samples, route
 OP = registry.ops()["batched_lora_"]
 F32, BF16 = torch.float32, torch.bfloat16
 M, SIZES = 37, dict(K=520, N=(264, 40), ranks=((1, 70), (8, 62), (17, 53), (0, 70), (64, 6)), biased=True, gained=True)
+SIZES |= dict(activations=("gelu", "identity", "sigmoid", "relu"), down_biased=True)
 BATCHES = {
     "none": [-1] * M,
     "one": [2] * M,
@@ -33,7 +34,7 @@ def make_route(ids):
 def test_graph_replays_other_ids(pair):
     forward = testing.operators("cuda", OP)[0]
     held = pooled_samples.problem("cuda", *pair, rows=M, **SIZES)
-    y, rest = [t.clone() for t in held["y"]], [held[n] for n in ("pages_in", "pages_out", "table", "scaling")]
+    y, rest = [t.clone() for t in held["y"]], [held[n] for n in list(held)[3:]]
     ids = torch.full((M,), -1, dtype=torch.int32, device="cuda")
 
     def run():
@@ -79,6 +80,18 @@ def test_a_row_of_a_batch_has_the_bits_of_the_row_alone(pair):
         alone["y"] = [y[row : row + 1] for y in arguments["y"]]
         alone = OP.evaluate(forward, None, arguments | alone, None)
         assert all(torch.equal(alone[name][0], whole[name][row]) for name in whole), row
+
+
+@on_gpu
+@each_pair
+def test_x_may_be_y(pair):
+    forward = testing.operators("cuda", OP)[0]
+    sizes = dict(ranks=((3,) * 9, (0, 8) * 4 + (1,)), activations=("gelu", "identity"))
+    arguments = pooled_samples.problem("cuda", *pair, rows=4096, K=520, N=(520, *(24,) * 8), **sizes)
+    arguments["y"][0] = arguments["x"].clone()
+    wanted, got = OP.evaluate(forward, None, arguments, None).values(), [y.clone() for y in arguments["y"]]
+    forward(*(arguments | {"x": got[0], "y": got}).values())
+    assert all(torch.equal(*both) for both in zip(got, wanted, strict=True))
 
 
 @on_gpu

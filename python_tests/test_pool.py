@@ -9,6 +9,7 @@ import torch
 from pools import BACKENDS, BF16, F16, SITES, adapter, factors, needs_cpu, run, same
 
 from peft_kernels import AdapterPool, Site, SiteAdapter
+from peft_kernels.ops.common.activations import ACTIVATIONS
 
 # -- the pool's life --------------------------------------------------------------------------------------------------
 
@@ -49,7 +50,7 @@ def test_a_bias_and_a_gain_fit_beside_any_rank():
         tensors = factors(40, 24, r, biased=biased, gained=gained)
         slot = pool.add("a", {"q": tensors}, replace=True)
         (y,) = run("reference", pool, ("q",), [slot, -1], x, [before])
-        a, b, scaling, bias, gain = SiteAdapter(*tensors)
+        a, b, scaling, bias, gain, *_ = SiteAdapter(*tensors)
         expected = (gain if gained else 1) * (before[0] + scaling * (x[0] @ a.mT @ b.mT))
         torch.testing.assert_close(y[0], expected + (scaling * bias if biased else 0))
         assert same(y[1], before[1])
@@ -81,6 +82,37 @@ def test_a_gain_is_kept_as_its_distance_from_one():
     slot = pool.add("a", {"q": SiteAdapter(*factors(40, 24, 3)[:2], gain=gain)})
     tables = pool.tables("q")
     assert same(tables.pages_out.flatten(0, 1)[tables.table[slot, 2]], (gain - 1).to(BF16))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bottleneck_beside_lora_in_one_batch(backend):
+    pool, x, y = AdapterPool(SITES), torch.randn(3, 40), torch.randn(3, 24)
+    lora = factors(40, 24, 9)
+    slot = pool.add("lora", {"q": lora})
+    alone = run(backend, pool, ("q",), [slot], x[:1], [y[:1]])[0]
+    adapters = {f: factors(40, 24, 11, f=f, biased=True, down_biased=True) for f in ACTIVATIONS}
+    for f, entry in adapters.items():
+        other = pool.add(f, {"q": entry})
+        (out,) = run(backend, pool, ("q",), [slot, other, -1], x, [y])
+        a, b, s, bias, _, _, down_bias = entry
+        torch.testing.assert_close(out[1], y[1] + s * (ACTIVATIONS[f](x[1] @ a.mT + down_bias) @ b.mT + bias))
+        assert same(out[0], alone[0]) and same(out[2], y[2])  # though the site has down biases by now
+    assert pool.tables("q").down_bias.shape == (pool.slots, 16)
+
+
+def test_room_for_down_biases_is_made_once():
+    pool = AdapterPool(SITES, adapters=4)
+    pool.add("a", adapter())
+    assert pool.tables("q").down_bias.shape == (0,)
+    pool.reserve(4, 9, ("q", "v"), down_bias=True)
+    growths = pool.growths
+    pool.add("b", adapter(ranks=(9, 9, 0), f="relu", down_biased=True))
+    slot = pool.add("c", adapter(ranks=(8, 8, 0)))
+    assert pool.growths == growths and pool.tables("down").down_bias.shape == (0,)
+    assert not pool.tables("q").down_bias[slot, :8].any()
+    biases = pool.tables("q").down_bias.clone()
+    pool.add("d", adapter(ranks=(33, 1, 0)))
+    assert same(pool.tables("q").down_bias[:, :16], biases) and pool.growths > growths
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -186,9 +218,9 @@ def changed(site="q", **changes):
     """An adapter with one part of one site made wrong."""
 
     def make():
-        tensors = adapter(biased=True, gained=True)
-        parts = dict(zip(("a", "b", "scaling", "bias", "gain"), tensors[site], strict=True))
-        return tensors | {site: tuple((parts | {n: change(parts[n]) for n, change in changes.items()}).values())}
+        tensors = adapter(biased=True, gained=True, f="gelu", down_biased=True)
+        parts = dict(zip(("a", "b", "scaling", "bias", "gain", "f", "down_bias"), tensors[site], strict=True))
+        return tensors | {site: SiteAdapter(*(parts | {n: change(parts[n]) for n, change in changes.items()}).values())}
 
     return make
 
@@ -215,6 +247,15 @@ REFUSED = [
     ("gain-overflow", changed(gain=spoiled(1e6)), ValueError, "gain of site 'q' has 3 values of 24 that are not"),
     ("gain-shape", changed(gain=lambda g: g[1:]), ValueError, "must have shape [out_features=24], got [23]"),
     ("gain-number", changed(gain=lambda g: 1.5), TypeError, "gain of site 'q' must be a Tensor, got float"),
+    ("down-bias-nan", changed(down_bias=spoiled(math.nan)), ValueError, "down_bias of site 'q' has 2 values of 3"),
+    ("down-bias-shape", changed(down_bias=lambda a: a[1:]), ValueError, "must have shape [r=3], got [2]"),
+    (
+        "activation",
+        changed(f=lambda f: "mish"),
+        ValueError,
+        "activation of site 'q' must be one of identity, relu, gelu",
+    ),
+    ("activation-none", changed(f=lambda f: None), ValueError, "silu, tanh, sigmoid, leaky_relu, got None"),
     ("integers", changed(a=lambda a: a.int()), TypeError, "must be a dense tensor of floats, got strided int32"),
     ("sparse", changed(a=lambda a: a.to_sparse()), TypeError, "must be a dense tensor of floats"),
     ("meta", changed(b=lambda b: b.to("meta")), TypeError, "must be a dense tensor of floats, got meta"),

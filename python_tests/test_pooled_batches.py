@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
-from pools import BACKENDS, BF16, F16, F32, OP, SITES, adapter, arguments, needs_cpu, run, same
+from pools import BACKENDS, BF16, F16, F32, OP, POOL_LISTS, SITES, adapter, arguments, needs_cpu, run, same
 
 from peft_kernels import AdapterPool, Site, testing
 from peft_kernels.ops.batched_lora import route
+from peft_kernels.ops.batched_lora.pooled_samples import PAIRS, problem
+from peft_kernels.ops.common.activations import NAMES
 
 
 class Traffic:
@@ -49,7 +51,8 @@ class Traffic:
                 alone[slot] = y  # an evicted slot adds nothing
             return
         ranks = [self.pick(0, 1, 2, 4, 7, 8, 9, 16, 33, 64) for _ in self.sites]
-        tensors = adapter(self.sites, ranks, biased=self.below(3) == 0, gained=self.below(3) == 0)
+        tensors = adapter(self.sites, ranks, biased=self.below(3) == 0, gained=self.below(3) == 0,
+                          f=self.pick(*["identity"] * 5, *NAMES), down_biased=self.below(4) == 0)  # fmt: skip
         if not tensors:
             return
         broken = self.below(20) == 0  # NaN in one element of one factor
@@ -72,7 +75,7 @@ class Traffic:
                 testing.assert_matches_oracle(OP, whole, self.forward, None)
             finally:
                 torch.set_num_threads(threads)
-        rest = [whole[name] for name in ("pages_in", "pages_out", "table", "scaling")]
+        rest = [whole[name] for name in ("pages_in", *POOL_LISTS)]
         for alone, y in zip(self.alone, self.y, strict=True):
             alone[slot] = y
         for i in range(self.X):
@@ -133,14 +136,57 @@ def test_identical_rows_get_identical_bits(backend):
             assert same(rows, rows[:1].expand_as(rows))
 
 
-@pytest.mark.parametrize("part", ["lora_B", "gain"])
+def in_place(forward, arguments, places):
+    """y where x is y[0]; `places` lays a matrix out."""
+    x, others = places(arguments["x"]), [places(y) for y in arguments["y"][1:]]
+    forward(*(arguments | {"x": x, "y": [x, *others]}).values())
+    return [x, *others]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_x_may_be_y(backend, pair):
+    """An adapter behind a layer reads the layer's output: all of x before any y is written, of whichever slice."""
+    forward = testing.operators(backend, OP)[0]
+    layouts = (torch.clone, lambda t: torch.cat([t, t], 1)[:, : t.shape[1]])
+    for rows, K in ((37, 67), (1, 1100)):
+        sizes = dict(N=(K, 131, K), ranks=((5, 20, 9), (0, 3, 1), (16, 0, 8)), activations=("gelu", "identity"))
+        arguments = problem("cpu", *pair, rows=rows, K=K, ids=[i % 3 for i in range(rows)], **sizes)
+        arguments["y"][0] = arguments["x"].clone()
+        wanted = [y.clone() for y in arguments["y"]]
+        forward(*(arguments | {"y": wanted}).values())
+        for layout in layouts:
+            for got, want in zip(in_place(forward, arguments, layout), wanted, strict=True):
+                assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_x_may_be_y_in_a_compiled_graph(backend):
+    forward = testing.operators(backend, OP)[0]
+    arguments = problem("cpu", F32, F32, rows=19, K=48, activations=("gelu", "identity"), down_biased=True)
+    rest, weight = list(arguments.values())[2:], torch.randn(48, 48)
+
+    def model(x):
+        y = x @ weight
+        forward([y], y, *rest)
+        before = y.relu()
+        view = y.view(-1, 48)
+        forward([view], view, *rest)
+        return before, y
+
+    x = torch.randn(19, 48)
+    for got, want in zip(torch.compile(model, fullgraph=True)(x), model(x), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("part", ["lora_B", "gain", "down_bias"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_in_one_adapter_stays_in_its_rows(backend, part):
     pool = AdapterPool(SITES)
     good = pool.add("good", adapter())
     x, y, ids = torch.randn(9, 40), [torch.randn(9, 24)], [good] * 9
     clean = run(backend, pool, ("q",), ids, x, y)[0]
-    tensors = adapter(gained=True)
+    tensors = adapter(gained=True, f="relu", down_biased=True)
     getattr(tensors["q"], part).fill_(math.inf if part == "lora_B" else math.nan)
     bad = pool.add("bad", tensors, allow_nonfinite=True)
     ids[2] = ids[7] = bad
@@ -173,7 +219,9 @@ def test_numbers_inside_route_and_table_are_checked():
         ("table", (slot, 0), 100, "table[0] must have ranks from 0 to"),
         ("table", (slot, 1), 10**6, "table[0] must have bias rows from -1"),
         ("table", (slot, 2), 10**6, "table[0] must have gain rows from -1"),
-        ("table", (slot, 3), -1, "table[0] must name pages from 0"),
+        ("table", (slot, 3), 8, "table[0] must have activations from 0 to 7, got 8"),
+        ("table", (slot, 3), -1, "table[0] must have activations from 0 to 7, got -1"),
+        ("table", (slot, 4), -1, "table[0] must name pages from 0"),
     ]:
         call = arguments(pool, ("q",), [slot] * 5, torch.randn(5, 40), [torch.zeros(5, 24)])
         call["table"] = [call["table"][0].clone()]

@@ -20,6 +20,7 @@ from peft_kernels.ops.batched_lora.pooled_samples import problem  # noqa: E402
 OP = registry.ops()["batched_lora_"]
 FORWARD = triton_kernel.FUNCTIONS[OP.forward.name]
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+F = dict(activations=("gelu", "identity", "sigmoid"), down_biased=True)
 RUNS = [
     pytest.param(sample, pair, id=f"{sample.id}-" + "/".join(str(d).removeprefix("torch.") for d in pair))
     for sample in OP.samples()
@@ -51,7 +52,7 @@ def test_each_row_has_the_bits_of_the_row_alone(pair, monkeypatch):
     monkeypatch.setattr(triton_kernel, "PROGRAMS", 4)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", triton_interpreter.dot_in_order)
     ids, ranks = [2, 0, 1, 2, 2, -1, 0, 1] * 5, ((9, 0), (24, 3), (1, 16))
-    arguments = problem("cpu", *pair, rows=40, K=1100, N=(70, 40), ranks=ranks, ids=ids, biased=True, gained=True)
+    arguments = problem("cpu", *pair, rows=40, K=1100, N=(70, 40), ranks=ranks, ids=ids, biased=True, gained=True, **F)
     together = run(arguments)
     for m in (0, 1, 2, 5, 37, 39):
         alone = {"y": [y[m : m + 1] for y in arguments["y"]], "x": arguments["x"][m : m + 1]}
@@ -59,6 +60,15 @@ def test_each_row_has_the_bits_of_the_row_alone(pair, monkeypatch):
         for whole, row in zip(together, run(arguments | alone), strict=True):
             assert torch.equal(whole[m : m + 1], row), m
     assert torch.equal(together[0][5], arguments["y"][0][5])  # it has no adapter
+
+
+@pytest.mark.parametrize("pair", [(BF16, BF16), (F32, F32)], ids=str)
+def test_x_may_be_y(pair):
+    arguments = problem("cpu", *pair, rows=19, K=67, N=(67, 40), ranks=((9, 3), (16, 1)), **F)
+    arguments["y"][0] = arguments["x"].clone()
+    wanted, got = run(arguments), [y.clone() for y in arguments["y"]]
+    FORWARD(*(arguments | {"x": got[0], "y": got}).values())
+    assert all(torch.equal(*both) for both in zip(got, wanted, strict=True))
 
 
 def test_nan_stays_in_its_row():

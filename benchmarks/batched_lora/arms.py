@@ -67,7 +67,7 @@ class Problem:
         """Of batched_lora_, all but y."""
         tables = [self.pool.tables(site) for site in self.pool.sites]
         route = torch.ops.peft_kernels.batched_lora_route.default(self.ids, self.pool.slots)
-        lists = ([getattr(t, name) for t in tables] for name in ("pages_out", "table", "scaling"))
+        lists = ([getattr(t, name) for t in tables] for name in ("pages_out", "table", "scaling", "down_bias"))
         return self.x, route, tables[0].pages_in, *lists
 
     def padded(self) -> tuple[Tensor, list[Tensor]]:

@@ -1,12 +1,14 @@
 // batched_lora on the CPU, free of torch: what many adapters add to one batch, in place.
-//   y_g[i] += s (sum_r h[i, r] B^T[r] + b),  h[i, r] = sum_k x[i, k] A[r, k]     with A, B, b, s of the slot of row i
+//   y_g[i] += s (sum_r h[i, r] B^T[r] + b),  h[i, r] = f(sum_k x[i, k] A[r, k] + a[r])     all of the slot of row i
 //   y_g[i] <- (1 + d) (y_g[i] + s sum_r h[i, r] B^T[r]) + s b                    where the slot has a gain 1 + d
+// LoRA: f is the identity, without a. x may lie where a y lies: all of it is read before any y is written.
 // M rows of x, K in_features, N_g out_features of slice g, R rank of a slot in a slice (0: it does not touch the
 // slice). Pool: pages of kPageRows rank rows; A has rows of K, B^T rows of N. Accumulation is fp32 for fp32, fp16 and
 // bf16.
 //
 // A route sorts rows by slot and cuts them into tiles of up to kTile rows of one slot. A tile and a slice make a Piece;
 //   shrink   unit: one piece, one page of A, all of K or one chunk of it   -> h
+//   activate unit: one piece, where its slot has f or its slice a          -> h
 //   expand   unit: one piece, a block of columns of y                      -> y
 // so every factor is read from memory once per tile, in long runs.
 #pragma once
@@ -32,9 +34,9 @@ constexpr int64_t route_size(int64_t M, int64_t adapters) {
   return kRouteHeader + 2 * M + tile_capacity(M, adapters) * kTileFields;
 }
 
-// A table row: rank, row of the bias (or -1), row of the gain minus one (or -1), T pages of A and T pages of B^T.
+// A table row: rank, row of the bias (or -1), row of the gain minus one (or -1), f, T pages of A and T pages of B^T.
 constexpr int64_t kPageRows = 8;
-enum TableField { kTableRank, kTableBias, kTableGain, kTablePages };
+enum TableField { kTableRank, kTableBias, kTableGain, kTableActivation, kTablePages };
 
 constexpr int64_t kChunk = 512;    // elements of K that are summed on their own; the sums are added in order
 constexpr int64_t kBlock = 512;    // columns of y in one unit, at least: for kTile rows
@@ -53,13 +55,14 @@ struct Slice {            // one y, sharing x with the others
   int64_t y_stride;
   const int32_t* table;  // [slots][kTablePages + 2 T]
   int64_t T;
-  const void* scaling;  // [slots], fp32 (fp64 for fp64)
+  const void* scaling;    // [slots], fp32 (fp64 for fp64)
+  const void* down_bias;  // [slots][kPageRows T], as scaling; null: no slot has an a
 };
 
 struct Piece {          // the rows of one tile in one slice
   const int32_t* rows;  // numbers of rows of x and y
   int64_t count;
-  int64_t slot, slice, rank, bias, gain;
+  int64_t slot, slice, rank, bias, gain, activation;
   const int32_t* pages_A;
   const int32_t* pages_B;
   int64_t block;           // columns of y in one unit: kBlock times a power of 2, at most kTile kBlock / count
@@ -73,6 +76,7 @@ struct Work {
   std::vector<Piece> pieces;
   std::vector<int32_t> numbers;  // of pages; pieces point into it
   int64_t parts = 1, h_floats = 0, shrink_units = 0, expand_units = 0, multiplications = 0;
+  bool activates = false;  // whether some piece needs the phase
 };
 
 struct Problem {
@@ -105,8 +109,9 @@ std::string make_work(const Problem& problem, int64_t parts, Work& work);
 using Phase = void (*)(const Problem&, int64_t begin, int64_t end);
 
 struct Kernels {
-  Phase shrink;  // see above
-  Phase sum;     // unit: one piece; where h has parts, adds them in order
+  Phase shrink;    // see above
+  Phase sum;       // unit: one piece; where h has parts, adds them in order
+  Phase activate;  // unit: one piece; does nothing to one without f and a
   Phase expand;
 };
 

@@ -18,6 +18,10 @@ void sum(const Problem& p, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) sum_unit(p, p.piece[unit]);
 }
 
+void activate(const Problem& p, int64_t begin, int64_t end) {
+  for (int64_t unit = begin; unit < end; ++unit) activate_unit(p, p.piece[unit]);
+}
+
 template <class T, class F>
 void expand(const Problem& p, int64_t begin, int64_t end) {
   const Piece* piece = piece_of(p, begin, &Piece::expand);
@@ -28,7 +32,7 @@ void expand(const Problem& p, int64_t begin, int64_t end) {
 }
 
 template <class T, class F>
-constexpr batched_lora::Kernels kKernels = {shrink<T, F>, sum, expand<T, F>};
+constexpr batched_lora::Kernels kKernels = {shrink<T, F>, sum, activate, expand<T, F>};
 
 }  // namespace
 

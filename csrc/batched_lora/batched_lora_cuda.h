@@ -2,7 +2,7 @@
 // the layouts of route, table and pages, and for the letters.
 //   route:       ids -> route                                       once per step, one block
 //   pool shrink: h[p, r] = sum_k x[i, k] A[r, k]                    row i is at position p of the route's order
-//   pool expand: y_g[i] += s (sum_r h[p, r] B^T[r] + b), or with a gain (1 + d) (y_g[i] + s sum_r ...) + s b
+//   pool expand: y_g[i] += s (sum_r f(h[p, r] + a[r]) B^T[r] + b), or with a gain (1 + d) (y_g[i] + s sum_r ...) + s b
 //                rounded once; in fp32 (fp64) t = s sum + y, then d t + t, then s b + that, an FMA each
 // A tile of up to 16 rows of one slot is the unit of both: its factors are read once. K is summed in chunks of kChunk
 // elements, and the chunks in order. h is fp32 (fp64 for fp64) and enters the second product with all its bits. Both
@@ -11,9 +11,9 @@
 // slot's factors and on x's row alone. Which kernel is taken depends on dtypes, strides and alignment; how the grid and
 // h are cut, on shapes, which changes no sum's order. Nothing here waits for the device, and no number inside a tensor
 // is known to the host. Trusted are: the route, made by `route` (one that was made for another M or number of slots
-// adds nothing); of the table, ranks up to 8 T, and pages, bias and gain rows that exist, for every slot that a row
-// names. An adapter's pages past its rank are not read. A launcher launches one kernel on `stream`, and touches nothing
-// else of the device's state.
+// adds nothing); of the table, ranks up to 8 T, and pages, bias and gain rows that exist, and activations, for every
+// slot that a row names. An adapter's pages past its rank are not read. A launcher launches one kernel on `stream`, and
+// touches nothing else of the device's state.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -59,7 +59,7 @@ int h_parts(const Pool& call);
 
 // For every pair of dtypes that the operator accepts.
 cudaError_t pool_shrink(Dtype x, Dtype pages, const Pool& call, cudaStream_t stream);
-cudaError_t pool_expand(Dtype x, Dtype pages, const Pool& call, cudaStream_t stream);  // right behind the shrink
+cudaError_t pool_expand(Dtype x, Dtype pages, const Pool& call, cudaStream_t stream);  // behind the shrink
 
 // The same on the plain cores, for every pair.
 cudaError_t pool_shrink_plain(Dtype x, Dtype pages, const Pool& call, cudaStream_t stream);

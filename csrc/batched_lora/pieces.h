@@ -1,11 +1,11 @@
-// The two units of batched_lora's inference form. T: type of x and y. F: type of the pages.
+// The units of batched_lora's inference form. T: type of x and y. F: type of the pages.
 //
 // What is added to a row has the same bits whatever else is in the batch, because each of its numbers is made by one
 // sequence of fp32 operations that no loop around it changes:
 //   h[i][r]  one vector of partial sums, filled by explicit FMAs (or bf16 dot instructions) in order of k within a
 //   chunk,
 //            then one tree over its lanes (lane_sums adds the same lanes in the same order at each place); chunks are
-//            kChunk long wherever the work was cut, and are added in order of k;
+//            kChunk long wherever the work was cut, and are added in order of k. Then f(h + a), element by element;
 //   y[i][n]  one lane, h[i][r] B^T[r][n] added by explicit FMAs in order of r, page after page; then the bias; then one
 //            FMA with the scaling onto y. With a gain: that FMA without the bias gives t, then d t + t, then s b +
 //            that, an FMA each. A stop in between keeps the whole fp32 value.
@@ -13,6 +13,7 @@
 #pragma once
 
 #include "batched_lora/batched_lora.h"
+#include "common/activation.h"
 #include "common/products.h"
 
 namespace pk::PK_ISA {
@@ -202,6 +203,21 @@ inline void sum_unit(const Problem& p, const Piece& piece) {
   for (int64_t part = 1; part < p.parts; ++part) {
     for (int64_t i = 0; i < piece.count; ++i) {
       for (int64_t r = 0; r < piece.rank; ++r) h[i * ldh + r] += h[part * size + i * ldh + r];
+    }
+  }
+}
+
+// h <- f(h + a), in double precision, which h is small enough for.
+inline void activate_unit(const Problem& p, const Piece& piece) {
+  const Slice& slice = p.slice[piece.slice];
+  const float* a = static_cast<const float*>(slice.down_bias);
+  if (a == nullptr && piece.activation == kIdentity) return;
+  if (a != nullptr) a += piece.slot * slice.T * kPageRows;
+  for (int64_t i = 0; i < piece.count; ++i) {
+    float* h = p.h + piece.h + i * piece.pages() * kPageRows;
+    for (int64_t r = 0; r < piece.rank; ++r) {
+      if (a != nullptr) h[r] += a[r];
+      h[r] = static_cast<float>(activated<double>(static_cast<int>(piece.activation), h[r]));
     }
   }
 }

@@ -1,6 +1,7 @@
-// Forward of batched_lora over a pool, the expand: y[i, n] += s (sum_r h[p, r] B^T[r, n] + b[n]), or with a gain
-// (1 + d[n]) (y[i, n] + s sum_r h[p, r] B^T[r, n]) + s b[n], rounded once; row i at position p of the route's order,
-// h [parts][M][columns] the shrink's, y [M, N], B^T, b and d in pages of 8 rows of N.
+// Forward of batched_lora over a pool, the expand: y[i, n] += s (sum_r u[p, r] B^T[r, n] + b[n]), or with a gain
+// (1 + d[n]) (y[i, n] + s sum_r u[p, r] B^T[r, n]) + s b[n], rounded once; u[p, r] = f(h[p, r] + a[r]), which is h for
+// LoRA; row i at position p of the route's order, h [parts][M][columns] the shrink's, y [M, N], B^T, b and d in pages
+// of 8 rows of N.
 // Bound by reading B^T, each element of which a tile reads once, and by y. Grid: (tile, 256 columns, slice), a warp
 // takes 64 columns. Stages of 16 ranks of B^T arrive by cp.async, as many ahead as the ring has; h is added up in the
 // order of its parts for 64 ranks at a time and enters mma.sync as three bf16 parts, which hold all its bits; fp16
@@ -39,12 +40,14 @@ __device__ __forceinline__ void fill(T* to, const Slice& slice, const PoolTile& 
   }
 }
 
-// h of ranks [rank, rank + 64), as bf16 parts. h: of the tile's first row and the slice's first rank. Two rows at a
+// u of ranks [rank, rank + 64), as bf16 parts. h: of the tile's first row and the slice's first rank. Two rows at a
 // time, and eight parts of each: a tile of few rows waits for memory once.
-__device__ __forceinline__ void load_low(Low& low, const Pool& call, const float* h, const PoolTile& tile, int rank) {
+__device__ __forceinline__ void load_low(Low& low, const Pool& call, const Slice& slice, const float* h,
+                                         const PoolTile& tile, int rank) {
   constexpr int kRowStep = kThreads / kLowRanks;
   const int r = threadIdx.x % kLowRanks, wanted = rank + r < tile.rank ? tile.rows : 0;
   const int64_t H = h_column(call, call.slices);
+  const bool lora = is_lora(slice, tile);
 #pragma unroll 1
   for (int m = threadIdx.x / kLowRanks; m < kTileMost; m += 2 * kRowStep) {
     const float* from = h + m * H + rank + r;
@@ -53,6 +56,10 @@ __device__ __forceinline__ void load_low(Low& low, const Pool& call, const float
     for (int part = 0; part < call.parts; ++part, from += call.M * H) {
       if (m < wanted) first += __ldcg(from);
       if (m + kRowStep < wanted) second += __ldcg(from + kRowStep * H);
+    }
+    if (!lora) {
+      if (m < wanted) first = bottleneck(slice, tile, rank + r, first);
+      if (m + kRowStep < wanted) second = bottleneck(slice, tile, rank + r, second);
     }
     uint32_t parts[kLowParts];
     cut_pair(first, second, parts);
@@ -179,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, kStages > 3               ? 2
   for (int i = 0; i < stages; ++i) {
     if (i * kStep % kLowRanks == 0) {
       if (i > 0) __syncthreads();
-      load_low(low, call, h, tile, i * kStep);
+      load_low(low, call, slice, h, tile, i * kStep);
     }
     cp_async_wait<kStages - 2>();
     __syncthreads();

@@ -94,6 +94,7 @@ __global__ void __launch_bounds__(kThreads)
   const F* const pages = static_cast<const F*>(slice.pages_out);
   const int32_t* const numbers = tile.entry + kTablePages + slice.T;
   Acc<T> sum[kTileMost] = {};
+  const bool lora = is_lora(slice, tile);
 #pragma unroll 1
   for (int rank = 0; rank < tile.rank; rank += kLowRanks) {
 #pragma unroll
@@ -102,7 +103,8 @@ __global__ void __launch_bounds__(kThreads)
       for (int part = 0; part < call.parts; ++part) {
         if (m < tile.rows && rank + r0 < tile.rank) value += h[(part * call.M + m) * H + rank + r0];
       }
-      low[m][r0] = value;
+      const bool wanted = !lora && m < tile.rows && rank + r0 < tile.rank;
+      low[m][r0] = wanted ? bottleneck(slice, tile, rank + r0, value) : value;
     }
     __syncthreads();
     const int ranks = tile.rank - rank < kLowRanks ? tile.rank - rank : kLowRanks;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "batched_lora/batched_lora_cuda.h"
+#include "common/activation.h"
 #include "common/launch.h"
 
 namespace pk::batched_lora {
@@ -25,6 +26,19 @@ __device__ __forceinline__ PoolTile pool_tile(const Pool& call, const Slice& sli
   const int64_t slot = tile[kTileAdapter], first = tile[kTileFirst];
   const int32_t* const entry = slice.table + (used ? slot : 0) * (kTablePages + 2 * slice.T);
   return {used ? entry[kTableRank] : 0, tile[kTileRows], first, order + (used ? first : 0), entry, slot};
+}
+
+// Whether h enters the second product as it is.
+__device__ __forceinline__ bool is_lora(const Slice& slice, const PoolTile& tile) {
+  return slice.down_bias == nullptr && tile.entry[kTableActivation] == kIdentity;
+}
+
+// f(h + a) of one rank.
+template <class AccT>
+__device__ __forceinline__ AccT bottleneck(const Slice& slice, const PoolTile& tile, int rank, AccT h) {
+  const AccT* const a = static_cast<const AccT*>(slice.down_bias);
+  if (a != nullptr) h += a[tile.slot * slice.T * kPageRows + rank];
+  return activated(tile.entry[kTableActivation], h);
 }
 
 // y of one element before it is rounded, from the sum over its ranks. gain: minus one. The FMAs are spelled out so that

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "batched_lora/batched_lora.h"
+#include "common/activation.h"
 
 namespace pk::batched_lora {
 namespace {
@@ -59,6 +60,10 @@ std::string take_row(const Problem& p, int64_t g, const int32_t* row, Piece& pie
   if (rank == 0) return "";
   piece.bias = row[kTableBias];
   piece.gain = row[kTableGain];
+  piece.activation = row[kTableActivation];
+  if (piece.activation < 0 || piece.activation >= kActivations) {
+    return text("table[", g, "] must have activations from 0 to ", kActivations - 1, ", got ", piece.activation);
+  }
   for (const auto& [number, name] : {std::pair{piece.bias, "bias"}, std::pair{piece.gain, "gain"}}) {
     if (number >= -1 && number < slice.pages * kPageRows) continue;
     return text("table[", g, "] must have ", name, " rows from -1 to ", slice.pages * kPageRows - 1, ", got ", number);
@@ -106,6 +111,7 @@ std::string make_work(const Problem& p, int64_t parts, Work& work) {
       piece.block = widest_block(piece.count, p.slice[g].N);
       blocks += ceil_div(p.slice[g].N, piece.block);
       pages += piece.pages();
+      work.activates = work.activates || piece.activation != kIdentity || p.slice[g].down_bias != nullptr;
       work.multiplications += piece.count * piece.rank * (p.K + p.slice[g].N);
       work.pieces.push_back(piece);
     }

@@ -7,17 +7,20 @@ namespace {
 
 using batched_lora::Slice;
 
+constexpr int64_t kActivationCost = 32;  // in multiplications
+
 void add_pooled(const std::vector<Tensor>& y, const Tensor& x, const Tensor& route, const Tensor& pages_in,
                 const std::vector<Tensor>& pages_out, const std::vector<Tensor>& table,
-                const std::vector<Tensor>& scaling) {
-  PoolCheck({y, x, route, pages_in, pages_out, table, scaling}).run();
+                const std::vector<Tensor>& scaling, const std::vector<Tensor>& down_bias) {
+  PoolCheck({y, x, route, pages_in, pages_out, table, scaling, down_bias}).run();
   std::vector<Slice> slices;
   slices.reserve(y.size());
   for (size_t g = 0; g < y.size(); ++g) {
     Tensor out = y[g];
     slices.push_back({out.size(1), pages_out[g].const_data_ptr(), pages_out[g].size(0), out.mutable_data_ptr(),
                       out.stride(0), static_cast<const int32_t*>(table[g].const_data_ptr()),
-                      (table[g].size(1) - batched_lora::kTablePages) / 2, scaling[g].const_data_ptr()});
+                      (table[g].size(1) - batched_lora::kTablePages) / 2, scaling[g].const_data_ptr(),
+                      down_biases(down_bias[g])});
   }
   batched_lora::Problem p{x.size(0),
                           x.size(1),
@@ -44,6 +47,7 @@ void add_pooled(const std::vector<Tensor>& y, const Tensor& x, const Tensor& rou
   };
   run(kernels.shrink, work.shrink_units, work.multiplications);
   if (p.parts > 1) run(kernels.sum, p.pieces, work.h_floats);
+  if (work.activates) run(kernels.activate, p.pieces, kActivationCost * work.h_floats);
   run(kernels.expand, work.expand_units, work.multiplications);
 }
 

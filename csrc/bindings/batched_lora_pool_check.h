@@ -19,7 +19,13 @@ struct PoolArguments {
   const std::vector<Tensor>& pages_out;
   const std::vector<Tensor>& table;
   const std::vector<Tensor>& scaling;
+  const std::vector<Tensor>& down_bias;
 };
+
+// Null where no slot has one.
+inline const void* down_biases(const Tensor& down_bias) {
+  return down_bias.dim() == 2 ? down_bias.const_data_ptr() : nullptr;
+}
 
 class PoolCheck {
  public:
@@ -32,6 +38,7 @@ class PoolCheck {
     same_length("pages_out", a_.pages_out.size(), G);
     same_length("table", a_.table.size(), G);
     same_length("scaling", a_.scaling.size(), G);
+    same_length("down_bias", a_.down_bias.size(), G);
     pages("pages_in", a_.pages_in, a_.x.size(1), "in_features");
     for (size_t g = 0; g < G; ++g) slice(g);
     require(dtype_code(a_.route) == aoti_torch_dtype_int32(), "route must have dtype int32, got another");
@@ -108,7 +115,7 @@ class PoolCheck {
   }
 
   void slice(size_t g) const {
-    const Tensor &y = a_.y[g], &table = a_.table[g], &scaling = a_.scaling[g];
+    const Tensor &y = a_.y[g], &table = a_.table[g], &scaling = a_.scaling[g], &down_bias = a_.down_bias[g];
     const int64_t M = a_.x.size(0);
     const std::string name = numbered("y", g);
     tensor(name, y, dtype_code(a_.x), ", as x");
@@ -120,14 +127,22 @@ class PoolCheck {
     pages(numbered("pages_out", g), a_.pages_out[g], y.size(1), "out_features");
     tensor(numbered("table", g), table, aoti_torch_dtype_int32(), "");
     const bool first = g == 0 || (table.dim() == 2 && table.size(0) == a_.table[0].size(0));
-    require(first && table.dim() == 2 && table.size(1) >= 5 && table.size(1) % 2 == 1 && table.is_contiguous(),
-            numbered("table", g), " must be contiguous, of shape [slots, 3 + 2 T], T >= 1, slots as in table[0], got ",
+    require(first && table.dim() == 2 && table.size(1) >= 6 && table.size(1) % 2 == 0 && table.is_contiguous(),
+            numbered("table", g), " must be contiguous, of shape [slots, 4 + 2 T], T >= 1, slots as in table[0], got ",
             [&] { return shape_of(table); });
     const bool wide = dtype_code(a_.x) == aoti_torch_dtype_float64();
-    tensor(numbered("scaling", g), scaling, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(), "");
+    const int32_t wide_type = wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+    tensor(numbered("scaling", g), scaling, wide_type, "");
     const int64_t slots = table.size(0);
     require(scaling.dim() == 1 && scaling.size(0) == slots && scaling.is_contiguous(), numbered("scaling", g),
             " must be contiguous, of shape [slots=", slots, "], got ", [&] { return shape_of(scaling); });
+    tensor(numbered("down_bias", g), down_bias, wide_type, "");
+    const int64_t ranks = batched_lora::kPageRows * ((table.size(1) - batched_lora::kTablePages) / 2);
+    const bool none = down_bias.dim() == 1 && down_bias.size(0) == 0;
+    const bool fits = down_bias.dim() == 2 && down_bias.size(0) == slots && down_bias.size(1) == ranks;
+    require((none || fits) && down_bias.is_contiguous(), numbered("down_bias", g),
+            " must be contiguous, of shape [0] or [slots=", slots, ", 8 T=", ranks, "], got ",
+            [&] { return shape_of(down_bias); });
   }
 
   const PoolArguments& a_;

@@ -32,9 +32,14 @@ Tensor route(const Tensor& adapter_ids, int64_t adapters) {
   return out;
 }
 
-// h is scratch of a size that shapes give, on the current stream: let go at the end of the call, it is not used again
-// before the kernels are done.
-void add_slices(const PoolArguments& a, size_t first, Device device, cudaStream_t stream) {
+// As many slices from `first` on as travel in one launch. h is scratch of a size that shapes give, on the current
+// stream: let go at the end of the call, it is not used again before the kernels are done.
+struct Turn {
+  Pool pool;
+  Tensor h;
+};
+
+Turn shrink(const PoolArguments& a, size_t first, Device device, cudaStream_t stream) {
   const Dtype type = *dtype_of(dtype_code(a.x)), pages = *dtype_of(dtype_code(a.pages_in));
   Pool pool{a.x.size(0),
             a.x.size(1),
@@ -56,25 +61,33 @@ void add_slices(const PoolArguments& a, size_t first, Device device, cudaStream_
                                  y.stride(0),
                                  static_cast<const int32_t*>(a.table[g].const_data_ptr()),
                                  (a.table[g].size(1) - batched_lora::kTablePages) / 2,
-                                 a.scaling[g].const_data_ptr()};
+                                 a.scaling[g].const_data_ptr(),
+                                 down_biases(a.down_bias[g])};
   }
   pool.parts = h_parts(pool);
   const int32_t wide = type == Dtype::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
   const Tensor h = empty({pool.parts, pool.M, h_columns(pool)}, wide, device);
   pool.h = h.mutable_data_ptr();
   launched("batched_lora_", "pool_shrink", device, pool_shrink(type, pages, pool, stream));
-  launched("batched_lora_", "pool_expand", device, pool_expand(type, pages, pool, stream));
+  return {pool, h};
 }
 
 void add_pooled(const std::vector<Tensor>& y, const Tensor& x, const Tensor& route, const Tensor& pages_in,
                 const std::vector<Tensor>& pages_out, const std::vector<Tensor>& table,
-                const std::vector<Tensor>& scaling) {
-  const PoolArguments arguments{y, x, route, pages_in, pages_out, table, scaling};
+                const std::vector<Tensor>& scaling, const std::vector<Tensor>& down_bias) {
+  const PoolArguments arguments{y, x, route, pages_in, pages_out, table, scaling, down_bias};
   PoolCheck(arguments).run();
   if (x.size(0) == 0) return;
   const Device device = device_of(x);
   const OnDevice on(device);
-  for (size_t g = 0; g < y.size(); g += batched_lora::kMostSlices) add_slices(arguments, g, device, on.stream());
+  std::vector<Turn> turns;  // no y is written before all have read x, which may lie where it lies
+  for (size_t g = 0; g < y.size(); g += batched_lora::kMostSlices) {
+    turns.push_back(shrink(arguments, g, device, on.stream()));
+  }
+  const Dtype type = *dtype_of(dtype_code(x)), pages = *dtype_of(dtype_code(pages_in));
+  for (const Turn& turn : turns) {
+    launched("batched_lora_", "pool_expand", device, pool_expand(type, pages, turn.pool, on.stream()));
+  }
 }
 
 }  // namespace

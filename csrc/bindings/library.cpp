@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "bindings/batched_lora.h"
+#include "bindings/bottleneck_adapter.h"
 #include "bindings/lora_linear.h"
 #include "bindings/tensors.h"
 #include "common/instruction_set.h"
@@ -25,6 +26,7 @@ PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
     pk::bind_lora_linear_cpu(*library);
     pk::bind_batched_lora_cpu(*library);
     pk::bind_batched_lora_pool_cpu(*library);
+    pk::bind_bottleneck_adapter_cpu(*library);
   }
 #ifdef PK_WITH_CUDA
   if (cuda) {

@@ -1,6 +1,7 @@
 // The CPU kernels of batched_lora's inference form against double loops, for every instruction set that this processor
-// has: two slices, mixed ranks, biases, gains, scattered pages, NaN wherever nothing may be read; each row bit-equal to
-// the row alone, however the work is cut; and every number of a route or table that must be refused.
+// has: two slices, mixed ranks, LoRA and bottlenecks, biases, gains, scattered pages, NaN wherever nothing may be read;
+// each row bit-equal to the row alone, however the work is cut; and every number of a route or table that must be
+// refused.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "batched_lora/batched_lora.h"
+#include "common/activation.h"
 #include "common/instruction_set.h"
 
 namespace {
@@ -140,6 +142,7 @@ struct Bench {
       fill_table(g);
       for (int64_t slot = 0; slot < kSlots; ++slot) scaling[g][slot] = slot % 2 ? 0.5f : -1.25f;
     }
+    fill_down_bias();
     for (int64_t i = 0; i < s.M; ++i) ids.push_back(static_cast<int32_t>(random_bits() % (kSlots + 1)) - 1);
   }
 
@@ -164,9 +167,18 @@ struct Bench {
       }
       row[kTableBias] = slot % 3 ? -1 : static_cast<int32_t>(slot * kPageRows + 7);
       row[kTableGain] = slot % 2 ? -1 : static_cast<int32_t>(slot * kPageRows + 6);
+      row[kTableActivation] = static_cast<int32_t>(slot % 3 ? slot % kActivations : kIdentity);
       for (const int32_t other : {row[kTableBias], row[kTableGain]}) {
         if (other >= 0) pages_out[g].randomize(other * columns(g), columns(g));
       }
+    }
+  }
+
+  // Of the second slice alone; past a rank, NaN.
+  void fill_down_bias() {
+    down_bias.assign(kSlots * kT * kPageRows, NAN);
+    for (int64_t slot = 0; slot < kSlots; ++slot) {
+      for (int64_t r = 0; r < rank(1, slot); ++r) down_bias[slot * kT * kPageRows + r] = slot % 4 ? random_value() : 0;
     }
   }
 
@@ -184,7 +196,8 @@ struct Bench {
       for (int64_t g = 0; g < kSlices; ++g) copy_row(out[g], i, y[g], chosen[i], columns(g));
     }
     for (int64_t g = 0; g < kSlices; ++g) {
-      slices[g] = {columns(g), pages_out[g].data(), kPages, out[g].data(), columns(g), table[g].data(), kT, scaling[g]};
+      slices[g] = {columns(g), pages_out[g].data(),           kPages, out[g].data(), columns(g), table[g].data(), kT,
+                   scaling[g], g ? down_bias.data() : nullptr};
     }
     const std::vector<int32_t> route = make_route(chosen_ids, kSlots);
     Problem p{M, sizes.K, kSlices, kSlots, slices, rows.data(), sizes.K, pages_in.data(), kPages, route.data()};
@@ -199,6 +212,7 @@ struct Bench {
     };
     phase(k.shrink, work.shrink_units);
     phase(k.sum, p.pieces);
+    phase(k.activate, p.pieces);
     phase(k.expand, work.expand_units);
     return out;
   }
@@ -225,10 +239,12 @@ struct Bench {
         h += term;
         h_size += std::fabs(term);
       }
+      if (g) h += down_bias[ids[row] * kT * kPageRows + r];
+      h = activated(entry[kTableActivation], h);
       for (int64_t n = 0; n < N; ++n) {
         const double b = s * pages_out[g].at((entry[q + kT] * kPageRows + within) * N + n);
         want[n] += h * b;
-        size[n] += h_size * std::fabs(b);
+        size[n] += (h_size + 1) * std::fabs(b);
       }
     }
     for (int64_t n = 0; entry[kTableGain] >= 0 && n < N; ++n) {
@@ -245,6 +261,7 @@ struct Bench {
   Sizes sizes;
   Matrix x, pages_in, pages_out[kSlices], y[kSlices];
   std::vector<int32_t> table[kSlices], ids;
+  std::vector<float> down_bias;
   float scaling[kSlices][kSlots];
 };
 
@@ -333,6 +350,7 @@ void test_refusals() {
   for (int32_t value : {-1, 41}) refused(row[kTableRank], value, "table[0] must have ranks from 0 to 40");
   for (int32_t value : {-2, 768}) refused(row[kTableBias], value, "table[0] must have bias rows from -1 to 767");
   for (int32_t value : {-2, 768}) refused(row[kTableGain], value, "table[0] must have gain rows from -1 to 767");
+  for (int32_t value : {-1, 8}) refused(row[kTableActivation], value, "table[0] must have activations from 0 to 7");
   for (int32_t value : {-1, 96}) {
     refused(row[kTablePages + 4], value, "table[0] must name pages from 0 to 95 of pages_in");
     refused(row[kTablePages + kT], value, "table[0] must name pages from 0 to 95 of pages_out");

@@ -1,6 +1,6 @@
 // The kernels of batched_lora over a pool against double loops, in the emulator and, by the same program, on a GPU:
-// ragged sizes, mixed ranks, scattered pages, several slices, biases, gains, NaN wherever nothing may be read. What a
-// row gets must have the same bits alone, among others, in any slot, from any pages, with h in parts or whole.
+// ragged sizes, mixed ranks, scattered pages, several slices, bottlenecks, biases, gains, NaN wherever nothing is read.
+// What a row gets must have the same bits alone, among others, in any slot, from any pages, with h in parts or whole.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "batched_lora/batched_lora_cuda.h"
+#include "common/activation.h"
 #include "tests/device_array.h"
 
 #ifdef EMULATOR_BUILD
@@ -140,11 +141,12 @@ class Run {
     if (field >= 0) ++route_[field];
     Pool call{M_, c_.K, slots_, x_.data(), c_.K + c_.gap, pages_in_->data(), route_.data(), slices(), {}, nullptr, 1};
     for (int g = 0; g < slices(); ++g) {
-      call.slice[g] = {c_.N[g],          pages_out_[g]->data(), pages_, y_[g]->data(),
-                       c_.N[g] + c_.gap, table_[g]->data(),     T_[g],  scaling_.data()};
+      call.slice[g] = {c_.N[g],       pages_out_[g]->data(), pages_,
+                       y_[g]->data(), c_.N[g] + c_.gap,      table_[g]->data(),
+                       T_[g],         scaling_.data(),       has_down_bias(g) ? down_bias_[g]->data() : nullptr};
     }
     call.parts = layout_.parts ? layout_.parts : h_parts(call);
-    Matrix h(pair_.x == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32, call.parts * M_ * h_columns(call) + 1);
+    Matrix h(wide_, call.parts * M_ * h_columns(call) + 1);
     call.h = h.data();
     return ran([&] {
              const cudaError_t shrunk = pool_shrink(pair_.x, pair_.pages, call, nullptr);
@@ -166,6 +168,8 @@ class Run {
           h[r] += term;
           sizes[r] += std::fabs(term);
         }
+        h[r] = activated(activation(adapter), h[r] + (has_down_bias(g) ? down_bias_value(g, adapter, r) : 0));
+        sizes[r] += 1;
       }
       for (int64_t n = 0; n < c_.N[g] + c_.gap; ++n) {
         const double before = n < c_.N[g] ? value_at(8, row, g, n) : NAN;
@@ -203,6 +207,8 @@ class Run {
   int64_t slot_of(int64_t adapter) const { return (adapter + layout_.turn) % slots_; }
   static bool has_bias(int64_t adapter) { return adapter % 3 == 0; }
   static bool has_gain(int64_t adapter) { return adapter % 2 == 0; }
+  bool has_down_bias(int g) const { return (g + c_.K) % 2 == 1; }
+  static int activation(int64_t adapter) { return static_cast<int>(adapter % kActivations); }
   static double scale(int64_t adapter) { return adapter % 2 ? -0.75 : 1.5; }
   double x_value(int64_t row, int64_t k) const {
     return with_nan_ && row == kNaNRow && k == c_.K / 2 ? NAN : value_at(1, row, k, 0);
@@ -213,6 +219,7 @@ class Run {
   double B_value(int g, int64_t adapter, int r, int64_t n) const { return value_at(3 + 16 * g, adapter, r, n); }
   double bias_value(int g, int64_t adapter, int64_t n) const { return value_at(4 + 16 * g, adapter, 0, n); }
   double gain_value(int g, int64_t adapter, int64_t n) const { return value_at(5 + 16 * g, adapter, 0, n); }
+  double down_bias_value(int g, int64_t adapter, int r) const { return value_at(6 + 16 * g, adapter, r, 0); }
 
   bool close(double got, double want, double size, bool changed) const {
     ++compared;
@@ -240,6 +247,7 @@ class Run {
       const int64_t width = kTablePages + 2 * T_[g], N = c_.N[g], stride = N + c_.gap;
       table_.push_back(std::make_unique<Array<int32_t>>(slots_ * width));
       pages_out_.push_back(std::make_unique<Matrix>(pair_.pages, pages_ * kPageRows * N));
+      down_bias_.push_back(std::make_unique<Matrix>(wide_, slots_ * T_[g] * kPageRows));
       y_.push_back(std::make_unique<Matrix>(pair_.x, M_ * stride, c_.offset));
       for (int64_t adapter = 0; adapter < slots_; ++adapter) {
         int32_t* const entry = table_[g]->host() + slot_of(adapter) * width;
@@ -251,11 +259,13 @@ class Run {
           const int64_t place = page[0] * kPageRows + r % kPageRows;
           for (int64_t k = 0; k < c_.K; ++k) pages_in_->set(place * c_.K + k, A_value(g, adapter, r, k));
           for (int64_t n = 0; n < N; ++n) pages_out_[g]->set(place * N + n, B_value(g, adapter, r, n));
+          down_bias_[g]->set(slot_of(adapter) * T_[g] * kPageRows + r, down_bias_value(g, adapter, r));
         }
         const int32_t bias = has_bias(adapter) ? static_cast<int32_t>(new_page() * kPageRows + 5) : -1;
         const int32_t gain = has_gain(adapter) ? static_cast<int32_t>(new_page() * kPageRows + 3) : -1;
         entry[kTableBias] = bias;
         entry[kTableGain] = gain;
+        entry[kTableActivation] = activation(adapter);
         for (int64_t n = 0; n < N && bias >= 0; ++n) pages_out_[g]->set(bias * N + n, bias_value(g, adapter, n));
         for (int64_t n = 0; n < N && gain >= 0; ++n) pages_out_[g]->set(gain * N + n, gain_value(g, adapter, n));
       }
@@ -276,9 +286,10 @@ class Run {
   int64_t pages_ = 0;
   std::vector<int64_t> T_;
   std::unique_ptr<Matrix> pages_in_;
-  std::vector<std::unique_ptr<Matrix>> pages_out_, y_;
+  std::vector<std::unique_ptr<Matrix>> pages_out_, y_, down_bias_;
   std::vector<std::unique_ptr<Array<int32_t>>> table_;
-  Matrix scaling_{pair_.x == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32, slots_};
+  const Dtype wide_ = pair_.x == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  Matrix scaling_{wide_, slots_};
 };
 
 std::vector<int64_t> all_rows(const Case& c) {

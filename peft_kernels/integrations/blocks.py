@@ -2,9 +2,9 @@
 
 y = block(x), then the adapters on (x, y), before what the model does next (dropout, residual, norm). The adapters are a
 child of the module that owns the block; its class becomes a subclass without state. Where the block's output leaves the
-owner as it is, the owner's own forward runs and then the adapters. Where something follows inside the owner, its forward
-runs on a stand-in for the owner: an object of this one call, which passes everything on, and on the way through the
-last projection, runs the adapters. So x is never kept on a module, and a checkpointed layer makes a stand-in of its own.
+owner as it is, the owner's own forward runs and then the adapters. Where something follows inside, the owner's forward
+runs on a stand-in for the owner: an object of this one call, which passes everything on, and at the last projection
+runs the adapters. So x is never kept on a module, and a checkpointed layer makes a stand-in of its own in the backward.
 """
 
 import functools
@@ -75,7 +75,7 @@ def _within(self, *args, **kwargs):
         return kind.forward(self, *args, **kwargs)
     first = _input(0, args, kwargs)
     x = None if isinstance(self.block.x, str) else _input(self.block.x, args, kwargs)
-    stand_in = _stand_in_class(self.block)(self, first.shape[0], x)
+    stand_in = self.stand_in(self, first.shape[0], x)
     result = kind.forward(stand_in, *args, **kwargs)
     if not stand_in.ran:
         raise RuntimeError(f"bottleneck adapters: {kind.__name__}.forward has not called its {self.block.output}")
@@ -117,5 +117,6 @@ def _stand_in_class(block: Block) -> type:
 def adapted_class(block: Block, family_class: type) -> type:
     """An owner of some class, with what its bottleneck adapters do. `over` makes it of another class."""
     make = functools.partial(adapted_class, block)
-    forward = _within if block.inside else _around
-    return subclass(make, family_class, {"forward": forward, "block": block, "over": staticmethod(make)})
+    members = {"block": block, "over": staticmethod(make)}
+    members |= {"forward": _within, "stand_in": _stand_in_class(block)} if block.inside else {"forward": _around}
+    return subclass(make, family_class, members)

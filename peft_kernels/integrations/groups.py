@@ -56,7 +56,7 @@ def project(owner: nn.Module, x: Tensor) -> list[Tensor] | None:
 def _mlp_forward(self, x: Tensor) -> Tensor:
     projected = self.project(x)
     if projected is None:
-        return self.family_class.forward(self, x)
+        return self.owner_class.forward(self, x)
     gate, up = projected
     return self.down_proj(self.act_fn(gate) * up)
 
@@ -66,7 +66,7 @@ def _attention_forward(
 ):
     projected = self.project(hidden_states)
     if projected is None:
-        return self.family_class.forward(
+        return self.owner_class.forward(
             self, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
         )
     batch = hidden_states.shape[:-1]
@@ -100,6 +100,7 @@ def grouped_class(prefix: str, group: Group, project: Callable[[nn.Module, Tenso
         "__module__": __name__,
         "group": group,
         "family_class": family_class,
+        "owner_class": family_class,  # in subclasses too
         "modeling": modeling,
         "project": project,
         "forward": _FORWARDS[group.kind],

@@ -94,7 +94,7 @@ def subclass(make, family_class: type, members: dict) -> type:
 
 
 def beneath(kind: type) -> type:
-    """The class that an instance would have without bottleneck adapters, which are put over whatever else changes it."""
+    """The class that an instance would have without bottleneck adapters, which lie over whatever else changes it."""
     return kind.family_class if "over" in kind.__dict__ else kind
 
 

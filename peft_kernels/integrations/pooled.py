@@ -19,10 +19,12 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peft_kernels.integrations.blocks import CHILD, adapted_class, sites_of
 from peft_kernels.integrations.checkpoints import Source, read_adapter
 from peft_kernels.integrations.groups import grouped_class
 from peft_kernels.integrations.named import subclass
 from peft_kernels.integrations.peft import intercepted
+from peft_kernels.integrations.pooled_blocks import FORMS, bottleneck_config, read_bottleneck, site_name
 from peft_kernels.integrations.rows import OUTSIDE, Rows, outside_graph, rows_in_pool
 from peft_kernels.integrations.targets import Group, forward_is_known, group_of
 from peft_kernels.integrations.transformers import OWN_FORWARD, POOL_SITE, forward_was_replaced, made_by_fsdp, swap
@@ -77,6 +79,7 @@ def add_(rows: Rows, x: Tensor, ys: list[Tensor], sites: list[PoolSite]) -> None
         [t.pages_out for t in tables],
         [t.table for t in tables],
         [t.scaling for t in tables],
+        [t.down_bias for t in tables],
     )
 
 
@@ -102,7 +105,7 @@ def add_embedded_(rows: Rows, tokens: Tensor, y: Tensor, site: PoolSite) -> None
     if not site.pool.touched(site.name):
         return
     _check(y, site)
-    pages_in, pages_out, table, scaling = site.tables()
+    pages_in, pages_out, table, scaling, down_bias = site.tables()
     route = rows.route(tokens.shape, tokens.device)
     T, M = (table.shape[1] - FIRST_PAGE) // 2, tokens.numel()
     slots = route[HEADER : HEADER + M].clamp(min=0).long()
@@ -114,7 +117,7 @@ def add_embedded_(rows: Rows, tokens: Tensor, y: Tensor, site: PoolSite) -> None
     table[:, FIRST_PAGE : FIRST_PAGE + T] = torch.arange(T, dtype=table.dtype, device=table.device)
     y = y.view(-1, y.shape[-1])
     sums = y.to(h.dtype)  # y itself, where it is of that type
-    BATCHED_LORA_([sums], h, route, identity, [pages_out], [table], [scaling])
+    BATCHED_LORA_([sums], h, route, identity, [pages_out], [table], [scaling], [down_bias])
     if sums is not y:
         y.copy_(sums)
 
@@ -172,6 +175,35 @@ def pooled_group_class(group: Group) -> type:
     return grouped_class("Pooled", group, project)
 
 
+class PooledBlock(nn.Module):
+    """What the bottleneck adapters of rows do to a block: `forward(x, y)`, x its input, y its output, which is changed.
+
+    A child of the block's owner, as `BottleneckAdapters` is, without parameters; a place of its own for each form.
+    """
+
+    def __init__(self, pool: AdapterPool, owner: str):
+        super().__init__()
+        for form in FORMS:
+            self.add_module(form, nn.Module())
+            self._modules[form].pool_site = PoolSite(pool, site_name(owner, form), output=False)
+
+    @property
+    def active(self) -> bool:
+        """Whether some adapter has ever touched the block."""
+        sites = (place.pool_site for place in self._modules.values())
+        return any(site.pool.touched(site.name) for site in sites)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        for form in FORMS:
+            site = self._modules[form].pool_site
+            rows = site.rows()
+            if rows is OUTSIDE:
+                return outside_graph(self.forward, x, y)
+            if rows is not None:
+                add_(rows, x if form == "parallel" else y, [y], [site])
+        return y
+
+
 def pool_of(model: nn.Module) -> "ModelPool":
     """The pool that a model serves. Raises ValueError if it has none."""
     for module in model.modules():
@@ -198,7 +230,7 @@ class ModelPool(AdapterPool):
         self, name: str, source: Source, adapter_name: str = "default", replace: bool = False,
         allow_nonfinite: bool = False,
     ) -> int:  # fmt: skip
-        """Adds an adapter that HF PEFT has made, and returns its slot.
+        """Adds an adapter that HF PEFT has made, or a bottleneck adapter, and returns its slot.
 
         Args:
             name: as in `add`.
@@ -207,6 +239,8 @@ class ModelPool(AdapterPool):
             replace, allow_nonfinite: as in `add`.
 
         LoRA, rsLoRA, lora_bias, DoRA, patterns of ranks and alphas; on linear layers, Conv1D, embeddings and lm_head.
+        Bottleneck adapters, serial and parallel, that `peft_kernels.save_pretrained` has written; without a norm of
+        what they read and without a gate.
 
         Raises:
             ValueError: the adapter is more than that, or does not fit the model; it says where.
@@ -215,7 +249,12 @@ class ModelPool(AdapterPool):
             >>> pool = peft_kernels.attach_pool(model, adapters=64)
             >>> pool.load("french", "checkpoints/french")
         """
-        return self.add(name, read_adapter(source, adapter_name, _Layers(self), name), replace, allow_nonfinite)
+        layers, about = _Layers(self), None if isinstance(source, nn.Module) else bottleneck_config(source)
+        if about is None:
+            found = read_adapter(source, adapter_name, layers, name)
+        else:
+            found = read_bottleneck(source, about, sites_of(self._model()), layers, name)
+        return self.add(name, found, replace, allow_nonfinite)
 
 
 class _Layers(Mapping):
@@ -242,9 +281,12 @@ class _Layers(Mapping):
 def attach_pool(
     model: nn.Module, adapters: int = 256, *, dtype: torch.dtype | None = None, max_rank: int = 512
 ) -> ModelPool:
-    """Lets a model serve many LoRA adapters at once, each row of a batch its own; returns the pool that holds them.
+    """Lets a model serve many adapters at once, each row of a batch its own; returns the pool that holds them.
 
     y[i] = base(x)[i] + s_a (x[i] A_a^T) B_a^T,  a the adapter of row i (Chen et al. 2023, arXiv:2310.18547)
+
+    LoRA on layers, and on the FFN and attention blocks of transformers' models bottleneck adapters, which have
+    f(x[i] A_a^T + a_a) B_a^T + b_a there, x the block's input (parallel) or its output (serial).
 
     Args:
         model: a transformers model, or any module with linear layers or embeddings, on one device; without adapters.
@@ -266,23 +308,25 @@ def attach_pool(
         >>> with peft_kernels.adapter_ids([0, -1, 1], adapters=["french", "german"]):
         ...     tokens = model.generate(input_ids, max_new_tokens=20)  # the second of the three by the base model
     """
-    sites, swaps, left_alone = _plan(model)
+    sites, blocks, swaps, left_alone = _plan(model)
     weight = next(model.parameters())
     if dtype is None:
         dtypes = {p.dtype for p in model.parameters() if p.dtype in FLOATS}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     pool = ModelPool(model, sites, left_alone, adapters=adapters, dtype=dtype, device=weight.device, max_rank=max_rank)
     lm_head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    for name in sites:
+    for name in sites.keys() - {site_name(block, form) for block in blocks for form in FORMS}:
         module = model.get_submodule(name)
         module.pool_site = PoolSite(pool, name, output=module is lm_head)
-    swap(swaps)
+    for block in blocks:
+        model.get_submodule(block).add_module(CHILD, PooledBlock(pool, block))
+    swap([*swaps.items()])
     return pool
 
 
 def _plan(model: nn.Module):
-    """Sites by name; modules and their new classes; and by name what is left alone and why."""
-    sites, swaps, left_alone, owned = {}, [], {}, {}
+    """Sites by name; the owners of blocks; modules and their new classes; and by name what is left alone and why."""
+    sites, swaps, left_alone, owned = {}, {}, {}, {}
     if (kind := getattr(getattr(model, "config", None), "model_type", None)) in SEQUENCE_FIRST:
         raise ValueError(f"attach_pool: {kind} puts the sequence before the batch: its rows are not the batch's")
     for name, module in model.named_modules():
@@ -293,25 +337,39 @@ def _plan(model: nn.Module):
             )
         if POOL_SITE in module.__dict__:
             raise ValueError("attach_pool: the model has a pool; peft_kernels.unpatch(model) takes it off")
+        if CHILD in module._modules:
+            raise ValueError(
+                f"attach_pool: {name} has bottleneck adapters; peft_kernels.detach(model, name) takes them off, and "
+                "pool.load(name, folder) serves them from where peft_kernels.save_pretrained has written them"
+            )
         if reason := _keeps_inside(module, model):
             owned |= {f"{name}.{child}" if name else child: reason for child, _ in module.named_modules()}
         site = _site(module)
         if site is None:
             group = group_of(type(module))
             if group and forward_is_known(group, type(module)) and not _obstacle(module):
-                swaps.append((module, pooled_group_class(group)))
+                swaps[module] = pooled_group_class(group)
         elif reason := owned.get(name) or _obstacle(module):
             left_alone[name] = reason
         else:
             sites[name] = site
             make = embedding_class if isinstance(module, nn.Embedding) else linear_class
-            swaps.append((module, make(type(module))))
+            swaps[module] = make(type(module))
     if not sites:
         raise ValueError("attach_pool: the model has no linear layer and no embedding that could take adapters")
     devices = {str(p.device) for p in model.parameters()}
     if len(devices) > 1 or "meta" in devices:
         raise ValueError(f"attach_pool: the model must lie on one device, got {', '.join(sorted(devices))}")
-    return sites, swaps, left_alone
+    blocks = []
+    for block in sites_of(model) if isinstance(model, PreTrainedModel) else ():
+        owner, places = model.get_submodule(block.name), [site_name(block.name, form) for form in FORMS]
+        if reason := owned.get(block.name) or _obstacle(owner):
+            left_alone |= dict.fromkeys(places, reason)
+        else:
+            blocks.append(block.name)
+            sites |= dict.fromkeys(places, Site(block.width, block.width))
+            swaps[owner] = adapted_class(block.block, swaps.get(owner, type(owner)))
+    return sites, blocks, swaps, left_alone
 
 
 def _keeps_inside(module: nn.Module, model: nn.Module) -> str:

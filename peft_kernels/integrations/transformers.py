@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peft_kernels import backends
+from peft_kernels.integrations.blocks import CHILD
 from peft_kernels.integrations.groups import add_member, fused_class
 from peft_kernels.integrations.named import (
     FusedLoraModel,
@@ -98,19 +99,30 @@ def unpatch(model: nn.Module) -> contextlib.AbstractContextManager:
         >>> with peft_kernels.unpatch(model):
         ...     model(input_ids=input_ids)  # plain PEFT; patched again afterwards
     """
-    swaps = []
+    swaps, restore = [], contextlib.ExitStack()
     for name, module in model.named_modules():
         kind = type(module)
-        if _plain_class(kind) is not kind:
+        if _serves_a_pool(module._modules.get(CHILD)):
+            restore.callback(_give_back, module, module._modules.pop(CHILD), kind)
+            swaps.append((module, _plain_class(beneath(kind))))
+        elif _plain_class(kind) is not kind:
             swaps.append((module, _plain_class(kind)))
         elif isinstance(module, FusedLinear) or hasattr(beneath(kind), "family_class"):
             warnings.warn(f"unpatch: {name} keeps its class, {kind.__name__}, which was made after patch", stacklevel=2)
-    restore = contextlib.ExitStack()
     for module in model.modules():
         if POOL_SITE in module.__dict__:
             restore.callback(module.__dict__.__setitem__, POOL_SITE, module.__dict__.pop(POOL_SITE))
     restore.callback(swap(swaps))
     return restore
+
+
+def _serves_a_pool(child: nn.Module | None) -> bool:
+    return child is not None and any(POOL_SITE in place.__dict__ for place in child.children())
+
+
+def _give_back(owner: nn.Module, child: nn.Module, kind: type) -> None:
+    owner._modules[CHILD] = child
+    swap([(owner, kind)])
 
 
 def _plain_class(kind: type) -> type:

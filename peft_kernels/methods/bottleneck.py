@@ -7,8 +7,8 @@ The four dimensions of the unified view (He et al. 2022, arXiv:2110.04366, table
     modified representation    representation              the FFN block, the attention block, or both
     composition                scaling, gate               s and g
 
-The presets are points in that space: Houlsby et al. 2019 (arXiv:1902.00751), Pfeiffer et al. 2021 (arXiv:2005.00247), He
-et al. 2022, and Adapter+ (Steitz and Roth 2024, arXiv:2406.06820).
+The presets are points in that space: Houlsby et al. 2019 (arXiv:1902.00751), Pfeiffer et al. 2021 (arXiv:2005.00247),
+He et al. 2022, and Adapter+ (Steitz and Roth 2024, arXiv:2406.06820).
 """
 
 import math

@@ -1,7 +1,8 @@
 """What AdapterPool.add takes for one site, the checks on it, and the rows in which the pool keeps it.
 
 lora_A [R, K] as it is; lora_B [N, R] as rank rows of B^T, behind them a row of the bias and a row of the gain minus
-one, each where there is one. Gains lie near 1, so that rounding their distance from 1 to 16 bits costs little.
+one, each where there is one. Gains lie near 1, so that rounding their distance from 1 to 16 bits costs little. A bias
+in front of an activation stays in the dtype that products are summed in.
 """
 
 import math
@@ -11,12 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peft_kernels.ops.common.activations import NAMES
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class SiteAdapter(NamedTuple):
     """One site's part of an adapter: y + scaling (x lora_A^T lora_B^T + lora_bias) for the layer's output y, or with a
-    gain: gain (y + scaling x lora_A^T lora_B^T) + scaling lora_bias.
+    gain: gain (y + scaling x lora_A^T lora_B^T) + scaling lora_bias. A bottleneck adapter (Houlsby et al. 2019,
+    arXiv:1902.00751) has activation(x lora_A^T + down_bias) in the place of x lora_A^T; lora_A is its down projection,
+    lora_B its up projection, lora_bias the bias of that.
 
     Args:
         lora_A, lora_B: `[r, K]` and `[N, r]`.
@@ -25,6 +30,8 @@ class SiteAdapter(NamedTuple):
         gain: `[N]`, or None: DoRA's magnitude / ||W + scaling lora_B lora_A|| of each output (Liu et al. 2024,
             arXiv:2402.09353). Where the layer has a bias b of its own, which DoRA does not multiply, lora_bias is
             (1 - gain) b / scaling.
+        activation: identity, relu, gelu, gelu_tanh, silu, tanh, sigmoid or leaky_relu.
+        down_bias: `[r]`, or None.
 
     Example:
         >>> pool = peft_kernels.AdapterPool({"q_proj": peft_kernels.Site(64, 32)})
@@ -37,6 +44,8 @@ class SiteAdapter(NamedTuple):
     scaling: float = 1.0
     lora_bias: Tensor | None = None
     gain: Tensor | None = None
+    activation: str = "identity"
+    down_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,8 @@ class Stored:
     scaling: float
     biased: bool
     gained: bool
+    activation: int  # its place in ops.common.activations
+    down_bias: Tensor | None  # [R], in the dtype that products are summed in
 
     @property
     def rank(self) -> int:
@@ -64,7 +75,7 @@ def check(site: str, K: int, N: int, entry: tuple, max_rank: int) -> SiteAdapter
     """An entry for a site from K to N features; what is none is refused in words."""
     got = f"{type(entry).__name__} of {len(entry)}" if isinstance(entry, (tuple, list)) else type(entry).__name__
     require(
-        isinstance(entry, tuple) and len(entry) in (4, 5),
+        isinstance(entry, SiteAdapter) or (isinstance(entry, tuple) and len(entry) in (4, 5)),
         f"site '{site}' must have a SiteAdapter or a tuple (lora_A, lora_B, scaling, lora_bias) or with a gain behind, "
         f"got {got}",
         TypeError,
@@ -77,6 +88,10 @@ def check(site: str, K: int, N: int, entry: tuple, max_rank: int) -> SiteAdapter
     for name in ("lora_bias", "gain"):
         if getattr(entry, name) is not None:
             _check_tensor(site, name, getattr(entry, name), (N,), f"out_features={N}")
+    if entry.down_bias is not None:
+        _check_tensor(site, "down_bias", entry.down_bias, (r,), f"r={r}")
+    known = isinstance(entry.activation, str) and entry.activation in NAMES
+    require(known, f"activation of site '{site}' must be one of {', '.join(NAMES)}, got {entry.activation!r}")
     s = entry.scaling
     number = isinstance(s, (int, float)) and not isinstance(s, bool)
     require(number, f"scaling of site '{site}' must be a number, got {type(s).__name__}", TypeError)
@@ -88,17 +103,20 @@ def check(site: str, K: int, N: int, entry: tuple, max_rank: int) -> SiteAdapter
 def store(site: str, entry: SiteAdapter, dtype: torch.dtype, device: torch.device, allow_nonfinite: bool) -> Stored:
     """A checked entry as the pool keeps it; infinities and NaN, given or made by the pool's dtype, are refused."""
     tensors = {name: t.detach().to(device) for name, t in entry._asdict().items() if isinstance(t, Tensor)}
+    kept_in = dict.fromkeys(tensors, dtype) | {"down_bias": torch.promote_types(dtype, torch.float32)}
     if "gain" in tensors:
         wide = torch.promote_types(torch.promote_types(tensors["gain"].dtype, dtype), torch.float32)
         tensors["gain"] = tensors["gain"].to(wide) - 1
-    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    tensors = {name: tensor.to(kept_in[name]) for name, tensor in tensors.items()}
     for name, tensor in () if allow_nonfinite else tensors.items():
         bad = tensor.numel() - int(tensor.isfinite().sum())
         text = f"{name} of site '{site}' has {bad} values of {tensor.numel()} that are not finite in"
-        require(bad == 0, f"{text} {str(dtype).removeprefix('torch.')}; allow_nonfinite=True takes them")
+        require(bad == 0, f"{text} {str(kept_in[name]).removeprefix('torch.')}; allow_nonfinite=True takes them")
     behind = [tensors[name][None] for name in ("lora_bias", "gain") if name in tensors]
     rows = torch.cat([tensors["lora_B"].mT, *behind])
-    return Stored(site, tensors["lora_A"], rows, float(entry.scaling), "lora_bias" in tensors, "gain" in tensors)
+    there = "lora_bias" in tensors, "gain" in tensors
+    f = NAMES.index(entry.activation), tensors.get("down_bias")
+    return Stored(site, tensors["lora_A"], rows, float(entry.scaling), *there, *f)
 
 
 def _check_tensor(site: str, name: str, tensor: Tensor, shape: tuple[int | None, ...], words: str) -> None:

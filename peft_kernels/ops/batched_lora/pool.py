@@ -54,8 +54,9 @@ class Tables(NamedTuple):
 
     pages_in: Tensor  # [P, 8, K]
     pages_out: Tensor  # [P', 8, N]
-    table: Tensor  # int32 [slots, 3 + 2 T]
+    table: Tensor  # int32 [slots, 4 + 2 T]
     scaling: Tensor  # [slots]
+    down_bias: Tensor  # [slots, 8 T], or [0]
 
 
 class AdapterPool:
@@ -136,9 +137,8 @@ class AdapterPool:
         """What `batched_lora_` takes for one site. Take the ids first. Raises KeyError if there is no such site."""
         if site not in self.sites:
             raise KeyError(f"AdapterPool: no site '{site}' in this pool{_nearest(site, self.sites)}")
-        table = self._tables[site]
         where = self.sites[site]
-        return Tables(self._stores[where.K].pages, self._stores[where.N].pages, table.table, table.scaling)
+        return Tables(self._stores[where.K].pages, self._stores[where.N].pages, *self._tables[site].tensors)
 
     def touched(self, site: str) -> bool:
         """Whether some adapter has ever touched a site, or room was reserved there; False: its op may be left out."""
@@ -162,7 +162,7 @@ class AdapterPool:
     @property
     def nbytes(self) -> int:
         """Bytes allocated: pages, free ones included, tables and scalings."""
-        tables = sum(table.table.nbytes + table.scaling.nbytes for table in self._tables.values())
+        tables = sum(tensor.nbytes for table in self._tables.values() for tensor in table.tensors)
         return tables + sum(store.pages.nbytes for store in self._stores.values())
 
     # -- writers --
@@ -172,8 +172,8 @@ class AdapterPool:
 
         Args:
             name: letters, digits, `_`, `-` and `.`, from 1 to 64 of them, beginning with a letter or digit, no `..`.
-            tensors: by site, a `SiteAdapter` or a tuple of its first four or all five: `(lora_A [r, K], lora_B [N, r],
-                scaling, lora_bias [N] or None, gain [N] or None)`.
+            tensors: by site, a `SiteAdapter`, of LoRA or of a bottleneck adapter, or a tuple of its first four or five:
+                `(lora_A [r, K], lora_B [N, r], scaling, lora_bias [N] or None, gain [N] or None)`.
             replace: a new version of an adapter that is there. It gets a slot of its own; requests that pinned the old
                 one keep it.
             allow_nonfinite: take infinities and NaN, which then stay in the rows of this adapter.
@@ -212,13 +212,14 @@ class AdapterPool:
             if not self._pins[slot]:
                 self._release(slot)
 
-    def reserve(self, adapters: int, rank: int, sites: Iterable[str] | None = None) -> None:
+    def reserve(self, adapters: int, rank: int, sites: Iterable[str] | None = None, *, down_bias: bool = False) -> None:
         """Makes room for so many adapters of a rank in all, so that adding them replaces no tensor (`growths`).
 
         Args:
             adapters: how many; one more than there are names at a time lets a full pool replace.
             rank: of each, and one more for a lora_bias, one more for a gain.
             sites: that they touch: if not given, those that the adapters touch that are there.
+            down_bias: for adapters that have one.
 
         Raises:
             KeyError: there is no such site.
@@ -232,7 +233,7 @@ class AdapterPool:
             pages = Counter()
             for name in sites:
                 self.tables(name)  # raises where there is none
-                self._tables[name].reserve(rank)
+                self._tables[name].reserve(rank, down_bias)
                 for width in (self.sites[name].K, self.sites[name].N):
                     pages[width] += adapters * -(-rank // PAGE)
             for width, count in pages.items():
@@ -267,7 +268,7 @@ class AdapterPool:
         pages = []
         for entry in entries:
             site = self.sites[entry.site]
-            self._tables[entry.site].reserve(entry.rank)
+            self._tables[entry.site].reserve(entry.rank, entry.down_bias is not None)
             for width, rows in ((site.K, entry.a), (site.N, entry.b)):
                 pages.append(self._stores[width].take(len(rows)))
                 self._held[slot].append((entry.site, width, pages[-1]))

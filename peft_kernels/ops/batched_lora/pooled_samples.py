@@ -7,6 +7,7 @@ from torch import Tensor
 
 from peft_kernels.ops.batched_lora import route
 from peft_kernels.ops.batched_lora.pooled_reference import FIRST_PAGE, PAGE
+from peft_kernels.ops.common.activations import NAMES
 from peft_kernels.registry import BadInput, Sample
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -37,12 +38,14 @@ def paged(factors: list[Tensor], others: list[tuple[Tensor | None, ...]], width:
 
 
 def problem(
-    device, dtype, factor_dtype, *, rows=12, K=32, N=(48,), ranks=MIXED, ids=None, biased=False, gained=False
-) -> dict:
+    device, dtype, factor_dtype, *, rows=12, K=32, N=(48,), ranks=MIXED, ids=None, biased=False, gained=False,
+    activations=("identity",), down_biased=False,
+) -> dict:  # fmt: skip
     """Arguments of the op: one slot per entry of `ranks`, which gives its rank in each slice of N.
 
     ids: of the rows; by default all slots and none in turn. biased, gained: half of the slots have a bias, two of three
-    a gain. The factors are scaled so that each slot adds as much as y holds.
+    a gain. activations: of the slots, in turn. down_biased: two of three slots have a bias in front of it. The factors
+    are scaled so that each slot adds as much as y holds.
     """
     generator = torch.Generator().manual_seed(rows * 1009 + K * 31 + sum(N))
 
@@ -52,7 +55,7 @@ def problem(
     slots = len(ranks)
     a = [[draw(r, K, scale=K**-0.5, to=factor_dtype) for r in slot] for slot in ranks]
     pages_in, taken, _ = paged([f for slot in a for f in slot], [()] * (slots * len(N)), K)
-    table, pages_out, scaling = [], [], []
+    table, pages_out, scaling, down_bias = [], [], [], []
     for g, n in enumerate(N):
         b = [draw(slot[g], n, scale=max(slot[g], 1) ** -0.5, to=factor_dtype) for slot in ranks]
         bias = [draw(n, to=factor_dtype) if biased and i % 2 else None for i in range(slots)]
@@ -65,11 +68,15 @@ def problem(
         entries = torch.full((slots, FIRST_PAGE + 2 * most), -7, dtype=torch.int32)  # past a rank: never read
         for i, (slot, of_b) in enumerate(zip(ranks, numbers, strict=True)):
             of_a = taken[i * len(N) + g]
-            entries[i, :FIRST_PAGE] = torch.tensor([slot[g], *other_rows[i]])
+            activation = NAMES.index(activations[i % len(activations)])
+            entries[i, :FIRST_PAGE] = torch.tensor([slot[g], *other_rows[i], activation])
             entries[i, FIRST_PAGE : FIRST_PAGE + len(of_a)] = torch.tensor(of_a)
             entries[i, FIRST_PAGE + most : FIRST_PAGE + most + len(of_b)] = torch.tensor(of_b)
         table.append(entries.to(device))
         pages_out.append(pages)
+        down_bias.append(
+            _down_biases([slot[g] if down_biased else 0 for slot in ranks], draw, PAGE * most, _wide(dtype))
+        )
         scaling.append(((-1.0) ** torch.arange(slots) * (1 + torch.arange(slots) / 4)).to(device, _wide(dtype)))
     ids = [i % (slots + 1) - 1 for i in range(rows)] if ids is None else ids
     return {
@@ -80,7 +87,18 @@ def problem(
         "pages_out": pages_out,
         "table": table,
         "scaling": scaling,
+        "down_bias": down_bias,
     }
+
+
+def _down_biases(ranks: list[int], draw, width: int, wide: torch.dtype) -> Tensor:
+    """[slots, width]: zeros where a slot has none; past a rank, NaN. [0] where all ranks are 0."""
+    if not any(ranks):
+        return draw(0, to=wide)
+    there = torch.tensor([[float(i % 3 != 1)] for i in range(len(ranks))])
+    biases = draw(len(ranks), width, to=wide)
+    past = torch.arange(width) >= torch.tensor(ranks)[:, None]
+    return (biases * there.to(biases)).masked_fill(past.to(biases.device), math.nan)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -116,10 +134,12 @@ def _of(change=None, **sizes):
 
 
 def samples() -> list[Sample]:
-    """Some twenty, each for an edge that has broken a kernel somewhere."""
+    """Each for an edge that has broken a kernel somewhere."""
     qkv = dict(N=(64, 16, 17), ranks=((8, 2, 5), (0, 9, 0), (0, 0, 0), (24, 1, 16)))
     one, many = ((16,),), tuple((r % 24,) for r in range(40))
     pairs = ((1, 20), (3, 0), (8, 8), (9, 17), (20, 3), (0, 9))
+    mixed = dict(rows=40, ranks=pairs * 2, activations=("gelu", "identity", *NAMES[1:]), down_biased=True)
+    bottleneck = dict(ranks=one, activations=("gelu",), down_biased=True)
     rows = [
         ("ones", "every size is 1", dict(rows=1, K=1, N=(1,), ranks=((1,),), ids=[0])),
         ("aligned", "every size fills whole tiles", dict(rows=64, K=512, N=(512,), ranks=one, ids=[0] * 64)),
@@ -138,6 +158,11 @@ def samples() -> list[Sample]:
         ("bias", "biases on some slots", dict(rows=20, K=35, biased=True)),
         ("gain", "gains on some slots (DoRA)", dict(rows=40, K=64, N=(264, 40), ranks=pairs, gained=True)),
         ("gain-bias", "gains and biases", dict(rows=23, K=67, N=(131, 9), ranks=pairs, biased=True, gained=True)),
+        ("down-bias", "a bias in front of an identity", dict(rows=20, K=35, down_biased=True)),
+        *((f, f"{f} on every slot", dict(rows=19, K=67, N=(131,), activations=(f,))) for f in NAMES[1:]),
+        ("mixed", "LoRA, bottlenecks of all kinds and no adapter in one batch", dict(mixed, K=64, N=(264, 40))),
+        ("mixed-ragged", "no size fits", dict(mixed, K=67, N=(131, 9), biased=True, gained=True)),
+        ("mixed-row", "one token of a bottleneck, cut along K", dict(bottleneck, rows=1, K=1100, N=(130,), ids=[0])),
         ("outside", "ids out of range count as none", dict(rows=6, ids=[0, 6, -2, 2**31 - 1, -(2**31), 4])),
         ("group", "q, k, v of different widths and ranks", dict(rows=23, K=67, biased=True, **qkv)),
     ]
@@ -147,6 +172,7 @@ def samples() -> list[Sample]:
         ("y-offset", "y inside a wider buffer", lambda a: {"y": [_inside(a["y"][0])]}, dict(rows=19, N=(67,))),
         ("y-columns", "q, k, v side by side in one buffer", _side_by_side, dict(rows=11, **qkv)),
         ("nan-slot", "NaN in one adapter", _nan_slot, dict(rows=24)),
+        ("nan-relu", "NaN in one bottleneck", _nan_slot, dict(rows=24, activations=("relu",), down_biased=True)),
     ]
     wide = dict(K=1000, N=(1024, 300), ranks=((16, 3), (8, 8), (64, 0)))
     return [
@@ -208,7 +234,7 @@ def _bad_activations() -> list[BadInput]:
 
 def _bad_pool() -> list[BadInput]:
     """Pages, tables and scalings."""
-    wrong_table = "table[0] must be contiguous, of shape [slots, 3 + 2 T]"
+    wrong_table = "table[0] must be contiguous, of shape [slots, 4 + 2 T]"
     return [
         _bad("pages_in-dtype", TypeError, "pages_in must have dtype float32, as x, or float32, got bfloat16",
              pages_in=lambda p: p.to(BF16)),
@@ -223,14 +249,22 @@ def _bad_pool() -> list[BadInput]:
         _bad("pages_out-strided", ValueError, "pages_out[0] must be contiguous", pages_out=_first(lambda p: p[::2])),
         _bad("table-count", ValueError, "table must have one entry per y (1), got 0", table=lambda t: []),
         _bad("table-dtype", TypeError, "table[0] must have dtype int32", table=_first(lambda t: t.long())),
-        _bad("table-width", ValueError, wrong_table, table=_first(lambda t: t[:, :3].contiguous())),
-        _bad("table-even", ValueError, wrong_table, table=_first(lambda t: t[:, :6].contiguous())),
+        _bad("table-width", ValueError, wrong_table, table=_first(lambda t: t[:, :4].contiguous())),
+        _bad("table-odd", ValueError, wrong_table, table=_first(lambda t: t[:, :7].contiguous())),
         _bad("table-1d", ValueError, wrong_table, table=_first(lambda t: t.flatten())),
         _bad("scaling-count", ValueError, "scaling must have one entry per y (1), got 2", scaling=lambda s: s * 2),
         _bad("scaling-dtype", TypeError, "scaling[0] must have dtype float32, got float64",
              scaling=_first(lambda s: s.double())),
         _bad("scaling-size", ValueError, "scaling[0] must be contiguous, of shape [slots=6], got [5]",
              scaling=_first(lambda s: s[:5])),
+        _bad("down_bias-count", ValueError, "down_bias must have one entry per y (1), got 0", down_bias=lambda a: []),
+        _bad("down_bias-dtype", TypeError, "down_bias[0] must have dtype float32, got bfloat16",
+             down_bias=_first(lambda a: a.to(BF16))),
+        _bad("down_bias-ranks", ValueError, "of shape [0] or [slots=6, 8 T=24], got [6, 20]",
+             down_bias=_first(lambda a: a.new_zeros(6, 20))),
+        _bad("down_bias-slots", ValueError, "got [24]", down_bias=_first(lambda a: a.new_zeros(24))),
+        _bad("down_bias-strided", ValueError, "down_bias[0] must be contiguous",
+             down_bias=_first(lambda a: a.new_zeros(24, 6).t())),
     ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """batched_lora_ on CUDA tensors in Triton: two launches for all slices (q, k, v) of one x.
 
     shrink  h[p, i, c] = sum of the chunks of K in part p of x[i] A[c]^T;   program: tile of the route x 16 ranks x part
-    expand  y_g[i] += s (sum_c (h[0, i, c] + h[1, i, c] + ...) B^T[c] + b);  program: tile x BLOCK_N columns of a slice
+    expand  y_g[i] += s (sum_c f(h[0, i, c] + h[1, i, c] + ... + a[c]) B^T[c] + b);  program: tile x BLOCK_N columns
             with a gain t = y_g[i] + s sum_c ..., then t + d t, then s b + that: an FMA each
 A tile is up to 16 rows of one slot; i counts rows in the route's order, c the ranks of all slices side by side. The
 grids cover what the shapes allow, and a program past the tiles in use or the rank of its slot ends at once: nothing is
@@ -19,6 +19,7 @@ from peft_kernels.ops.batched_lora.pooled import check
 from peft_kernels.ops.batched_lora.pooled_reference import FIRST_PAGE, PAGE
 from peft_kernels.ops.batched_lora.route import HEADER, TILE, capacity
 from peft_kernels.ops.batched_lora.route import reference as route_reference
+from peft_kernels.ops.common.triton_activations import activated
 from peft_kernels.ops.common.triton_products import (
     PROGRAMS,
     accumulator,
@@ -106,9 +107,10 @@ def _pool_expand_kernel(
         slot, places, rows, valid = _tile_rows(route_ptr, M, capacity_offset)
         start = tl.program_id(1) * BLOCK_N
         for g in tl.static_range(len(slices)):
-            y_ptr, stride_ym, pages_ptr, table_ptr, scaling_ptr, T, N, column, begin = slices[g]
+            y_ptr, stride_ym, pages_ptr, table_ptr, scaling_ptr, biases_ptr, biases, T, N, column, begin = slices[g]
             row_ptr = table_ptr + slot.to(tl.int64) * (PAGES_AT + 2 * T)
             rank = tl.load(row_ptr)
+            activation = tl.load(row_ptr + 3)
             offs_n = start - begin + tl.arange(0, BLOCK_N)
             if (start >= begin) & (start < begin + tl.cdiv(N, BLOCK_N) * BLOCK_N) & (rank > 0):
                 acc = tl.zeros((ROWS, BLOCK_N), ACCUMULATOR)
@@ -119,6 +121,10 @@ def _pool_expand_kernel(
                     h = tl.load(h_ptrs, mask=mask, other=0.0)
                     for part in range(1, parts):
                         h += tl.load(h_ptrs + tl.cast(part, tl.int64) * stride_part, mask=mask, other=0.0)
+                    if (activation != 0) | (biases > 0):
+                        a_ptrs = biases_ptr + slot.to(tl.int64) * (PAGE_ROWS * T) + ranks
+                        h += tl.load(a_ptrs, mask=ranks < tl.minimum(rank, biases), other=0.0)[None, :]
+                        h = tl.where(mask, activated(h, activation), 0.0)
                     b_rows = _rank_rows(row_ptr + PAGES_AT + T, ranks, rank, N)
                     b = tl.load(
                         pages_ptr + b_rows[:, None] + offs_n[None, :],
@@ -180,8 +186,9 @@ def forward(
     pages_out: list[Tensor],
     table: list[Tensor],
     scaling: list[Tensor],
+    down_bias: list[Tensor],
 ) -> None:
-    check(y, x, route, pages_in, pages_out, table, scaling)
+    check(y, x, route, pages_in, pages_out, table, scaling, down_bias)
     M, tiles = x.shape[0], capacity(x.shape[0], table[0].shape[0])
     if tiles == 0:
         return
@@ -192,9 +199,11 @@ def forward(
         columns.append(columns[-1] + (numbers.shape[1] - FIRST_PAGE) // 2 * PAGE)
         begin.append(begin[-1] + triton.cdiv(out.shape[1], block) * block)
     slices = tuple(
-        (out, out.stride(0), pages, numbers, s, (numbers.shape[1] - FIRST_PAGE) // 2, out.shape[1], column, start)
-        for out, pages, numbers, s, column, start in zip(y, pages_out, table, scaling, columns, begin, strict=False)
-    )
+        (out, out.stride(0), pages, numbers, s, a, a.numel() // len(s), (numbers.shape[1] - FIRST_PAGE) // 2,
+         out.shape[1], column, start)
+        for out, pages, numbers, s, a, column, start in zip(
+            y, pages_out, table, scaling, down_bias, columns, begin, strict=False)
+    )  # fmt: skip
     with torch.cuda.device_of(x):
         h = _shrink(x, route, pages_in, table, columns, tiles)
         _pool_expand_kernel[(tiles, begin[-1] // block)](

@@ -270,6 +270,6 @@ BOTTLENECK_ADAPTER = register(
         public=NAME,
         autograd=autograd,
         autocast=autocast,
-        backends=("reference",),
+        backends=("reference", "cpu"),
     )
 )

@@ -13,22 +13,10 @@ import math
 import torch
 from torch import Tensor
 
+from peft_kernels.ops.common.activations import ACTIVATIONS, LEAK
+from peft_kernels.ops.common.activations import GELU_TANH as _GELU_TANH
 from peft_kernels.ops.common.dropout import drop, scaled_mask
 from peft_kernels.ops.common.projections import accumulator
-
-LEAK = 0.01  # leaky_relu's slope below 0
-_GELU_TANH = math.sqrt(2 / math.pi), 0.044715
-
-ACTIVATIONS = {
-    "identity": lambda h: h,
-    "relu": torch.relu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda h: torch.nn.functional.gelu(h, approximate="tanh"),
-    "silu": torch.nn.functional.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "leaky_relu": lambda h: torch.nn.functional.leaky_relu(h, LEAK),
-}
 
 
 def _gelu_slope(h: Tensor) -> Tensor:

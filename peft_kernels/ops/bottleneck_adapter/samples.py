@@ -122,7 +122,7 @@ def samples() -> list[Sample]:
         _changed(
             "x-expanded", "one row seen many times", lambda a: {"x": a["x"][:1].expand(19, -1)}, rows=(19,),
         ),
-        *(_plain(name, "the activation and its slope", rows=(70,), K=67, N=40, E=20, activation=name, p=0.1)
+        *(_plain(name, "the activation and its slope", rows=(70,), K=7, N=40, E=20, activation=name, p=0.1)
           for name in ACTIVATIONS),
         _plain("everything", "all options together", rows=(3, 11), K=67, N=131, E=19, activation="gelu", **everything),
         _plain("factors", "16-bit factors of another type", ODD_PAIRS, rows=(21,), K=67, N=40, E=6, p=0.1),

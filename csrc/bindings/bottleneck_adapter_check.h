@@ -1,0 +1,265 @@
+// What the kernels of bottleneck_adapter need to be safe, in the words of `check` and `check_backward` in
+// peft_kernels/ops/bottleneck_adapter/op.py; and the memory of the gradients.
+#pragma once
+
+#include <cmath>
+#include <initializer_list>
+#include <string>
+
+#include "bindings/lora_linear_check.h"
+#include "bindings/tensors.h"
+
+namespace pk {
+
+// In the order of the schema.
+struct BottleneckArguments {
+  const Tensor& x;
+  const OptionalTensor& residual;
+  const Tensor& down_weight;
+  const OptionalTensor& down_bias;
+  const Tensor& up_weight;
+  const OptionalTensor& up_bias;
+  const OptionalTensor& scale;
+  const OptionalTensor& gate;
+  const OptionalTensor& norm_weight;
+  const OptionalTensor& norm_bias;
+  const std::string& activation;
+  double scaling;
+  const std::string& norm;
+  double eps;
+  double dropout_p;
+  const std::string& dropout_on;
+  const OptionalTensor& seed;
+};
+
+constexpr const char* kBottleneckActivations[] = {"identity", "relu", "gelu",    "gelu_tanh",
+                                                  "silu",     "tanh", "sigmoid", "leaky_relu"};
+
+class BottleneckCheck {
+ public:
+  explicit BottleneckCheck(const BottleneckArguments& arguments) : a_(arguments), device_(device_of(arguments.x)) {}
+
+  void run() const {
+    weights();
+    numbers();
+    vectors();
+    residual();
+  }
+
+ private:
+  static constexpr int64_t kMostBottleneck = 1024;
+
+  // Words that cost something are made only where the rule is broken.
+  template <class... Parts>
+  static void refuse(const Parts&... parts) {
+    STD_TORCH_CHECK(false, "bottleneck_adapter: ", parts...);
+  }
+
+  static std::string name_of(int32_t code) {
+    static const char* const names[] = {"float32", "float16", "bfloat16", "float64"};
+    const std::optional<Dtype> dtype = dtype_of(code);
+    if (dtype) return names[static_cast<int>(*dtype)];
+    if (code == aoti_torch_dtype_int32()) return "int32";
+    if (code == aoti_torch_dtype_int64()) return "int64";
+    return code == aoti_torch_dtype_uint8() ? "uint8" : "another";
+  }
+
+  static std::string shape_of(const Tensor& tensor, int64_t less = 0) {
+    std::string text = "[";
+    for (int64_t i = 0; i < tensor.dim() - less; ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+    return text + "]";
+  }
+
+  void tensor(const char* name, const Tensor& t, int32_t dtype, const char* as) const {
+    if (dtype_code(t) != dtype) {
+      refuse(name, " must have dtype ", name_of(dtype), ", as ", as, ", got ", name_of(dtype_code(t)));
+    }
+    on_device(name, t);
+  }
+  void on_device(const char* name, const Tensor& t) const {
+    const Device device = device_of(t);
+    if (!(device == device_)) {
+      refuse(name, " must be on x's device ", words_of(device_), ", got ", words_of(device));
+    }
+  }
+
+  void weights() const {
+    const Tensor &x = a_.x, &A = a_.down_weight, &B = a_.up_weight;
+    const std::optional<Dtype> type = dtype_of(dtype_code(x)), factors = dtype_of(dtype_code(A));
+    if (!type) refuse("x must have dtype float32, float16, bfloat16 or float64, got ", name_of(dtype_code(x)));
+    if (x.dim() < 1) refuse("x must have shape [..., in_features], got a 0-d tensor");
+    const int64_t K = x.size(x.dim() - 1);
+    if (K < 1) refuse("x must have at least one feature, got shape ", shape_of(x));
+    const bool wide = type == Dtype::kFloat64;
+    if (!factors || (*factors == Dtype::kFloat64) != wide) {
+      const char* const rule = wide ? "float64, as x" : "float32, float16 or bfloat16";
+      refuse("down_weight must have dtype ", rule, ", got ", name_of(dtype_code(A)));
+    }
+    on_device("down_weight", A);
+    if (A.dim() != 2 || A.size(1) != K) {
+      refuse("down_weight must have shape [bottleneck, in_features=", K, "], got ", shape_of(A));
+    }
+    const int64_t E = A.size(0);
+    if (E < 1 || E > kMostBottleneck) refuse("down_weight must have from 1 to ", kMostBottleneck, " rows, got ", E);
+    tensor("up_weight", B, dtype_code(A), "down_weight");
+    if (B.dim() != 2 || B.size(1) != E || B.size(0) < 1) {
+      refuse("up_weight must have shape [out_features, bottleneck=", E, "], got ", shape_of(B));
+    }
+  }
+
+  template <size_t kCount>
+  static void one_of(const char* name, const std::string& value, const char* const (&allowed)[kCount]) {
+    std::string words;
+    for (const char* one : allowed) {
+      if (value == one) return;
+      words += (words.empty() ? "" : ", ") + std::string(one);
+    }
+    refuse(name, " must be one of ", words, ", got '", value, "'");
+  }
+
+  void numbers() const {
+    static constexpr const char* kNorms[] = {"none", "layer_norm", "rms_norm"};
+    static constexpr const char* kDropouts[] = {"bottleneck", "output"};
+    one_of("activation", a_.activation, kBottleneckActivations);
+    one_of("norm", a_.norm, kNorms);
+    one_of("dropout_on", a_.dropout_on, kDropouts);
+    const double p = a_.dropout_p;
+    if (!std::isfinite(a_.scaling)) refuse("scaling must be finite, got ", a_.scaling);
+    if (!(std::isfinite(a_.eps) && a_.eps >= 0)) refuse("eps must be finite and not negative, got ", a_.eps);
+    if (!(0 <= p && p < 1)) refuse("dropout_p must lie in [0, 1), got ", p);
+    if (!a_.seed && p != 0) {
+      refuse("seed must be given where dropout_p > 0; peft_kernels.new_seed(x.device) makes one");
+    }
+    if (!a_.seed) return;
+    const int32_t dtype = dtype_code(*a_.seed);
+    if (dtype != aoti_torch_dtype_int64()) refuse("seed must have dtype int64, got ", name_of(dtype));
+    on_device("seed", *a_.seed);
+    if (a_.seed->dim() != 0) refuse("seed must be a 0-d tensor, got shape ", shape_of(*a_.seed));
+  }
+
+  void vector(const char* name, const OptionalTensor& t, int64_t size, const char* words) const {
+    if (!t) return;
+    tensor(name, *t, dtype_code(a_.down_weight), "down_weight");
+    if (t->dim() != 1 || t->size(0) != size) {
+      refuse(name, " must have shape [", words, "=", size, "], got ", shape_of(*t));
+    }
+  }
+
+  // The first `dims` sizes of t are x's, and t has `more` beyond them.
+  bool has_rows_of_x(const Tensor& t, int64_t more) const {
+    const int64_t dims = a_.x.dim() - 1;
+    bool same = t.dim() == dims + more;
+    for (int64_t i = 0; same && i < dims; ++i) same = t.size(i) == a_.x.size(i);
+    return same;
+  }
+
+  void vectors() const {
+    const int64_t E = a_.down_weight.size(0), K = a_.down_weight.size(1), N = a_.up_weight.size(0);
+    vector("down_bias", a_.down_bias, E, "bottleneck");
+    vector("up_bias", a_.up_bias, N, "out_features");
+    if (a_.gate) {
+      tensor("gate", *a_.gate, dtype_code(a_.down_weight), "down_weight");
+      if (!has_rows_of_x(*a_.gate, 0)) {
+        refuse("gate must have shape ", shape_of(a_.x, 1), ", as x without its features, got ", shape_of(*a_.gate));
+      }
+    }
+    vector("norm_weight", a_.norm_weight, K, "in_features");
+    vector("norm_bias", a_.norm_bias, K, "in_features");
+    if (a_.scale) {
+      tensor("scale", *a_.scale, dtype_code(a_.down_weight), "down_weight");
+      const bool fits = a_.scale->dim() == 1 && (a_.scale->size(0) == 1 || a_.scale->size(0) == N);
+      if (!fits) refuse("scale must have shape [1] or [out_features=", N, "], got ", shape_of(*a_.scale));
+    }
+    if (a_.norm == "none") {
+      if (a_.norm_weight) refuse("norm_weight must be None where norm is 'none'");
+      if (a_.norm_bias) refuse("norm_bias must be None where norm is 'none'");
+    }
+    if (a_.norm == "rms_norm" && a_.norm_bias) refuse("norm_bias must be None where norm is 'rms_norm'");
+  }
+
+  void residual() const {
+    const int64_t K = a_.down_weight.size(1), N = a_.up_weight.size(0);
+    if (!a_.residual) {
+      if (N != K) {
+        refuse("residual must be given where out_features=", N, " is not in_features=", K, ": x cannot stand for it");
+      }
+      return;
+    }
+    const Tensor& r = *a_.residual;
+    tensor("residual", r, dtype_code(a_.x), "x");
+    if (!has_rows_of_x(r, 1) || r.size(r.dim() - 1) != N) {
+      const std::string rows = shape_of(a_.x, 1), more = rows == "[]" ? "" : ", ";
+      refuse("residual must have shape ", rows.substr(0, rows.size() - 1), more, N, "], as x with out_features=", N,
+             ", got ", shape_of(r));
+    }
+  }
+
+  const BottleneckArguments& a_;
+  const Device device_;
+};
+
+// Places in `needs` and in the result of the backward.
+enum class BottleneckGradient : size_t {
+  kX,
+  kDownWeight,
+  kDownBias,
+  kUpWeight,
+  kUpBias,
+  kScale,
+  kGate,
+  kNormWeight,
+  kNormBias,
+};
+constexpr size_t kBottleneckGradients = 9;
+
+// `a` as the backward has it: no residual but, where x is not the residual, dy in its place; no down_bias.
+inline void check_bottleneck_backward(const Tensor& dy, const Tensor& h, const BottleneckArguments& a, bool serial,
+                                      const std::vector<bool>& needs) {
+  constexpr const char* kOp = "bottleneck_adapter_backward: ";
+  STD_TORCH_CHECK(needs.size() == kBottleneckGradients, kOp, "needs must have ", kBottleneckGradients, " entries, got ",
+                  needs.size());
+  BottleneckCheck(a).run();
+  const Device device = device_of(a.x);
+  const int64_t dims = a.x.dim(), N = a.up_weight.size(0), E = a.down_weight.size(0);
+  bool fits = dy.dim() == dims && dy.size(dims - 1) == N && dtype_code(dy) == dtype_code(a.x) &&
+              device_of(dy) == device && (!serial || N == a.x.size(dims - 1));
+  for (int64_t i = 0; fits && i + 1 < dims; ++i) fits = dy.size(i) == a.x.size(i);
+  STD_TORCH_CHECK(fits, kOp, "dy must be of y's shape, dtype and device");
+  const bool wide = dtype_of(dtype_code(a.x)) == Dtype::kFloat64;
+  const int64_t M = a.x.numel() / a.x.size(dims - 1);
+  fits = device_of(h) == device && h.is_contiguous() && h.dim() == 2 && h.size(0) == M && h.size(1) == E &&
+         dtype_code(h) == (wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  STD_TORCH_CHECK(fits, kOp, "h must be the contiguous [M, bottleneck] that the forward returned");
+  const auto wants = [&](BottleneckGradient which) { return needs[static_cast<size_t>(which)]; };
+  STD_TORCH_CHECK(a.scale || !wants(BottleneckGradient::kScale), kOp, "scale must be given for its gradient");
+  STD_TORCH_CHECK(a.gate || !wants(BottleneckGradient::kGate), kOp, "gate must be given for its gradient");
+}
+
+// Uninitialised gradients; empty ones where `needs` says no.
+inline std::vector<Tensor> new_bottleneck_gradients(const BottleneckArguments& a, const std::vector<bool>& needs) {
+  const Device device = device_of(a.x);
+  const int32_t type = dtype_code(a.x), factors = dtype_code(a.down_weight);
+  const int64_t E = a.down_weight.size(0), K = a.down_weight.size(1), N = a.up_weight.size(0);
+  std::vector<Tensor> all;
+  all.reserve(needs.size());
+  const auto add = [&](const std::vector<int64_t>& sizes, int32_t dtype) {
+    const int64_t none = 0;
+    all.push_back(needs[all.size()] ? empty(sizes.data(), static_cast<int64_t>(sizes.size()), dtype, device)
+                                    : empty(&none, 1, dtype, device));
+  };
+  const auto x_sizes = a.x.sizes();
+  std::vector<int64_t> shape(x_sizes.begin(), x_sizes.end());
+  add(shape, type);
+  add({E, K}, factors);
+  add({E}, factors);
+  add({N, E}, factors);
+  add({N}, factors);
+  add({a.scale ? a.scale->size(0) : 1}, factors);
+  shape.pop_back();
+  add(shape, factors);
+  add({K}, factors);
+  add({K}, factors);
+  return all;
+}
+
+}  // namespace pk

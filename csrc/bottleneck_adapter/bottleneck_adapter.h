@@ -1,0 +1,131 @@
+// bottleneck_adapter on the CPU, free of torch.
+//   y = r + g s drop_o(u B^T + b),   u = drop_b(f(h)),   h = n(x) A^T + a
+// M rows of x, K in_features, N out_features, E bottleneck; peft_kernels/ops/bottleneck_adapter/reference.py has the
+// gradients. Arithmetic is fp32 for all 16- and 32-bit types, whatever pair x and the factors make.
+//
+// A call is a list of steps; a step is one phase over work units, which depend on the shape alone, never on the number
+// of threads, so results are the same bit for bit however many there are. Few rows (M <= kFewRows) use the factors
+// where they lie; more rows are worth packing them.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/activation.h"
+#include "common/dropout.h"
+#include "common/dtype.h"
+
+namespace pk::bottleneck_adapter {
+
+constexpr int64_t kRows = 48;              // rows of a tile: six times eight
+constexpr int64_t kColumns = 128;          // columns of a tile, and how much of a long sum it takes at a time
+constexpr int64_t kPitch = kColumns + 16;  // floats from row to row: off the powers of two, which thrash L1
+constexpr int64_t kWide = 256;             // bottlenecks of one unit where there are many rows
+constexpr int64_t kWidePitch = kWide + 16;
+constexpr int64_t kNarrow = 32;  // and where there are few, so that there is work for all threads
+constexpr int64_t kFewRows = 32;
+constexpr int64_t kPanel = 4 * kRows;  // rows of one unit of the expansion
+
+enum class Norm { kNone, kLayer, kRms };
+
+struct Problem {
+  int64_t M, K, N, E;
+  Dtype type, factors;  // of x, residual, y, dy, dx; of everything else but h
+  const void* x;        // [M, K], rows x_stride apart
+  int64_t x_stride;
+  const void *A, *a;  // [E, K], [E] or null
+  const void *B, *b;  // [N, E], [N] or null
+  const void* scale;  // [scales] or null
+  int64_t scales;     // 0, 1 or N
+  const void* gate;   // [M] or null
+  Norm norm;
+  const void *norm_weight, *norm_bias;  // [K] or null
+  double eps, scaling;
+  int activation;   // Activation
+  Dropout dropout;  // of one of the two masks
+  bool drops_output;
+  void* h;  // [M, E], fp32 (fp64 for fp64)
+
+  const void* residual;  // [M, N], rows residual_stride apart; forward
+  int64_t residual_stride;
+  void* y;  // [M, N]
+
+  const void* dy;  // [M, N], rows dy_stride apart; backward
+  int64_t dy_stride;
+  bool serial;                                                                // dx has dy as well
+  void *dx, *dA, *da, *dB, *db, *dscale, *dgate, *dnorm_weight, *dnorm_bias;  // null: not wanted
+
+  // Room of the steps, see set_scratch().
+  float *packed_A, *packed_B;  // A^T [K][pitch(E)] and B^T [E][pitch(N)], or fp32 copies of A and B
+  float* u;                    // [M, E]; in the backward times g
+  float* dh;                   // [M, E]
+  float* statistics;           // [M][2], mean and reciprocal deviation
+  float* partial;              // [M][bottleneck units + 1] of dg, then [column units of N] of ds
+  float* sums;                 // of the column units
+  float* raw;                  // [M, K], dh A before the norm's slope; dx itself if that is fp32
+};
+
+using Phase = void (*)(const Problem&, int64_t begin, int64_t end);
+
+struct Table {    // everything of one instruction set
+  Phase pack;     // unit: kColumns rows of A^T or columns of B^T                      -> packed_A, packed_B
+  Phase shrink;   // unit: kRows rows, some bottlenecks                                -> h, u
+  Phase expand;   // unit: kColumns columns, a panel of rows                           -> y
+  Phase widen;    // unit: kColumns rows of B                                          -> packed_B
+  Phase slope;    // unit: kRows rows, some bottlenecks                                -> u, dh, parts of dg, statistics
+  Phase up;       // unit: kColumns columns of dy                                      -> dB, db, ds or its part
+  Phase down;     // unit: kColumns columns of x                  -> dA, the norm's gradients, dx or what it is made of
+  Phase norm_dx;  // unit: kRows rows                                                  -> dx
+  Phase sums;     // unit: kColumns bottlenecks                                        -> da
+  Phase gather;   // one unit                                                          -> dg and ds of their parts
+};
+
+struct Step {
+  Phase phase;
+  int64_t units, work;  // work in multiplications
+};
+
+std::vector<Step> forward_steps(const Problem& problem);
+std::vector<Step> backward_steps(const Problem& problem);
+
+// Floats of room that the steps need; set_scratch() deals them out.
+int64_t scratch_floats(const Problem& problem, bool backward);
+void set_scratch(Problem& problem, bool backward, float* scratch);
+
+// fp64: plain loops for gradient checks.
+void forward_double(const Problem& problem);
+void backward_double(const Problem& problem);
+
+const Table& table();  // of the instruction set in use, see common/instruction_set.h
+
+constexpr int64_t blocks(int64_t count, int64_t size) {
+  return (count + size - 1) / size;
+}
+constexpr int64_t pitch(int64_t columns) {
+  return (columns + 15) / 16 * 16 + 16;
+}
+inline bool few(const Problem& p) {
+  return p.M <= kFewRows;
+}
+inline int64_t bottleneck_width(const Problem& p) {
+  return few(p) ? kNarrow : kWide;
+}
+inline int64_t bottleneck_units(const Problem& p) {
+  return blocks(p.E, bottleneck_width(p));
+}
+
+// What the backward has to make.
+inline bool wants_dh(const Problem& p) {
+  return p.dx || p.dA || p.da || p.dnorm_weight || p.dnorm_bias;
+}
+inline bool wants_up(const Problem& p) {
+  return p.dB || p.dscale;
+}
+inline bool wants_out(const Problem& p) {  // dh A
+  return p.dx || p.dnorm_weight || p.dnorm_bias;
+}
+inline bool wants_raw(const Problem& p) {
+  return p.dx && p.norm != Norm::kNone;
+}
+
+}  // namespace pk::bottleneck_adapter

@@ -1,0 +1,133 @@
+// Forward units of bottleneck_adapter.
+#pragma once
+
+#include "bottleneck_adapter/tiles.h"
+
+namespace pk::PK_ISA {
+
+// A^T and B^T in fp32: the first units are kColumns columns of A, the others kColumns rows of B.
+static void pack(const Problem& p, int64_t begin, int64_t end) {
+  const int64_t of_A = blocks(p.K, kColumns);
+  with_type(p.factors, [&](auto number) {
+    using F = decltype(number);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      if (unit < of_A) {
+        const int64_t k0 = unit * kColumns;
+        transpose(static_cast<const F*>(p.A) + k0, p.K, p.E, min(kColumns, p.K - k0), p.packed_A + k0 * pitch(p.E),
+                  pitch(p.E));
+      } else {
+        const int64_t n0 = (unit - of_A) * kColumns;
+        transpose(static_cast<const F*>(p.B) + n0 * p.E, p.E, min(kColumns, p.N - n0), p.E, p.packed_B + n0,
+                  pitch(p.N));
+      }
+    }
+  });
+}
+
+// The rows' products with A, bottlenecks e0 ... e0 + width, a tile of n(x) at a time.
+static void add_down(const Problem& p, WideTile& sums, int64_t row0, int64_t rows, int64_t e0, int64_t width) {
+  Statistics statistics[kRows];
+  for (int64_t i = 0; p.norm != Norm::kNone && i < rows; ++i) statistics[i] = statistics_of(p, row0 + i);
+  for (int64_t k0 = 0; k0 < p.K; k0 += kColumns) {
+    const int64_t cols = min(kColumns, p.K - k0);
+    Tile x;
+    widen_tile(x, p.type, p.x, p.x_stride, row0, rows, k0, cols);
+    for (int64_t i = 0; p.norm != Norm::kNone && i < rows; ++i) {
+      normalise(p, x.at[i], statistics[i], k0, cols, false);
+    }
+    if (few(p)) {
+      with_type(p.factors, [&](auto number) {
+        dots<false>(sums.at[0], kWidePitch, rows, width, x.at[0], kPitch,
+                    static_cast<const decltype(number)*>(p.A) + e0 * p.K + k0, p.K, cols, 1.f);
+      });
+    } else {
+      outer<false>(sums.at[0], kWidePitch, rows, width, x.at[0], 1, kPitch, p.packed_A + k0 * pitch(p.E) + e0,
+                   pitch(p.E), cols);
+    }
+  }
+}
+
+// h = n(x) A^T + a and u = drop_b(f(h)) of the rows, bottlenecks e0 ... e0 + width.
+static void shrink_unit(const Problem& p, int64_t row0, int64_t e0) {
+  const int64_t rows = min(kRows, p.M - row0), width = min(bottleneck_width(p), p.E - e0);
+  WideTile sums;
+  float bias[kWidePitch];
+  fill(bias, width, 0.f);
+  if (p.a) widen_row(bias, p.factors, p.a, e0, width);
+  for (int64_t i = 0; i < rows; ++i) fill(sums.at[i], width, 0.f);
+  add_down(p, sums, row0, rows, e0, width);
+  with_activation(p.activation, [&](auto activation) {
+    for (int64_t i = 0; i < rows; ++i) {
+      float* const row = sums.at[i];
+      float* const h = static_cast<float*>(p.h) + (row0 + i) * p.E + e0;
+      for (int64_t e = 0; e < width; e += kLanes) {
+        const vf sum = load(row + e) + load(bias + e);
+        store_n(h + e, sum, width - e);
+        store(row + e, activated<decltype(activation)::value>(sum, nullptr));
+      }
+    }
+  });
+  for (int64_t i = 0; i < rows; ++i) {
+    if (!p.drops_output && p.dropout.active()) drop_row(p, sums.at[i], row0 + i, e0, width);
+    narrow_row(p.u, Dtype::kFloat32, (row0 + i) * p.E + e0, sums.at[i], width);
+  }
+}
+
+static void shrink(const Problem& p, int64_t begin, int64_t end) {
+  const int64_t across = bottleneck_units(p);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    shrink_unit(p, unit / across * kRows, unit % across * bottleneck_width(p));
+  }
+}
+
+// y = r + g s drop_o(t) of the rows; tile: t, columns n0 ... n0 + cols. scale: s of the columns.
+static void store_y(const Problem& p, Tile& tile, const float* scale, int64_t row0, int64_t rows, int64_t n0,
+                    int64_t cols) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float* const row = tile.at[i];
+    float residual[kPitch];
+    if (p.drops_output && p.dropout.active()) drop_row(p, row, row0 + i, n0, cols);
+    widen_row(residual, p.type, p.residual, (row0 + i) * p.residual_stride + n0, cols);
+    const float gate = p.gate ? number_at(p, p.gate, row0 + i) : 1.f;
+    for (int64_t j = 0; j < cols; j += kLanes) {
+      store(row + j, load(row + j) * load(scale + j) * gate + load(residual + j));
+    }
+    narrow_row(p.y, p.type, (row0 + i) * p.N + n0, row, cols);
+  }
+}
+
+// Columns n0 ... n0 + kColumns of y for the rows first ... last.
+static void expand_unit(const Problem& p, int64_t n0, int64_t first, int64_t last) {
+  const int64_t cols = min(kColumns, p.N - n0);
+  float bias[kPitch], scale[kPitch];
+  fill(bias, cols, 0.f);
+  if (p.b) widen_row(bias, p.factors, p.b, n0, cols);
+  scale_row(p, scale, n0, cols, 1.f);
+  for (int64_t row0 = first; row0 < last; row0 += kRows) {
+    const int64_t rows = min(kRows, last - row0);
+    const float* u = p.u + row0 * p.E;
+    Tile tile;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < cols; j += kLanes) store(tile.at[i] + j, load(bias + j));
+    }
+    if (few(p)) {
+      with_type(p.factors, [&](auto number) {
+        dots<false>(tile.at[0], kPitch, rows, cols, u, p.E, static_cast<const decltype(number)*>(p.B) + n0 * p.E, p.E,
+                    p.E, 1.f);
+      });
+    } else {
+      outer<false>(tile.at[0], kPitch, rows, cols, u, 1, p.E, p.packed_B + n0, pitch(p.N), p.E);
+    }
+    store_y(p, tile, scale, row0, rows, n0, cols);
+  }
+}
+
+static void expand(const Problem& p, int64_t begin, int64_t end) {
+  const int64_t panels = blocks(p.M, kPanel);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t first = unit % panels * kPanel;
+    expand_unit(p, unit / panels * kColumns, first, min(p.M, first + kPanel));
+  }
+}
+
+}  // namespace pk::PK_ISA

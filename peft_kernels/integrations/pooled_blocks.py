@@ -1,0 +1,95 @@
+"""Bottleneck adapters in a pool: at which places of a model, and how a checkpoint of them is read.
+
+A block that `blocks.sites_of` knows has two sites. `<owner>.bottleneck.parallel` reads the block's input,
+`<owner>.bottleneck.serial` its output; both add to the output, in this order, before what the model does next. They are
+a child of the block's owner, in the place that `attach` gives to a `BottleneckAdapters`, without parameters.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.utils import cached_file
+
+from peft_kernels.integrations.blocks import CHILD, Site
+from peft_kernels.integrations.bottleneck import CONFIG, PREFIX, WEIGHTS
+from peft_kernels.methods import BottleneckConfig
+from peft_kernels.ops import SiteAdapter
+
+FORMS = ("parallel", "serial")
+HELD = {"down_weight", "down_bias", "up_weight", "up_bias", "scale"}
+
+
+def site_name(owner: str, form: str) -> str:
+    return f"{owner}.{CHILD}.{form}"
+
+
+def bottleneck_config(source) -> dict | None:
+    """What adapter_config.json says where it is one of a bottleneck adapter."""
+    try:
+        about = json.loads(Path(cached_file(source, CONFIG)).read_text())
+    except (OSError, ValueError):
+        return None  # PEFT's reader says what is wrong
+    ours = isinstance(about, dict) and about.pop("peft_type", None) == BottleneckConfig.peft_type
+    return about if ours else None
+
+
+def read_bottleneck(
+    source, about: dict, blocks: list[Site], sites: Mapping[str, nn.Module], name: str
+) -> dict[str, SiteAdapter]:
+    """The parts of an adapter by site. `sites` raises for a name that is none; `name` is for messages."""
+    about.pop("base_model_name_or_path", None)
+    config = BottleneckConfig.from_dict(about)
+    _refuse(config, source, name)
+    try:
+        tensors = load_file(cached_file(source, WEIGHTS))
+    except OSError as error:
+        raise ValueError(f"adapter '{name}': {source} has no {WEIGHTS}") from error
+    by_owner = defaultdict(dict)
+    for key, tensor in tensors.items():
+        owner, found, parameter = key.removeprefix(PREFIX).rpartition(f".{CHILD}.")
+        if not found or parameter not in HELD:
+            raise ValueError(f"adapter '{name}': the tensor {key} is not known to a pool")
+        by_owner[owner][parameter] = tensor
+    for block in blocks:
+        wanted = block.block.representation in config.representations
+        if wanted and (config.layers is None or block.layer in config.layers) and block.name not in by_owner:
+            raise ValueError(f"adapter '{name}': its config has an adapter at {block.name}, of which it has no tensors")
+    entries = {}
+    for owner, parts in by_owner.items():
+        site = site_name(owner, config.insertion)
+        sites[site]  # raises where there is none
+        if missing := HELD - {"scale"} - parts.keys():
+            raise ValueError(f"adapter '{name}': {owner} has no {min(missing)}")
+        entries[site] = _entry(config, parts)
+    return entries
+
+
+def _refuse(config: BottleneckConfig, source, name: str) -> None:
+    """Raises for what a pool does not compute."""
+    reasons = {
+        f"norm={config.norm!r} normalises what the adapter reads": config.norm != "none",
+        "gate=True works a gate out for each token": config.gate,
+        f"insertion={config.insertion!r} reads x where a pool has no site": config.insertion not in FORMS,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(
+                f"adapter '{name}': {reason}, which a pool does not hold; "
+                f"peft_kernels.load(model, {str(source)!r}) serves it alone"
+            )
+
+
+def _entry(config: BottleneckConfig, parts: dict[str, Tensor]) -> SiteAdapter:
+    """A learned number becomes the scaling; a scale for each channel goes into the up projection and its bias."""
+    up, bias, scaling = parts["up_weight"], parts["up_bias"], config.scaling
+    if scaling == "learned":
+        scaling = float(parts["scale"])
+    elif scaling == "channel":
+        scale = parts["scale"].to(torch.promote_types(parts["scale"].dtype, torch.float32))
+        up, bias, scaling = scale[:, None] * up, scale * bias, 1.0
+    return SiteAdapter(parts["down_weight"], up, scaling, bias, None, config.activation, parts["down_bias"])
