@@ -134,7 +134,7 @@ def test_what_is_wrong_with_a_method_is_found(size, base, text, folder, monkeypa
 
 def _trained(budget: int, bits: dict[str, dict[str, float]]) -> list[methods.Trained]:
     return [
-        methods.Trained(domain, name, budget, budget, 1, 3, 5.0, value, 1.0, 1.0)
+        methods.Trained(domain, name, budget, budget, 1, 3e-3, 3, 5.0, value, 1.0, 1.0)
         for domain, by_method in bits.items()
         for name, value in by_method.items()
     ]
