@@ -21,6 +21,7 @@ from peft_kernels import backends
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "run.py"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+METHODS = ("houlsby", "pfeiffer", "parallel", "scaled_parallel", "adapter_plus")
 LEAST_WIDTH = 100  # columns that the tables need where the terminal is unknown (a pipe, a log)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -115,8 +116,9 @@ def demo(
 def estimate(
     model: Annotated[str, typer.Argument(help="Model id of the Hugging Face Hub, or a folder; config.json is enough")],
     adapters: Annotated[int, typer.Option(help="Adapters in the pool")],
-    rank: Annotated[int, typer.Option(help="Of every adapter")],
+    rank: Annotated[int, typer.Option(help="Of every adapter; of a bottleneck adapter, its width")],
     target_modules: Annotated[str, typer.Option(help="all-linear, or names joined by commas")] = "all-linear",
+    method: Annotated[str, typer.Option(help=f"lora, or a bottleneck adapter: {', '.join(METHODS)}")] = "lora",
     dtype: Annotated[str, typer.Option(help="Of the base: bf16, fp16 or fp32")] = "bf16",
     adapter_dtype: Annotated[str, typer.Option(help="Of the adapters; default: the base's")] = "",
     rows: Annotated[int, typer.Option(help="Rows of a decode batch")] = 32,
@@ -139,17 +141,50 @@ def estimate(
     targets = target_modules if target_modules == "all-linear" else tuple(target_modules.split(","))
     factors = DTYPES[adapter_dtype or dtype]
     question = costs.Question(adapters, rank, targets, DTYPES[dtype], factors, rows, distinct)
+    if method != "lora" and method not in METHODS:
+        raise typer.BadParameter(f"must be lora or one of {', '.join(METHODS)}, got '{method}'", param_hint="--method")
     try:
-        found = costs.estimate(costs.model_on_meta(model), question)
+        base = costs.model_on_meta(model)
+        found = costs.estimate(base, question) if method == "lora" else _bottleneck(base, method, question)
     except ValueError as error:
         console.print(str(error), markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     if as_json:
-        given = {"model": model} | dataclasses.asdict(question)
+        given = {"model": model, "method": method} | dataclasses.asdict(question)
         words = given | dataclasses.asdict(found)
         print(json.dumps(words, indent=1, default=lambda dtype: str(dtype).removeprefix("torch.")))
         return
-    _show_estimate(console, found, question, model)
+    (_show_estimate if method == "lora" else _show_bottleneck)(console, found, question, model)
+
+
+def _bottleneck(base, method: str, question):
+    from peft_kernels.integrations.estimate_bottleneck import estimate_bottleneck
+
+    config = getattr(peft_kernels.BottleneckConfig, method)(r=question.rank)
+    return estimate_bottleneck(base, config, question)
+
+
+def _show_bottleneck(console: Console, found, question, model: str) -> None:
+    """`found` is an estimate_bottleneck.BottleneckEstimate, `question` an estimate.Question."""
+    blocks = Table("blocks", box=box.SIMPLE_HEAD)
+    for header in ("count", "d", "E", "parameters of an adapter"):
+        blocks.add_column(header, justify="right")
+    for kind in found.blocks:
+        blocks.add_row(kind.name, *(f"{n:,}" for n in (kind.count, kind.width, kind.bottleneck, kind.parameters)))
+    console.print(f"{model}: {found.base_parameters:,} parameters; bottleneck adapters", markup=False)
+    console.print(blocks)
+    sizes = Table("", "bytes", "of the base", box=box.SIMPLE_HEAD)
+    for name, value, base in (
+        ("base", found.base, found.base),
+        (f"one adapter, {found.adapter_parameters:,} trainable parameters", found.adapter, found.base),
+        (f"{question.adapters} adapters", found.adapters, found.base),
+        (f"read by a decode step of {question.rows} rows, base alone", found.step_base, found.step_base),
+        (f"  with {found.distinct} adapters", found.step_base + found.step_adapters, found.step_base),
+    ):
+        sizes.add_row(name, _bytes(value), f"{value / base:.2%}")
+    console.print(sizes)
+    console.print(f"Trainable: [bold]{found.share:.3%}[/bold] of the base's parameters.")
+    console.print(f"Where bytes are the limit, a token takes [bold]x{found.price:.3f}[/bold] of the base's time.")
 
 
 def _show_estimate(console: Console, found, question, model: str) -> None:

@@ -6,6 +6,7 @@ import json
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from models import HIDDEN, INNER, LAYERS, VOCAB, base_model, lora_config
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 import peft_kernels
 from peft_kernels import cli
 from peft_kernels.integrations import estimate as costs
+from peft_kernels.integrations.estimate_bottleneck import estimate_bottleneck
 from peft_kernels.ops.batched_lora.pooled_reference import FIRST_PAGE, PAGE
 
 RUN = CliRunner()
@@ -162,3 +164,45 @@ def test_a_dtype_that_is_none(folder):
 )
 def test_bytes_in_words(count, words):
     assert cli._bytes(count) == words
+
+
+# -- bottleneck adapters ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", cli.METHODS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+def test_bottleneck_parameters_are_those_that_attach_adds(name, method, folder):
+    config = getattr(peft_kernels.BottleneckConfig, method)(r=5)
+    real = base_model(name)
+    base = sum(p.numel() for p in real.parameters())
+    peft_kernels.attach(real, config)
+    question = costs.Question(adapters=3, rank=5, dtype=torch.bfloat16, adapter_dtype=torch.float32, rows=2)
+    found = estimate_bottleneck(costs.model_on_meta(folder(name)), config, question)
+    assert found.adapter_parameters == sum(p.numel() for p in real.parameters() if p.requires_grad)
+    assert (found.base_parameters, found.base, found.adapter) == (base, 2 * base, 4 * found.adapter_parameters)
+    assert (found.adapters, found.distinct, found.step_adapters) == (3 * found.adapter, 2, 2 * found.adapter)
+    assert found.share == found.adapter_parameters / base and found.price > 1
+    scale = HIDDEN if method == "adapter_plus" else 0
+    assert all(b.parameters == b.count * (2 * HIDDEN * 5 + 5 + HIDDEN + scale) for b in found.blocks)
+
+
+def test_the_budget_of_the_paper():
+    """He et al. 2022: scaled parallel adapters with r = 512 in BART large; the rest of MAM's 6.7 % are prefixes."""
+    with torch.device("meta"):
+        large = transformers.BartForConditionalGeneration(transformers.BartConfig())
+    config = peft_kernels.BottleneckConfig.scaled_parallel(r=512)
+    found = estimate_bottleneck(large, config, costs.Question(adapters=1, rank=512))
+    assert found.adapter_parameters == 24 * (2 * 1024 * 512 + 512 + 1024) and 0.06 < found.share < 0.067
+
+
+def test_the_command_for_bottleneck_adapters(folder):
+    given = (folder("llama"), "--adapters", "8", "--rank", "4", "--method", "scaled_parallel")
+    printed, as_json = command(*given), command(*given, "--json")
+    assert printed.exit_code == as_json.exit_code == 0, printed.output
+    words = json.loads(as_json.output)
+    assert words["method"] == "scaled_parallel"
+    assert words["adapter_parameters"] == LAYERS * (2 * HIDDEN * 4 + 4 + HIDDEN)
+    for text in ("model.layers.*.mlp", f"{words['adapter_parameters']:,}", f"{words['share']:.3%}", "8 adapters"):
+        assert text in printed.output
+    wrong = command(*given[:-1], "compacter")
+    assert wrong.exit_code == 2 and "scaled_parallel" in wrong.output

@@ -13,7 +13,7 @@
 #pragma once
 
 #include "batched_lora/batched_lora.h"
-#include "common/activation.h"
+#include "common/activation_vec.h"
 #include "common/products.h"
 
 namespace pk::PK_ISA {
@@ -207,19 +207,22 @@ inline void sum_unit(const Problem& p, const Piece& piece) {
   }
 }
 
-// h <- f(h + a), in double precision, which h is small enough for.
+// h <- f(h + a).
 inline void activate_unit(const Problem& p, const Piece& piece) {
   const Slice& slice = p.slice[piece.slice];
   const float* a = static_cast<const float*>(slice.down_bias);
   if (a == nullptr && piece.activation == kIdentity) return;
   if (a != nullptr) a += piece.slot * slice.T * kPageRows;
-  for (int64_t i = 0; i < piece.count; ++i) {
-    float* h = p.h + piece.h + i * piece.pages() * kPageRows;
-    for (int64_t r = 0; r < piece.rank; ++r) {
-      if (a != nullptr) h[r] += a[r];
-      h[r] = static_cast<float>(activated<double>(static_cast<int>(piece.activation), h[r]));
+  with_activation(static_cast<int>(piece.activation), [&](auto f) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < piece.count; ++i) {
+      float* h = p.h + piece.h + i * piece.pages() * kPageRows;
+      for (int64_t r = 0; r < piece.rank; r += kLanes) {
+        vf low = load_n(h + r, piece.rank - r);
+        if (a != nullptr) low += load_n(a + r, piece.rank - r);
+        store_n(h + r, activated<decltype(f)::value>(low, nullptr), piece.rank - r);
+      }
     }
-  }
+  });
 }
 
 // y[rows of the piece, n0 ... n0 + its block] += s (h B^T + b); or, with a gain, <- (1 + d) (y + s h B^T) + s b.

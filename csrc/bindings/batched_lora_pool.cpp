@@ -7,7 +7,7 @@ namespace {
 
 using batched_lora::Slice;
 
-constexpr int64_t kActivationCost = 32;  // in multiplications
+constexpr int64_t kActivationCost = 8;  // in multiplications
 
 void add_pooled(const std::vector<Tensor>& y, const Tensor& x, const Tensor& route, const Tensor& pages_in,
                 const std::vector<Tensor>& pages_out, const std::vector<Tensor>& table,

@@ -132,13 +132,25 @@ def add(root: nn.Module, config: BottleneckConfig, name: str, sites: list[Site],
 
 def freeze_base(root: nn.Module) -> None:
     """The model's own parameters stop being trained. Where PEFT is, it has seen to that."""
-    if any(isinstance(module, BaseTunerLayer) for module in root.modules()):
+    if _has_peft(root):
         return
     ours = {id(p) for _, adapters in adapters_in(root) for p in adapters.parameters()}
     for key, parameter in root.named_parameters():
         if parameter.requires_grad and id(parameter) not in ours:
             parameter.requires_grad_(False)
             note_of(root).frozen.add(key)
+
+
+def unfreeze_base(root: nn.Module) -> None:
+    """Undoes that, for the parameters that were trained before. Where PEFT has come since, they are its matter."""
+    frozen = note_of(root).frozen if not _has_peft(root) else ()
+    for key, parameter in root.named_parameters():
+        if key in frozen:
+            parameter.requires_grad_(True)
+
+
+def _has_peft(root: nn.Module) -> bool:
+    return any(isinstance(module, BaseTunerLayer) for module in root.modules())
 
 
 def file_key(site: Site, parameter: str) -> str:

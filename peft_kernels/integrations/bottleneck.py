@@ -14,6 +14,7 @@ from peft_kernels.integrations.attached import (
     plan,
     require_attached,
     root_of,
+    unfreeze_base,
 )
 from peft_kernels.integrations.blocks import CHILD, sites_of
 from peft_kernels.integrations.named import beneath
@@ -128,9 +129,7 @@ def detach(model: nn.Module, name: str = "default") -> None:
     note = note_of(root)
     del note.configs[name]
     if not note.configs:
-        for key, parameter in root.named_parameters():
-            if key in note.frozen:
-                parameter.requires_grad_(True)
+        unfreeze_base(root)
         del root.__dict__[NOTE]
 
 

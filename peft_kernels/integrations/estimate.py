@@ -114,14 +114,10 @@ def estimate(model: nn.Module, question: Question) -> Estimate:
     Raises:
         ValueError: a number is out of range, PEFT finds no target, or none that a pool holds.
     """
-    q, distinct = question, question.distinct
-    most = min(q.rows, q.adapters)
-    distinct = most if distinct is None else distinct
-    _require(min(q.adapters, q.rows) >= 1, f"adapters and rows must be 1 or more, got {q.adapters} and {q.rows}")
+    q, distinct = question, distinct_of(question)
     _require(1 <= q.rank <= MAX_RANK, f"rank must be from 1 to {MAX_RANK}, got {q.rank}")
-    _require(0 <= distinct <= most, f"distinct must be from 0 to {most}, the rows and the adapters, got {distinct}")
     size, dtype = q.dtype.itemsize, q.adapter_dtype or q.dtype
-    parameters, read = sum(p.numel() for p in model.parameters()), size * _read_by_a_step(model, q.rows)
+    parameters, read = sum(p.numel() for p in model.parameters()), size * read_by_a_step(model, q.rows)
     quantised = getattr(getattr(model, "config", None), "quantization_config", None) is not None
     notes = ("the checkpoint is quantised, and counted here as if it were not",) if quantised else ()
     sites, trainable, left_out = _adapted(model, q)
@@ -147,12 +143,21 @@ def estimate(model: nn.Module, question: Question) -> Estimate:
     )
 
 
+def distinct_of(q: Question) -> int:
+    """How many adapters a decode batch has. Raises ValueError where a count is out of range."""
+    most = min(q.rows, q.adapters)
+    distinct = most if q.distinct is None else q.distinct
+    _require(most >= 1, f"adapters and rows must be 1 or more, got {q.adapters} and {q.rows}")
+    _require(0 <= distinct <= most, f"distinct must be from 0 to {most}, the rows and the adapters, got {distinct}")
+    return distinct
+
+
 def _require(condition: bool, text: str) -> None:
     if not condition:
         raise ValueError(f"estimate: {text}")
 
 
-def _read_by_a_step(model: nn.Module, rows: int) -> int:
+def read_by_a_step(model: nn.Module, rows: int) -> int:
     """Parameters that a step reads: of an embedding that is not an output layer too, a row per row of the batch."""
     tables = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters(False)}
     others = (m for m in model.modules() if not isinstance(m, nn.Embedding))
@@ -174,7 +179,7 @@ def _adapted(model: nn.Module, q: Question) -> tuple[dict[str, tuple[Site, bool]
         for n, m in layers.items()
         if type(m) in (Linear, Embedding)
     }
-    others = Counter((_pattern(n), type(m).__name__) for n, m in layers.items() if n not in sites)
+    others = Counter((pattern(n), type(m).__name__) for n, m in layers.items() if n not in sites)
     _require(bool(sites), f"none of {q.target_modules} is a linear layer or an embedding")
     left_out = tuple(
         f"{name} ({count}): a pool holds no {kind}; counted in the trainable parameters only"
@@ -184,11 +189,11 @@ def _adapted(model: nn.Module, q: Question) -> tuple[dict[str, tuple[Site, bool]
 
 
 def _kinds(sites: dict[str, tuple[Site, bool]]) -> tuple[SiteKind, ...]:
-    counts = Counter((_pattern(name), site.K, site.N) for name, (site, _) in sites.items())
+    counts = Counter((pattern(name), site.K, site.N) for name, (site, _) in sites.items())
     return tuple(SiteKind(name, count, K, N) for (name, K, N), count in counts.items())
 
 
-def _pattern(name: str) -> str:
+def pattern(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
+from peft_kernels.integrations.adapter_files import CONFIG, WEIGHTS
+from peft_kernels.integrations.attached import PREFIX
 from peft_kernels.integrations.blocks import CHILD, Site
-from peft_kernels.integrations.bottleneck import CONFIG, PREFIX, WEIGHTS
 from peft_kernels.methods import BottleneckConfig
 from peft_kernels.ops import SiteAdapter
 
