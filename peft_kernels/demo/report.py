@@ -219,7 +219,7 @@ def methods_conclusion(trained: list[methods.Trained]) -> str:
     budgets = " and ".join(f"{budget:,}" for budget in dict.fromkeys(t.budget for t in trained))
     return (
         f"What He et al. 2022 found, and how often it is so here ({budgets} parameters, {trained[0].steps} steps): "
-        f"{'; '.join(found)}. One seed, a short training and two learning rates to choose from: none of it is significant."
+        f"{'; '.join(found)}. One seed and a short training: none of it is significant."
     )
 
 
