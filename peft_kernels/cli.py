@@ -79,7 +79,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="One JSON object i
 def demo(
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="A shorter training and up to 16 adapters in a batch, within 90 s on 2 cores"),
+        typer.Option("--quick", help="A shorter training and up to 16 adapters in a batch, within 2 min on 2 cores"),
     ] = False,
     everything: Annotated[
         bool, typer.Option("--all", help="Every dtype, rank and dropout, not only PEFT's defaults")

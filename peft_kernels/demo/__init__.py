@@ -57,7 +57,7 @@ def run(
         trained = [
             found
             for rank in (RANKS if everything else (Lora().rank,))
-            for text in texts
+            for text in texts[: size.method_domains]
             for found in _methods(text, base, size, rank, seed, out, progress)
         ]
         served = _serve(base, outcomes, trained, [english, *texts], size, seed, out, progress)

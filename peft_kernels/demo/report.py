@@ -361,7 +361,13 @@ def plot_methods(path: Path, trained: list[methods.Trained], device: str) -> Non
     """Held-out bits per byte against trainable parameters: a panel for each domain, a marker for each method."""
     domains, names = (list(dict.fromkeys(getattr(t, field) for t in trained)) for field in ("domain", "method"))
     figure, panels = pyplot.subplots(
-        1, len(domains), figsize=(3.6 * len(domains), 5), layout="constrained", dpi=150, squeeze=False, sharex=True
+        1,
+        len(domains),
+        figsize=(max(9, 3.6 * len(domains)), 5),
+        layout="constrained",
+        dpi=150,
+        squeeze=False,
+        sharex=True,
     )
     for axes, domain in zip(panels[0], domains, strict=True):
         for name in names:
