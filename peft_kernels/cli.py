@@ -79,7 +79,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="One JSON object i
 def demo(
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="A shorter training and up to 16 adapters in a batch, within 90 s on 2 cores"),
+        typer.Option("--quick", help="A shorter training and up to 16 adapters in a batch, within 2 min on 2 cores"),
     ] = False,
     everything: Annotated[
         bool, typer.Option("--all", help="Every dtype, rank and dropout, not only PEFT's defaults")
@@ -88,10 +88,12 @@ def demo(
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one")] = "auto",
     seed: Annotated[int, typer.Option(help="Of weights and batches")] = 0,
 ) -> None:
-    """Trains a small language model and adapts it with LoRA to four domains, with PEFT and with the patched model; then
-    the base and the four adapters answer in one batch, and batches of up to 64 distinct adapters are timed.
+    """Trains a small language model and adapts it to four domains: with LoRA by PEFT and by the patched model, and with
+    LoRA and bottleneck adapters of one size, side by side; then the base and the adapters answer in one batch, and
+    batches of up to 64 distinct adapters are timed.
 
-    No downloads. Ends with code 1 if the results are not PEFT's, of the patched model or of a row in the mixed batch.
+    No downloads. Ends with code 1 if the results are not PEFT's, of the patched model or of a row in the mixed batch,
+    or if a method does not learn or is not the same after a reload.
     """
     console = _console()
     try:

@@ -73,6 +73,8 @@ def miniature(monkeypatch):
         base_steps=40,
         adapt_steps=8,
         extra_steps=8,
+        method_domains=1,
+        method_steps=12,
         hidden=64,
         intermediate=96,
         layers=2,
@@ -89,11 +91,21 @@ def miniature(monkeypatch):
     return size
 
 
+@pytest.fixture
+def hurried(monkeypatch, miniature):
+    """The same, where methods are hardly compared with each other."""
+    from peft_kernels.demo import task
+
+    monkeypatch.setitem(task.SIZES, "quick", dataclasses.replace(miniature, method_steps=1))
+
+
 def demo(out, *arguments):
     return RUN.invoke(cli.app, ["demo", "--quick", "--device", "cpu", "--out", str(out), *arguments])
 
 
 def test_demo(tmp_path, miniature):
+    from peft_kernels.demo import methods
+
     result = demo(tmp_path)
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "results.json").read_text())
@@ -113,23 +125,31 @@ def test_demo(tmp_path, miniature):
         assert (tmp_path / row["adapters"]["patched"] / "adapter_model.safetensors").exists()
         assert row["domain"] in result.output
     assert all(line.split(",")[0] in result.output for line in found["conclusion"])
+    assert [(row["domain"], row["method"]) for row in found["methods"]] == [
+        (domains[0], method) for method in methods.METHODS
+    ]
+    assert all(row["bits_after"] < row["bits_before"] and not row["problems"] for row in found["methods"])
+    assert [len(claim["gains"]) for claim in found["claims"]] == [1] * len(methods.CLAIMS)
+    assert "Methods at one budget" in result.output
     served = found["serving"]
     assert not served["problems"]
     rows = [row["adapter"] for row in served["answers"]]
-    assert rows == [who for domain in domains[:4] for who in (None, domain.replace(" ", "-"))]
+    first, *others = (domain.replace(" ", "-") for domain in domains[:4])
+    bottlenecks = [f"{first}-{kind}" for kind in methods.SERVED]
+    assert rows == [None, first, *bottlenecks, *(who for domain in others for who in (None, domain))]
     assert all(row["error"] <= row["bound"] and not row["problems"] for row in served["answers"])
     assert [row["distinct"] for row in served["throughput"]] == [1, 4]
     for row in served["throughput"]:
         assert row["ratio"].keys() == row["tokens_per_second"].keys() == {"base", "pool", "patched", "peft"}
         assert {len(times) for times in row["step_times_ms"].values()} == {2}
-    assert "8 rows in one batch" in result.output and "Decode step of 4 rows" in result.output
-    for name in ("loss_curves.png", "step_times.png", "serving.png"):
+    assert "11 rows in one batch" in result.output and "Decode step of 4 rows" in result.output
+    for name in ("loss_curves.png", "step_times.png", "methods.png", "serving.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 def _doubled(model):
     for name, module in model.named_modules():
-        if name.endswith("o_proj"):
+        if name.endswith("o_proj") and hasattr(module, "scaling"):
             module.scaling["default"] *= 2
 
 
@@ -159,7 +179,7 @@ def _with_a_forward_of_its_own(model):
         (_with_a_forward_of_its_own, "left alone"),
     ],
 )
-def test_demo_fails_where_the_patched_model_is_not_the_same(tmp_path, miniature, monkeypatch, spoil, said):
+def test_demo_fails_where_the_patched_model_is_not_the_same(tmp_path, hurried, monkeypatch, spoil, said):
     from peft_kernels import demo as main_job
 
     plan, patch = main_job.plan, peft_kernels.patch
@@ -197,7 +217,7 @@ def _rows_of_others(monkeypatch):
 
 
 @pytest.mark.parametrize("spoil", [_a_rank_row_less, _rows_of_others])
-def test_demo_fails_where_the_mixed_batch_is_not_the_same(tmp_path, miniature, monkeypatch, spoil):
+def test_demo_fails_where_the_mixed_batch_is_not_the_same(tmp_path, hurried, monkeypatch, spoil):
     from peft_kernels import demo as main_job
 
     plan = main_job.plan

@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from peft_kernels import backends
-from peft_kernels.demo import corpus, report, serving, task
+from peft_kernels.demo import corpus, methods, report, serving, task
 from peft_kernels.demo.comparison import ARMS, Comparison, Lora, Outcome, compare
 
+RANKS = (4, 16, 64)  # with --all
 DTYPES = (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"))
 
 
@@ -28,7 +29,7 @@ def plan(texts: list[corpus.Text], size: task.Size, *, everything: bool) -> list
     """What is compared: PEFT's defaults on every domain, and variants of them on the first one only."""
     variants = [Lora(dropout=0.1)]
     if everything:
-        product = itertools.product(DTYPES, (4, 16, 64), (0.0, 0.1))
+        product = itertools.product(DTYPES, RANKS, (0.0, 0.1))
         variants = [Lora(rank, p, dtype, factors) for (dtype, factors), rank, p in product]
     headline = [Comparison(Lora(), text, size.adapt_steps) for text in texts]
     return headline + [Comparison(method, texts[0], size.extra_steps) for method in variants if method != Lora()]
@@ -53,7 +54,13 @@ def run(
     with _progress(console) as progress:
         base, losses = _base(english, size, seed, device, progress, out)
         outcomes = [_compare(c, base, size, seed, out, progress) for c in comparisons]
-        served = _serve(base, outcomes, [english, *texts], size, seed, out, progress)
+        trained = [
+            found
+            for rank in (RANKS if everything else (Lora().rank,))
+            for text in texts[: size.method_domains]
+            for found in _methods(text, base, size, rank, seed, out, progress)
+        ]
+        served = _serve(base, outcomes, trained, [english, *texts], size, seed, out, progress)
     english_bits = task.held_out_bits(base, english, size, device)
     seconds = time.perf_counter() - begin
     facts = facts | origin | {
@@ -65,15 +72,22 @@ def run(
         "texts": [{"name": t.name, "origin": t.origin, "bytes": len(t.data)} for t in (english, *texts)],
         "replaced": replaced,
         "base": {"losses": losses, "held_out_bits": english_bits, "parameters": base.num_parameters()},
-        "conclusion": [*report.conclusion(outcomes), report.serving_conclusion(served)],
+        "conclusion": [
+            *report.conclusion(outcomes),
+            report.methods_conclusion(trained),
+            report.serving_conclusion(served),
+        ],
     }  # fmt: skip
-    report.write_json(out / "results.json", facts, outcomes, served)
+    report.write_json(out / "results.json", facts, outcomes, trained, served)
     report.plot_losses(out / "loss_curves.png", outcomes, origin["device"])
     report.plot_times(out / "step_times.png", outcomes, origin["device"])
+    report.plot_methods(out / "methods.png", trained, origin["device"])
     report.plot_throughput(out / "serving.png", served, origin["device"])
-    _show(console, outcomes, served, facts, out)
-    return [f"{o.domain}, {o.title}: {problem}" for o in outcomes for problem in o.problems] + [
-        f"one batch, many adapters: {problem}" for problem in served.problems
+    _show(console, outcomes, trained, served, facts, out)
+    return [
+        *(f"{o.domain}, {o.title}: {problem}" for o in outcomes for problem in o.problems),
+        *(f"{t.domain}, {t.method}: {problem}" for t in trained for problem in t.problems),
+        *(f"one batch, many adapters: {problem}" for problem in served.problems),
     ]
 
 
@@ -105,15 +119,25 @@ def _compare(comparison: Comparison, base, size, seed, out: Path, progress) -> O
     return compare(comparison, base, size, seed, out, tick)
 
 
-def _serve(base, outcomes: list[Outcome], texts: list[corpus.Text], size, seed, out: Path, progress) -> serving.Serving:
-    """The first method's adapters of all domains, from the folders that PEFT wrote."""
+def _methods(text: corpus.Text, base, size, rank: int, seed, out: Path, progress) -> list[methods.Trained]:
+    title = f"{text.name}, methods, r={rank}"
+    tick = _ticker(progress, title, len(methods.METHODS) * size.method_steps, [])
+    return methods.compare(text, base, size, rank, seed, out, tick)
+
+
+def _serve(base, outcomes, trained, texts: list[corpus.Text], size, seed, out: Path, progress) -> serving.Serving:
+    """The first comparison's adapters of all domains and bottleneck adapters of the first one, from their folders."""
     name_of = {text.name: text.name.replace(" ", "-") for text in texts}  # a pool's names have no spaces
+    english, *domains = texts
     adapters = {name_of[o.domain]: out / o.adapters["patched"] for o in outcomes if o.title == outcomes[0].title}
+    folder_of = {t.method: out / t.adapter for t in trained if t.domain == domains[0].name}
+    bottlenecks = {f"{name_of[domains[0].name]}-{kind}": folder_of[name] for kind, name in methods.SERVED.items()}
+    text_of = {name_of[text.name]: text for text in domains} | dict.fromkeys(bottlenecks, domains[0])
     title = "one batch, many adapters"
     bar = progress.add_task(title, total=serving.turns(size), loss="")
-    english, *domains = texts
-    by_name = {name_of[text.name]: text for text in domains}
-    found = serving.serve(base, adapters, by_name, english, size, seed, lambda: progress.update(bar, advance=1))
+    found = serving.serve(
+        base, adapters, bottlenecks, text_of, english, size, seed, lambda: progress.update(bar, advance=1)
+    )
     if progress.disable:
         progress.console.print(f"{title}: {found.seconds:.0f} s")
     return found
@@ -132,14 +156,17 @@ def _ticker(progress: Progress, title: str, steps: int, losses: list[float]):
     return tick
 
 
-def _show(console: Console, outcomes: list[Outcome], served: serving.Serving, facts: dict, out: Path) -> None:
+def _show(console: Console, outcomes: list[Outcome], trained, served: serving.Serving, facts: dict, out: Path) -> None:
     console.print()
-    for table in (*report.tables(outcomes), report.answers(served), report.throughput(served)):
+    for table in (*report.tables(outcomes), *report.side_by_side(trained)):
+        console.print(table)
+    for table in (report.answers(served), report.throughput(served)):
         console.print(table)
     console.print(
         f"Base model: {facts['base']['parameters'] / 1e6:.1f} M parameters, {facts['base']['held_out_bits']:.2f} bits "
         f"per byte of held-out English. {facts['seconds']:.0f} s in all. Under {out}: results.json, loss_curves.png, "
-        "step_times.png, serving.png, and the base model and the adapters, which PEFT alone can load."
+        "step_times.png, methods.png, serving.png, and the base model and the adapters; PEFT alone can load "
+        "LoRA's, peft_kernels.load the others."
     )
     for line in facts["conclusion"]:
         console.print(f"[bold]{line}[/bold]")

@@ -34,13 +34,14 @@ DRIFT = 30
 
 @dataclass(frozen=True)
 class Lora:
-    """LoRA on every linear layer, in PEFT's defaults but for the rank."""
+    """LoRA, on every linear layer unless it says otherwise, in PEFT's defaults but for the rank."""
 
     rank: int = 16
     dropout: float = 0.0
     dtype: str = "float32"  # of the frozen model
     factors: str = "float32"  # of lora_A and lora_B; PEFT's default whatever the model has
     learning_rate: float = 3e-3
+    targets: str | tuple[str, ...] = "all-linear"
 
     @property
     def title(self) -> str:
@@ -56,7 +57,7 @@ class Lora:
             r=self.rank,
             lora_alpha=2 * self.rank,
             lora_dropout=self.dropout,
-            target_modules="all-linear",
+            target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
             task_type="CAUSAL_LM",
         )
         model = copy.deepcopy(base).to(getattr(torch, self.dtype))

@@ -16,7 +16,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from peft_kernels.demo import serving
+from peft_kernels.demo import methods, serving
 from peft_kernels.demo.comparison import WARM_UP, Outcome
 
 matplotlib.use("Agg")
@@ -30,6 +30,8 @@ SERVING_NAMES = {
     "patched": "PEFT's adapter_names, patched",
     "peft": "PEFT's adapter_names",
 }
+FORMS = {"LoRA": "#3a6ea5", "serial": "#2e8b57", "parallel": "#e4572e"}  # a colour for how a method's name begins
+PLACES = {"s = 4": "*", "FFN": "s", "attention": "^", "": "o"}  # a marker for the first of these in its name
 MB = 1e6
 NO_DIFFERENCE = 1e-8  # where the logarithmic axis draws a difference of zero; one rounding of a loss is 1e-7
 
@@ -102,8 +104,8 @@ def _writing(outcomes: list[Outcome]) -> Table:
 
 def answers(found: serving.Serving) -> Table:
     """What each row of the mixed batch wrote, what its adapter alone writes, and how far its logits are from fp64."""
-    headers = ("\nadapter", "\nafter", "mixed batch\nwrites", "PEFT alone\nwrites")
-    title = f"{len(found.answers)} rows in one batch, each with its own adapter, beside PEFT with that adapter alone"
+    headers = ("\nadapter", "\nafter", "mixed batch\nwrites", "alone it\nwrites")
+    title = f"{len(found.answers)} rows in one batch, each with its own adapter, beside a model with that adapter alone"
     table = _table(title, headers, ("error\nmixed", "\nalone", "\nallowed", "\nequal"))
     for a in found.answers:
         texts = ((a.prompt, -12, "dim"), (a.mixed, 0, "bold"), (a.alone, 0, ""))
@@ -184,6 +186,43 @@ def _sentence(title: str, outcomes: list[Outcome]) -> str:
     return f"{title}, {where}: patched takes {speed}, {kept}, {losses}."
 
 
+def side_by_side(trained: list[methods.Trained]) -> list[Table]:
+    """For each budget, every method: parameters, held-out bits per byte on each domain, step time over LoRA's."""
+    return [_at_budget([t for t in trained if t.budget == each]) for each in dict.fromkeys(t.budget for t in trained)]
+
+
+def _at_budget(trained: list[methods.Trained]) -> Table:
+    domains, names = (list(dict.fromkeys(getattr(t, field) for t in trained)) for field in ("domain", "method"))
+    title = f"Methods at one budget, {trained[0].steps} steps: held-out bits per byte; time of a step over LoRA's"
+    table = _table(title, ("method",), ("r or E", "parameters", *domains, "mean", "step"))
+    of_base = [next(t.bits_before for t in trained if t.domain == domain) for domain in domains]
+    table.add_row("none: the base", "", "", *(f"{bits:.3f}" for bits in (*of_base, statistics.mean(of_base))), "")
+    best = [min(t.bits_after for t in trained if t.domain == domain) for domain in domains]
+    for name in names:
+        row = [t for t in trained if t.method == name]
+        cells = [
+            f"[bold]{t.bits_after:.3f}[/bold]" if t.bits_after == least else f"{t.bits_after:.3f}"
+            for t, least in zip(row, best, strict=True)
+        ]
+        mean, step = statistics.mean(t.bits_after for t in row), statistics.geometric_mean(t.ratio for t in row)
+        table.add_row(name, str(row[0].width), f"{row[0].parameters:,}", *cells, f"{mean:.3f}", f"x{step:.2f}")
+    return table
+
+
+def methods_conclusion(trained: list[methods.Trained]) -> str:
+    """What of the paper's findings is so here, counted."""
+    found = [
+        f"{claim.words}: {sum(gain > 0 for gain in claim.gains)} of {len(claim.gains)} "
+        f"({statistics.mean(claim.gains):+.3f} bits per byte on average)"
+        for claim in methods.claims(trained)
+    ]
+    budgets = " and ".join(f"{budget:,}" for budget in dict.fromkeys(t.budget for t in trained))
+    return (
+        f"What He et al. 2022 found, and how often it is so here ({budgets} parameters, {trained[0].steps} steps): "
+        f"{'; '.join(found)}. One seed and a short training: none of it is significant."
+    )
+
+
 def provenance(device: torch.device) -> dict:
     """Device and versions."""
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
@@ -203,8 +242,15 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def write_json(path: Path, facts: dict, outcomes: list[Outcome], found: serving.Serving) -> None:
-    everything = facts | {"comparisons": [asdict(o) for o in outcomes], "serving": asdict(found)}
+def write_json(
+    path: Path, facts: dict, outcomes: list[Outcome], trained: list[methods.Trained], found: serving.Serving
+) -> None:
+    everything = facts | {
+        "comparisons": [asdict(o) for o in outcomes],
+        "methods": [asdict(t) for t in trained],
+        "claims": [asdict(claim) for claim in methods.claims(trained)],
+        "serving": asdict(found),
+    }
     path.write_text(json.dumps(everything, indent=1) + "\n")
 
 
@@ -307,5 +353,37 @@ def plot_throughput(path: Path, found: serving.Serving, device: str) -> None:
     _style(axes)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle(f"Decoding {found.throughput[0].rows} rows, each with an adapter ({device})", fontsize=12)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def plot_methods(path: Path, trained: list[methods.Trained], device: str) -> None:
+    """Held-out bits per byte against trainable parameters: a panel for each domain, a marker for each method."""
+    domains, names = (list(dict.fromkeys(getattr(t, field) for t in trained)) for field in ("domain", "method"))
+    figure, panels = pyplot.subplots(
+        1,
+        len(domains),
+        figsize=(max(9, 3.6 * len(domains)), 5),
+        layout="constrained",
+        dpi=150,
+        squeeze=False,
+        sharex=True,
+    )
+    for axes, domain in zip(panels[0], domains, strict=True):
+        for name in names:
+            colour = next(colour for form, colour in FORMS.items() if name.startswith(form))
+            marker = next(marker for place, marker in PLACES.items() if place in name)
+            row = [t for t in trained if (t.domain, t.method) == (domain, name)]
+            thousands, bits = [t.parameters / 1e3 for t in row], [t.bits_after for t in row]
+            axes.plot(thousands, bits, color=colour, marker=marker, markersize=8, linewidth=1, label=name)
+        axes.set_title(f"{domain} (base: {row[0].bits_before:.2f})", fontsize=11, loc="left")
+        axes.set_xlabel("trainable parameters (thousands)")
+        axes.margins(0.15)
+        _style(axes)
+    if len({t.budget for t in trained}) > 1:
+        panels[0][0].set_xscale("log")
+    panels[0][0].set_ylabel("held-out bits per byte")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(f"Methods at one budget, {trained[0].steps} steps, one seed ({device})", fontsize=12)
     figure.savefig(path)
     pyplot.close(figure)

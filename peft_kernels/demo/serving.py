@@ -1,12 +1,12 @@
 """Many adapters in one batch: the base model and the demo's adapters answer together, and what many of them cost.
 
-Answers: rows of the base and of every adapter go through one `generate` of a model with a pool. With l the logits of a
-row at every byte that it wrote, l64 those of PEFT's model of that adapter alone in fp64, and e = |l - l64|_max, it has
-to be that
+Answers: rows of the base and of every adapter, LoRA or bottleneck, go through one `generate` of a model with a pool.
+With l the logits of a row at every byte that it wrote, l64 those of a model with that adapter alone (PEFT's, or that of
+`peft_kernels.load`) in fp64, and e = |l - l64|_max, it has to be that
 
-    e(mixed) <= bound,     bound = 2 e(PEFT alone) + (eps sqrt(longest) + eps) |l64|_max
+    e(mixed) <= bound,     bound = 2 e(alone) + (eps sqrt(longest) + eps) |l64|_max
 
-with eps and `longest` the rounding and the longest reduction of the model, and that the row writes what PEFT writes
+with eps and `longest` the rounding and the longest reduction of the model, and that the row writes what it writes alone
 wherever the two largest elements of l64 are further apart than the bound.
 
 Throughput: decode steps of the base model, the pool, and PEFT's adapter_names with and without the patch, taking turns;
@@ -15,6 +15,7 @@ the same rule holds for their logits.
 
 import contextlib
 import copy
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import peft_kernels
+from peft_kernels import BottleneckConfig
 from peft_kernels.demo import task
 from peft_kernels.demo.corpus import Text
 
@@ -38,7 +40,7 @@ APART = 0.1  # standard deviation of what the weights of a copy are multiplied b
 
 @dataclass
 class Answer:
-    """One row of the mixed batch beside PEFT with its adapter alone."""
+    """One row of the mixed batch beside a model with its adapter alone."""
 
     adapter: str | None  # None: the base model
     prompt: str
@@ -80,13 +82,14 @@ def turns(size: task.Size) -> int:
 
 @torch.no_grad()
 def serve(
-    base: nn.Module, adapters: dict[str, Path], texts: dict[str, Text], english: Text, size: task.Size, seed: int,
-    tick: Callable,
+    base: nn.Module, adapters: dict[str, Path], bottlenecks: dict[str, Path], texts: dict[str, Text], english: Text,
+    size: task.Size, seed: int, tick: Callable,
 ) -> Serving:  # fmt: skip
-    """`adapters`: by name, the folder that PEFT has saved; `texts`: by name, what it was trained on."""
+    """`adapters`: by name, the folder that PEFT has saved; `bottlenecks`: the same of peft_kernels.save_pretrained.
+    `texts`: by name, what each was trained on."""
     begin = time.perf_counter()
     base.eval()
-    answers = answer_together(base, adapters, _questions(adapters, texts, size), size)
+    answers = answer_together(base, adapters | bottlenecks, _questions(adapters | bottlenecks, texts, size), size)
     rows, problems, parameters = _throughput(base, list(adapters.values()), english, size, seed, tick)
     problems += [f"{a.adapter or 'base'}: {problem}" for a in answers for problem in a.problems]
     return Serving(answers, rows, problems, parameters, time.perf_counter() - begin)
@@ -96,14 +99,18 @@ def serve(
 
 
 def _questions(adapters, texts: dict[str, Text], size: task.Size) -> list[tuple[str | None, Tensor]]:
-    """Each domain's text is to be continued by the base model and by the domain's adapter."""
-    return [(who, texts[name].held_out[: size.window // 2]) for name in adapters for who in (None, name)]
+    """Each domain's text is to be continued by the base model and by the domain's adapters."""
+    found = []
+    for text in dict.fromkeys(texts[name] for name in adapters):
+        prompt = text.held_out[: size.window // 2]
+        found += [(who, prompt) for who in (None, *(name for name in adapters if texts[name] is text))]
+    return found
 
 
 def answer_together(
     base: nn.Module, adapters: dict[str, Path], questions: list[tuple[str | None, Tensor]], size: task.Size
 ) -> list[Answer]:
-    """All questions in one batch by a model with a pool, and every row again by PEFT with its adapter alone."""
+    """All questions in one batch by a model with a pool, and every row again by one with its adapter alone."""
     model, names = copy.deepcopy(base), list(adapters)
     pool = peft_kernels.attach_pool(model, adapters=len(names))
     for name, source in adapters.items():
@@ -115,7 +122,7 @@ def answer_together(
     logits = torch.stack(mixed.logits, dim=1)  # [B, generated, 256]
     answers: list[Answer | None] = [None] * len(questions)
     for name in (None, *names):
-        alone = base if name is None else PeftModel.from_pretrained(copy.deepcopy(base), adapters[name])
+        alone = base if name is None else _alone(base, adapters[name])
         rows = [row for row, (wanted, _) in enumerate(questions) if wanted == name]
         written = _generate(alone, prompts[rows], size.generated)
         along, exact = (
@@ -127,6 +134,15 @@ def answer_together(
             sequences = mixed.sequences[row, prompts.shape[1] :], written[i, prompts.shape[1] :]
             answers[row] = judge(name, prompts[row], sequences, (logits[row].double(), along[i], exact[i]), rounding)
     return answers
+
+
+def _alone(base: nn.Module, folder: Path) -> nn.Module:
+    """A copy of the base with one adapter, which is PEFT's or a bottleneck's."""
+    model = copy.deepcopy(base)
+    if json.loads((folder / "adapter_config.json").read_text())["peft_type"] != BottleneckConfig.peft_type:
+        return PeftModel.from_pretrained(model, folder)
+    peft_kernels.load(model, folder)
+    return model.eval()
 
 
 def _generate(model: nn.Module, prompts: Tensor, steps: int, **kwargs):
@@ -150,7 +166,7 @@ def judge(
     name: str | None, prompt: Tensor, written: tuple[Tensor, Tensor], logits: tuple[Tensor, Tensor, Tensor],
     rounding: float,
 ) -> Answer:  # fmt: skip
-    """A row's verdict. `written` by mixed batch and by PEFT alone; `logits` of both and in fp64 [generated, 256]."""
+    """A row's verdict. `written` by mixed batch and alone; `logits` of both and in fp64 [generated, 256]."""
     (tokens, alone), (mixed, along, exact) = written, logits
     error, error_alone = ((each - exact).abs().max().item() for each in (mixed, along))
     bound = 2 * error_alone + rounding * exact.abs().max().item()
@@ -160,7 +176,7 @@ def judge(
     top = exact.topk(2).values
     sure = top[:, 0] - top[:, 1] > bound
     differ = tokens != alone
-    first = differ & (differ.cumsum(0) == 1)  # beyond it PEFT alone has read something else
+    first = differ & (differ.cumsum(0) == 1)  # beyond it the model alone has read something else
     wrong = sure & (first | (tokens != along.argmax(-1)))
     if wrong.any():
         answer.problems.append(f"it writes {answer.mixed!r} in the mixed batch and {answer.alone!r} alone")
