@@ -9,7 +9,7 @@ namespace pk::bottleneck_adapter {
 namespace {
 
 template <class Acc>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     bottleneck_adapter_forward_finish_kernel(const Finish call, Dtype x, Dtype factors) {
   const int64_t m = own_row(), end = piece_end(call.N);
   if (m >= call.M) return;
@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(kThreads)
   const Acc keep_scale = Acc(kKeepAll) / static_cast<Acc>(gated.keep.threshold);
   const Acc sum_scale = static_cast<Acc>(gated.sum_scale);
   const Acc factor = static_cast<Acc>(gated.scaling) * load_or<Acc>(gated.gate, factors, m, Acc(1));
+#pragma unroll 1
   for (int64_t n = piece_begin(); n < end; n += 32) {
     Acc value = sum_scale * static_cast<const Acc*>(call.sum)[m * call.N + n];
     value = (value + load_or<Acc>(gated.bias, factors, n, Acc(0))) * keep_scale;

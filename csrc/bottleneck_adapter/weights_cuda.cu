@@ -58,6 +58,7 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t at = e * call.K + k;
       const Acc da = static_cast<const Acc*>(call.da)[e], A = load<Acc>(call.down_weight, factors, at);
       Acc sum = 0;
+#pragma unroll 1
       for (int p = 0; p < call.splits; ++p) sum += static_cast<const Acc*>(call.parts)[p * call.E * call.K + at];
       if (call.down_weight_grad) store<Acc>(call.down_weight_grad, factors, at, weight * sum + bias * da);
       weight_sum += A * sum;

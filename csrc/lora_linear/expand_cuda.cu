@@ -1,5 +1,6 @@
 // The low-rank part of a layer's output, and bias:
 //   out[m, n] = sum_l keep_l mask_l[m, n] (sum_r low[m, rank0_l + r] F_l(r, n)) + bias[n] + sum_l s_l bias_l[n]
+// and a residual, where there is one; for bottleneck_adapter's y with gate, scale and mask, as Gated says.
 // out, bias [N]: T, bf16 or fp16; low [M, R] fp32; F_l: the factors' dtype, B_l [N, R_l] for y, A_l [R_l, N] for dx.
 // Grid: one block of 8 warps for each 64 x 128 tile of out, a warp 32 x 32 of it; neighbours in the grid are neighbours
 // along n. The block goes through the adapters in steps of 16 ranks; the values of the next step are fetched into

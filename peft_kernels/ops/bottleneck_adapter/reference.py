@@ -43,7 +43,7 @@ SLOPES = {  # f'(h); relu's and leaky_relu's at 0 are those of PyTorch
     "silu": _silu_slope,
     "tanh": lambda h: 1 - torch.tanh(h) ** 2,
     "sigmoid": lambda h: torch.sigmoid(h) * (1 - torch.sigmoid(h)),
-    "leaky_relu": lambda h: torch.where(h.isnan(), h, torch.where(h > 0, torch.ones_like(h), LEAK)),
+    "leaky_relu": lambda h: torch.where(h.isnan(), h, torch.where(h > 0, 1.0, torch.full_like(h, LEAK))),
 }
 
 
