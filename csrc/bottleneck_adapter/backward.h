@@ -5,9 +5,18 @@
 
 namespace pk::PK_ISA {
 
+// Rows of a factor or its gradient that a product with few rows takes at a time, where it lies: rows a power of two
+// apart share few sets of the caches.
+constexpr int64_t kStrip = 12;
+
+// B in fp32.
 static void widen(const Problem& p, int64_t begin, int64_t end) {
   const int64_t last = min(end * kColumns, p.N);
-  for (int64_t n = begin * kColumns; n < last; ++n) widen_row(p.packed_B + n * p.E, p.factors, p.B, n * p.E, p.E);
+  float row[kMostBottlenecks + kLanes];
+  for (int64_t n = begin * kColumns; n < last; ++n) {
+    widen_row(row, p.factors, p.B, n * p.E, p.E);
+    narrow_row(p.packed_B, Dtype::kFloat32, n * p.E, row, p.E);
+  }
 }
 
 // v of the rows, bottlenecks e0 ... e0 + width; of the first bottlenecks' units also the part d (s . b) of dg.
@@ -20,7 +29,7 @@ static void add_v(const Problem& p, WideTile& v, int64_t row0, int64_t rows, int
     Tile d;
     float scale[kPitch], bias[kPitch];
     load_dy(p, d, row0, rows, n0, cols);
-    scale_row(p, scale, n0, cols, 1.f);
+    scale_row(p, scale, n0, cols);
     if (of_bias) widen_row(bias, p.factors, p.b, n0, cols);
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < cols; j += kLanes) {
@@ -60,7 +69,7 @@ PK_INLINE float slope_row(const Problem& p, const float* v, int64_t m, int64_t e
 }
 
 static void slope_unit(const Problem& p, int64_t row0, int64_t e0) {
-  const int64_t rows = min(kRows, p.M - row0), width = min(bottleneck_width(p), p.E - e0);
+  const int64_t rows = min(unit_rows(p), p.M - row0), width = min(bottleneck_width(p), p.E - e0);
   const int64_t parts = bottleneck_units(p);
   WideTile v;
   for (int64_t i = 0; i < rows; ++i) {
@@ -82,37 +91,35 @@ static void slope_unit(const Problem& p, int64_t row0, int64_t e0) {
 static void slope(const Problem& p, int64_t begin, int64_t end) {
   const int64_t across = bottleneck_units(p);
   for (int64_t unit = begin; unit < end; ++unit) {
-    slope_unit(p, unit / across * kRows, unit % across * bottleneck_width(p));
+    slope_unit(p, unit / across * unit_rows(p), unit % across * bottleneck_width(p));
   }
 }
 
-// ds of the columns n0 ... n0 + cols: scaling (rowsum(B . (d^T (g u))) + b . colsum(g d)). up_t: (d^T (g u))^T.
-static void scale_gradient(const Problem& p, float* out, const float* up_t, const float* column_sums, int64_t n0,
-                           int64_t cols) {
+// ds of the columns n0 ... n0 + cols: scaling (rowsum(B . (d^T (g u))) + b . colsum(g d)). up: d^T (g u), rows ld
+// apart.
+static void scale_gradient(const Problem& p, float* out, const float* up, int64_t ld, const float* column_sums,
+                           int64_t n0, int64_t cols) {
   float bias[kPitch];
   fill(bias, cols, 0.f);
   if (p.b) widen_row(bias, p.factors, p.b, n0, cols);
-  for (int64_t j = 0; j < cols; j += kLanes) store(out + j, load(bias + j) * load(column_sums + j));
-  for (int64_t e0 = 0; e0 < p.E; e0 += kRows) {
-    const int64_t width = min(kRows, p.E - e0);
-    Tile b_t;
-    with_type(p.factors, [&](auto number) {
-      transpose(static_cast<const decltype(number)*>(p.B) + n0 * p.E + e0, p.E, cols, width, b_t.at[0], kPitch);
-    });
-    for (int64_t e = 0; e < width; ++e) {
-      for (int64_t j = 0; j < cols; j += kLanes) {
-        store(out + j, load(out + j) + load(b_t.at[e] + j) * load(up_t + (e0 + e) * kPitch + j));
-      }
+  for (int64_t n = 0; n < cols; ++n) {
+    vf sum{};
+    for (int64_t e0 = 0; e0 < p.E; e0 += kColumns) {
+      const int64_t width = min(kColumns, p.E - e0);
+      float row[kPitch];
+      widen_row(row, p.factors, p.B, (n0 + n) * p.E + e0, width);
+      for (int64_t e = 0; e < width; e += kLanes)
+        sum += first_of(load(row + e) * load_n(up + n * ld + e0 + e, width - e), width - e);
     }
+    out[n] = static_cast<float>(p.scaling) * (sum_of_lanes(sum) + bias[n] * column_sums[n]);
   }
-  for (int64_t j = 0; j < cols; j += kLanes) store(out + j, load(out + j) * static_cast<float>(p.scaling));
 }
 
-static void store_up(const Problem& p, const float* column_sums, float* up_t, int64_t unit, int64_t cols) {
+static void store_up(const Problem& p, const float* column_sums, float* up, int64_t ld, int64_t unit, int64_t cols) {
   const int64_t n0 = unit * kColumns;
   float row[kPitch], scale[kPitch];
   if (p.dscale) {
-    scale_gradient(p, row, up_t, column_sums, n0, cols);
+    scale_gradient(p, row, up, ld, column_sums, n0, cols);
     if (p.scales == 1) {
       vf sum{};
       for (int64_t j = 0; j < cols; j += kLanes) sum += first_of(load(row + j), cols - j);
@@ -121,42 +128,45 @@ static void store_up(const Problem& p, const float* column_sums, float* up_t, in
       narrow_row(p.dscale, p.factors, n0, row, cols);
     }
   }
-  scale_row(p, scale, n0, cols, 1.f);
+  scale_row(p, scale, n0, cols);
   if (p.db) {
     for (int64_t j = 0; j < cols; j += kLanes) store(row + j, load(column_sums + j) * load(scale + j));
     narrow_row(p.db, p.factors, n0, row, cols);
   }
-  if (!p.dB) return;
-  for (int64_t e = 0; e < p.E; ++e) {
-    float* const up = up_t + e * kPitch;
-    for (int64_t j = 0; j < cols; j += kLanes) store(up + j, load(up + j) * load(scale + j));
+  for (int64_t n = 0; p.dB && n < cols; ++n) {
+    float* const to = up + n * ld;
+    for (int64_t e = 0; e < p.E; e += kLanes) store_n(to + e, load_n(to + e, p.E - e) * scale[n], p.E - e);
+    if (to != static_cast<float*>(p.dB) + (n0 + n) * p.E) narrow_row(p.dB, p.factors, (n0 + n) * p.E, to, p.E);
   }
-  with_type(p.factors, [&](auto number) {
-    transpose(up_t, kPitch, p.E, cols, static_cast<decltype(number)*>(p.dB) + n0 * p.E, p.E);
-  });
 }
 
-// dB = s . (d^T (g u)), db = s . colsum(g d) and ds of kColumns columns. sums: [1 + E][kPitch].
+// dB = s . (d^T (g u)), db = s . colsum(g d) and ds of kColumns columns. sums: [kPitch] and [kColumns][pitch(E)].
 static void up_unit(const Problem& p, int64_t unit, float* sums) {
   const int64_t n0 = unit * kColumns, cols = min(kColumns, p.N - n0);
   const bool wants_sums = p.db || (p.dscale && p.b);
-  float* const up_t = sums + kPitch;
-  fill(sums, (wants_up(p) ? 1 + p.E : 1) * kPitch, 0.f);
+  // Few rows write dB once, and whole vectors end where its rows do.
+  const bool in_place = few(p) && p.dB && p.factors == Dtype::kFloat32 && p.E % (2 * kLanes) == 0;
+  float* const up = in_place ? static_cast<float*>(p.dB) + n0 * p.E : sums + kPitch;
+  const int64_t ld = in_place ? p.E : pitch(p.E), strip = in_place ? kStrip : cols;
+  fill(sums, cols, 0.f);
+  for (int64_t n = 0; wants_up(p) && n < cols; ++n) fill(up + n * ld, p.E, 0.f);
   for (int64_t row0 = 0; row0 < p.M; row0 += kRows) {
     const int64_t rows = min(kRows, p.M - row0);
     Tile d;
     load_dy(p, d, row0, rows, n0, cols);
-    if (wants_up(p)) product(up_t, kPitch, p.E, cols, p.u + row0 * p.E, p.E, 1, d.at[0], kPitch, rows);
+    for (int64_t n = 0; wants_up(p) && n < cols; n += strip) {
+      product(up + n * ld, ld, min(strip, cols - n), p.E, d.at[0] + n, kPitch, 1, p.u + row0 * p.E, p.E, rows);
+    }
     for (int64_t i = 0; wants_sums && i < rows; ++i) {
       const float gate = p.gate ? number_at(p, p.gate, row0 + i) : 1.f;
       for (int64_t j = 0; j < cols; j += kLanes) store(sums + j, load(sums + j) + load(d.at[i] + j) * gate);
     }
   }
-  store_up(p, sums, up_t, unit, cols);
+  store_up(p, sums, up, ld, unit, cols);
 }
 
 static void up(const Problem& p, int64_t begin, int64_t end) {
-  for (int64_t unit = begin; unit < end; ++unit) up_unit(p, unit, p.sums + unit * (1 + p.E) * kPitch);
+  for (int64_t unit = begin; unit < end; ++unit) up_unit(p, unit, p.sums + unit * up_floats(p));
 }
 
 // Writes a row of dx of columns k0 ... k0 + cols, with dy where x is the residual too.
@@ -206,13 +216,17 @@ static void load_x(const Problem& p, Tile& x, int64_t row0, int64_t rows, int64_
 // dA = dh^T n(x), dh A and the norm's gradients of kColumns columns. sums: [2 + 2 E][kPitch].
 static void down_unit(const Problem& p, int64_t k0, float* sums) {
   const int64_t cols = min(kColumns, p.K - k0);
-  float *const norm_sums = sums, *const dA = sums + 2 * kPitch, *const packed = dA + p.E * kPitch;
-  const bool in_place = few(p) && p.factors == Dtype::kFloat32;
+  const bool in_place = few(p) && p.factors == Dtype::kFloat32;  // few rows read A once, and write dA once
+  const bool whole = in_place && p.dA && cols == kColumns;       // whole vectors end where the unit does
+  float *const norm_sums = sums, *const packed = sums + 2 * kPitch;
+  float* const dA = whole ? static_cast<float*>(p.dA) + k0 : packed + p.E * kPitch;
+  const int64_t ld = whole ? p.K : kPitch, strip = in_place ? kStrip : p.E;
   const float* const A = in_place ? static_cast<const float*>(p.A) + k0 : packed;
   for (int64_t e = 0; wants_out(p) && !in_place && e < p.E; ++e) {
     widen_row(packed + e * kPitch, p.factors, p.A, e * p.K + k0, cols);
   }
-  fill(sums, (p.dA ? 2 + p.E : 2) * kPitch, 0.f);
+  fill(norm_sums, 2 * kPitch, 0.f);
+  for (int64_t e = 0; p.dA && e < p.E; ++e) fill(dA + e * ld, cols, 0.f);
   for (int64_t row0 = 0; row0 < p.M; row0 += kRows) {
     const int64_t rows = min(kRows, p.M - row0);
     const float* const dh = p.dh + row0 * p.E;
@@ -220,22 +234,27 @@ static void down_unit(const Problem& p, int64_t k0, float* sums) {
     if (wants_out(p)) {
       if (p.dnorm_weight) load_x(p, x, row0, rows, k0, cols, true);
       for (int64_t i = 0; i < rows; ++i) fill(out.at[i], cols, 0.f);
-      product(out.at[0], kPitch, rows, cols, dh, 1, p.E, A, in_place ? p.K : kPitch, p.E);
+      for (int64_t e = 0; e < p.E; e += strip) {
+        const int64_t ldA = in_place ? p.K : kPitch;
+        product(out.at[0], kPitch, rows, cols, dh + e, 1, p.E, A + e * ldA, ldA, min(strip, p.E - e));
+      }
       store_out(p, out, x, norm_sums, row0, rows, k0, cols);
     }
     if (p.dA) {
       load_x(p, x, row0, rows, k0, cols, false);
-      product(dA, kPitch, p.E, cols, dh, p.E, 1, x.at[0], kPitch, rows);
+      for (int64_t e = 0; e < p.E; e += strip) {
+        product(dA + e * ld, ld, min(strip, p.E - e), cols, dh + e, p.E, 1, x.at[0], kPitch, rows);
+      }
     }
   }
-  for (int64_t e = 0; p.dA && e < p.E; ++e) narrow_row(p.dA, p.factors, e * p.K + k0, dA + e * kPitch, cols);
+  for (int64_t e = 0; p.dA && !whole && e < p.E; ++e) narrow_row(p.dA, p.factors, e * p.K + k0, dA + e * ld, cols);
   if (p.dnorm_weight) narrow_row(p.dnorm_weight, p.factors, k0, norm_sums, cols);
   if (p.dnorm_bias) narrow_row(p.dnorm_bias, p.factors, k0, norm_sums + kPitch, cols);
 }
 
 static void down(const Problem& p, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) {
-    down_unit(p, unit * kColumns, p.sums + unit * (2 + 2 * p.E) * kPitch);
+    down_unit(p, unit * kColumns, p.sums + unit * down_floats(p));
   }
 }
 

@@ -24,6 +24,7 @@ constexpr int64_t kWide = 256;             // bottlenecks of one unit where ther
 constexpr int64_t kWidePitch = kWide + 16;
 constexpr int64_t kNarrow = 32;  // and where there are few, so that there is work for all threads
 constexpr int64_t kFewRows = 32;
+constexpr int64_t kMostBottlenecks = 1024;
 constexpr int64_t kPanel = 4 * kRows;  // rows of one unit of the expansion
 
 enum class Norm { kNone, kLayer, kRms };
@@ -69,10 +70,11 @@ using Phase = void (*)(const Problem&, int64_t begin, int64_t end);
 
 struct Table {    // everything of one instruction set
   Phase pack;     // unit: kColumns rows of A^T or columns of B^T                      -> packed_A, packed_B
-  Phase shrink;   // unit: kRows rows, some bottlenecks                                -> h, u
+  Phase shrink;   // unit: unit_rows() rows, some bottlenecks                                -> h, u
   Phase expand;   // unit: kColumns columns, a panel of rows                           -> y
   Phase widen;    // unit: kColumns rows of B                                          -> packed_B
-  Phase slope;    // unit: kRows rows, some bottlenecks                                -> u, dh, parts of dg, statistics
+  Phase slope;    // unit: unit_rows() rows, some bottlenecks                                -> u, dh, parts of dg,
+                  // statistics
   Phase up;       // unit: kColumns columns of dy                                      -> dB, db, ds or its part
   Phase down;     // unit: kColumns columns of x                  -> dA, the norm's gradients, dx or what it is made of
   Phase norm_dx;  // unit: kRows rows                                                  -> dx
@@ -107,11 +109,27 @@ constexpr int64_t pitch(int64_t columns) {
 inline bool few(const Problem& p) {
   return p.M <= kFewRows;
 }
+// Rows of one unit of the phases that go by rows: an even number of units, as alike as can be.
+inline int64_t unit_rows(const Problem& p) {
+  const int64_t units = (blocks(p.M, kRows) + 1) / 2 * 2;
+  return few(p) ? kRows : blocks(blocks(p.M, units), 2) * 2;
+}
+inline int64_t row_units(const Problem& p) {
+  return blocks(p.M, unit_rows(p));
+}
 inline int64_t bottleneck_width(const Problem& p) {
   return few(p) ? kNarrow : kWide;
 }
 inline int64_t bottleneck_units(const Problem& p) {
   return blocks(p.E, bottleneck_width(p));
+}
+
+// Room of one unit, see `sums`.
+inline int64_t up_floats(const Problem& p) {
+  return kPitch + kColumns * pitch(p.E);
+}
+inline int64_t down_floats(const Problem& p) {
+  return (2 + 2 * p.E) * kPitch;
 }
 
 // What the backward has to make.

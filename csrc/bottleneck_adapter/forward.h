@@ -5,23 +5,33 @@
 
 namespace pk::PK_ISA {
 
+// to[j][i] = from[i][j] of a factor with `columns` columns, rows row0 ... row0 + rows; by way of tiles, since rows a
+// power of two apart share few sets of L1.
+static void transpose_rows(const Problem& p, const void* from, int64_t columns, int64_t row0, int64_t rows,
+                           int64_t col0, int64_t cols, float* to, int64_t ld) {
+  for (int64_t i = 0; i < rows; i += kRows) {
+    const int64_t height = min(kRows, rows - i);
+    for (int64_t j = 0; j < cols; j += kColumns) {
+      const int64_t width = min(kColumns, cols - j);
+      Tile tile;
+      widen_tile(tile, p.factors, from, columns, row0 + i, height, col0 + j, width);
+      transpose(tile.at[0], kPitch, height, width, to + j * ld + i, ld);
+    }
+  }
+}
+
 // A^T and B^T in fp32: the first units are kColumns columns of A, the others kColumns rows of B.
 static void pack(const Problem& p, int64_t begin, int64_t end) {
   const int64_t of_A = blocks(p.K, kColumns);
-  with_type(p.factors, [&](auto number) {
-    using F = decltype(number);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      if (unit < of_A) {
-        const int64_t k0 = unit * kColumns;
-        transpose(static_cast<const F*>(p.A) + k0, p.K, p.E, min(kColumns, p.K - k0), p.packed_A + k0 * pitch(p.E),
-                  pitch(p.E));
-      } else {
-        const int64_t n0 = (unit - of_A) * kColumns;
-        transpose(static_cast<const F*>(p.B) + n0 * p.E, p.E, min(kColumns, p.N - n0), p.E, p.packed_B + n0,
-                  pitch(p.N));
-      }
+  for (int64_t unit = begin; unit < end; ++unit) {
+    if (unit < of_A) {
+      const int64_t k0 = unit * kColumns, ld = pitch(p.E);
+      transpose_rows(p, p.A, p.K, 0, p.E, k0, min(kColumns, p.K - k0), p.packed_A + k0 * ld, ld);
+    } else {
+      const int64_t n0 = (unit - of_A) * kColumns;
+      transpose_rows(p, p.B, p.E, n0, min(kColumns, p.N - n0), 0, p.E, p.packed_B + n0, pitch(p.N));
     }
-  });
+  }
 }
 
 // The rows' products with A, bottlenecks e0 ... e0 + width, a tile of n(x) at a time.
@@ -41,15 +51,15 @@ static void add_down(const Problem& p, WideTile& sums, int64_t row0, int64_t row
                     static_cast<const decltype(number)*>(p.A) + e0 * p.K + k0, p.K, cols, 1.f);
       });
     } else {
-      product(sums.at[0], kWidePitch, rows, width, x.at[0], 1, kPitch, p.packed_A + k0 * pitch(p.E) + e0,
-                   pitch(p.E), cols);
+      product(sums.at[0], kWidePitch, rows, width, x.at[0], 1, kPitch, p.packed_A + k0 * pitch(p.E) + e0, pitch(p.E),
+              cols);
     }
   }
 }
 
 // h = n(x) A^T + a and u = drop_b(f(h)) of the rows, bottlenecks e0 ... e0 + width.
 static void shrink_unit(const Problem& p, int64_t row0, int64_t e0) {
-  const int64_t rows = min(kRows, p.M - row0), width = min(bottleneck_width(p), p.E - e0);
+  const int64_t rows = min(unit_rows(p), p.M - row0), width = min(bottleneck_width(p), p.E - e0);
   WideTile sums;
   float bias[kWidePitch];
   fill(bias, width, 0.f);
@@ -76,7 +86,7 @@ static void shrink_unit(const Problem& p, int64_t row0, int64_t e0) {
 static void shrink(const Problem& p, int64_t begin, int64_t end) {
   const int64_t across = bottleneck_units(p);
   for (int64_t unit = begin; unit < end; ++unit) {
-    shrink_unit(p, unit / across * kRows, unit % across * bottleneck_width(p));
+    shrink_unit(p, unit / across * unit_rows(p), unit % across * bottleneck_width(p));
   }
 }
 
@@ -102,7 +112,7 @@ static void expand_unit(const Problem& p, int64_t n0, int64_t first, int64_t las
   float bias[kPitch], scale[kPitch];
   fill(bias, cols, 0.f);
   if (p.b) widen_row(bias, p.factors, p.b, n0, cols);
-  scale_row(p, scale, n0, cols, 1.f);
+  scale_row(p, scale, n0, cols);
   for (int64_t row0 = first; row0 < last; row0 += kRows) {
     const int64_t rows = min(kRows, last - row0);
     const float* u = p.u + row0 * p.E;

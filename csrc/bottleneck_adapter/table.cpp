@@ -35,8 +35,8 @@ int64_t deal(Problem& p, bool backward, float* scratch) {
     p.u = room.take(wants_up(p) ? p.M * p.E : 0);
     p.dh = room.take(wants_dh(p) ? p.M * p.E : 0);
     p.partial = room.take(p.M * (bottleneck_units(p) + 1) + blocks(p.N, kColumns));
-    const int64_t up = blocks(p.N, kColumns) * (p.E + 1), down = blocks(p.K, kColumns) * (2 * p.E + 2);
-    p.sums = room.take((up > down ? up : down) * kPitch);
+    const int64_t up = blocks(p.N, kColumns) * up_floats(p), down = blocks(p.K, kColumns) * down_floats(p);
+    p.sums = room.take(up > down ? up : down);
     p.raw = wants_raw(p) && p.type != Dtype::kFloat32 ? room.take(p.M * p.K) : static_cast<float*>(p.dx);
   } else {
     p.packed_A = room.take(few(p) ? 0 : p.K * pitch(p.E));
@@ -60,7 +60,7 @@ void set_scratch(Problem& problem, bool backward, float* scratch) {
 
 std::vector<Step> forward_steps(const Problem& p) {
   const Table& t = table();
-  const int64_t units = blocks(p.M, kRows) * bottleneck_units(p), columns = blocks(p.N, kColumns);
+  const int64_t units = row_units(p) * bottleneck_units(p), columns = blocks(p.N, kColumns);
   std::vector<Step> steps;
   if (!few(p)) steps.push_back({t.pack, blocks(p.K, kColumns) + columns, p.E * (p.K + p.N) * 4});
   steps.push_back({t.shrink, units, p.M * p.E * p.K});
@@ -73,7 +73,7 @@ std::vector<Step> backward_steps(const Problem& p) {
   const int64_t low_rank = p.M * p.E;
   std::vector<Step> steps;
   if (p.packed_B) steps.push_back({t.widen, blocks(p.N, kColumns), p.E * p.N});
-  steps.push_back({t.slope, blocks(p.M, kRows) * bottleneck_units(p), low_rank * p.N});
+  steps.push_back({t.slope, row_units(p) * bottleneck_units(p), low_rank * p.N});
   if (wants_up(p) || p.db) steps.push_back({t.up, blocks(p.N, kColumns), low_rank * p.N});
   if (p.dA || wants_out(p)) steps.push_back({t.down, blocks(p.K, kColumns), 2 * low_rank * p.K});
   if (wants_raw(p)) steps.push_back({t.norm_dx, blocks(p.M, kRows), p.M * p.K * 8});

@@ -116,14 +116,12 @@ static void widen_tile(Tile& tile, Dtype type, const void* from, int64_t stride,
   for (int64_t i = 0; i < rows; ++i) widen_row(tile.at[i], type, from, (row0 + i) * stride + col0, cols);
 }
 
-// s of the columns n0 ... n0 + cols, times `factor`.
-PK_INLINE void scale_row(const Problem& p, float* row, int64_t n0, int64_t cols, float factor) {
-  if (p.scales <= 1) {
-    const float learned = p.scales ? number_at(p, p.scale, 0) : 1.f;
-    return fill(row, cols, static_cast<float>(p.scaling) * learned * factor);
-  }
+// s of the columns n0 ... n0 + cols.
+PK_INLINE void scale_row(const Problem& p, float* row, int64_t n0, int64_t cols) {
+  const float scaling = static_cast<float>(p.scaling);
+  if (p.scales <= 1) return fill(row, cols, p.scales ? scaling * number_at(p, p.scale, 0) : scaling);
   widen_row(row, p.factors, p.scale, n0, cols);
-  for (int64_t j = 0; j < cols; j += kLanes) store(row + j, load(row + j) * (static_cast<float>(p.scaling) * factor));
+  for (int64_t j = 0; j < cols; j += kLanes) store(row + j, load(row + j) * scaling);
 }
 
 // row <- drop(row) of columns col0 ... col0 + cols of row m, col0 a multiple of 32. Dropped elements count as 0 even if

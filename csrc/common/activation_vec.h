@@ -29,20 +29,23 @@ PK_INLINE vf activated(vf h, vf* slope) {
     constexpr float kTwice = 1.5957691216f, kCube = 0.044715f, kFar = 64.f;
     vf c = h > kFar ? vf{} + kFar : h;  // past it nothing changes, and squares would overflow
     c = c < -kFar ? vf{} - kFar : c;
-    const vf share = logistic(kTwice * (c + kCube * c * c * c));
-    if (slope) *slope = share + c * (share * (1.f - share)) * (kTwice * (1.f + 3.f * kCube * c * c));
+    vf rest;
+    const vf share = logistic(kTwice * (c + kCube * c * c * c), rest);
+    if (slope) *slope = share + c * (share * rest) * (kTwice * (1.f + 3.f * kCube * c * c));
     return h * share;
   } else if constexpr (kActivation == kSilu) {
-    const vf share = logistic(h);
-    if (slope) *slope = share * (1.f + h * (1.f - share));
+    vf rest;
+    const vf share = logistic(h, rest);
+    if (slope) *slope = share * (1.f + h * rest);
     return h * share;
   } else if constexpr (kActivation == kTanh) {
     const vf t = hyperbolic_tangent(h);
     if (slope) *slope = 1.f - t * t;
     return t;
   } else if constexpr (kActivation == kSigmoid) {
-    const vf share = logistic(h);
-    if (slope) *slope = share * (1.f - share);
+    vf rest;
+    const vf share = logistic(h, rest);
+    if (slope) *slope = share * rest;
     return share;
   } else {
     if (slope) *slope = one;

@@ -42,10 +42,11 @@ PK_INLINE vf exponential(vf x) {
   return exponential(x, vf{});
 }
 
-// 1 / (1 + e^-x)
-PK_INLINE vf logistic(vf x) {
-  const vf power = exponential(-absolute(x)), reciprocal = 1.f / (1.f + power);
-  return x < 0.f ? power * reciprocal : reciprocal;
+// 1 / (1 + e^-x), and what it lacks to 1, without the error of a difference.
+PK_INLINE vf logistic(vf x, vf& rest) {
+  const vf power = exponential(-absolute(x)), greater = 1.f / (1.f + power), lesser = power * greater;
+  rest = x < 0.f ? greater : lesser;
+  return x < 0.f ? lesser : greater;
 }
 
 PK_INLINE vf hyperbolic_tangent(vf x) {
