@@ -359,10 +359,10 @@ def test_rows_do_not_compile_the_adapters_again():
     from triton_compiler import Recorder
 
     with Recorder(90) as compiled:
-        _call_adapter(256, (BF16, BF16), 16, K=512)
+        _call_adapter(256, (BF16, BF16), 16, K=512, p=0.0, activation="relu")
         first = [kernel.name for kernel in compiled]
-        for M in (17, 259, 1024):
-            _call_adapter(M, (BF16, BF16), 16, K=512)
+        for M in (17, 1041):
+            _call_adapter(M, (BF16, BF16), 16, K=512, p=0.0, activation="relu")
     assert [kernel.name for kernel in compiled] == first
 
 
