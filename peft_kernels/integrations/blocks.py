@@ -181,20 +181,20 @@ def _noting(name: str) -> Callable:
     return norm
 
 
-def _handing_on(stream: Stream) -> Callable:
-    def child(self, *args, **kwargs):
-        block = getattr(self.owner, stream.child)
+def _handing_on(child: str, norm: str) -> Callable:
+    def call(self, *args, **kwargs):
+        block = getattr(self.owner, child)
         if _reads_stream(block):
-            kwargs["residual_stream"] = self.stream_beside(stream.norm, _input(0, args, kwargs))
+            kwargs["residual_stream"] = self.stream_beside(norm, _input(0, args, kwargs))
         return block(*args, **kwargs)
 
-    return child
+    return call
 
 
 def _stand_in_class(block: Block | None, streams: tuple[Stream, ...]) -> type:
     members = {"block": block}
     for stream in streams:
-        members |= {stream.norm: _noting(stream.norm), stream.child: _handing_on(stream)}
+        members |= {stream.norm: _noting(stream.norm), stream.child: _handing_on(stream.child, stream.norm)}
     if block is not None:
         members[block.output] = StandIn.leave
         if isinstance(block.x, str):
