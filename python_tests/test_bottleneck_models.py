@@ -18,6 +18,12 @@ MIXTURES = {
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
     ),
 }  # fmt: skip
+OTHERS = {
+    "phi": (hf.PhiForCausalLM, hf.PhiConfig, {}),
+    "gpt_neox": (hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, {}),
+    "gptj": (hf.GPTJForCausalLM, hf.GPTJConfig, {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}),
+    "bloom": (hf.BloomForCausalLM, hf.BloomConfig, {"n_layer": 2, "n_head": 4}),
+}
 ALL = [*MODELS, *MIXTURES]
 
 _LLAMA = {"ffn": ("mlp.gate_proj", "mlp.down_proj"), "attention": ("self_attn.q_proj", "self_attn.o_proj")}
@@ -26,6 +32,7 @@ _BERT = {
     "attention": ("attention.self.query", "attention.output.dense"),
 }
 _BART = {"ffn": ("fc1", "fc2"), "attention": ("self_attn.q_proj", "self_attn.out_proj")}
+_H_TO_4H = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 # a block's first and last projection, as they are called within a layer: x goes into the one, r comes out of the other
 ENDS = {
     "gpt2": {"ffn": ("mlp.c_fc", "mlp.c_proj"), "attention": ("attn.c_attn", "attn.c_proj")},
@@ -34,6 +41,10 @@ ENDS = {
     "bert": _BERT,
     "roberta": _BERT,
     "t5": {"ffn": ("DenseReluDense.wi", "DenseReluDense.wo"), "attention": ("SelfAttention.q", "SelfAttention.o")},
+    "phi": {"ffn": ("mlp.fc1", "mlp.fc2"), "attention": ("self_attn.q_proj", "self_attn.dense")},
+    "gpt_neox": {"ffn": _H_TO_4H, "attention": ("attention.query_key_value", "attention.dense")},
+    "gptj": {"ffn": ("mlp.fc_in", "mlp.fc_out"), "attention": ("attn.q_proj", "attn.out_proj")},
+    "bloom": {"ffn": _H_TO_4H, "attention": ("self_attention.query_key_value", "self_attention.dense")},
     "mixtral": _LLAMA | {"ffn": ("mlp", "mlp")},
     "qwen3_moe": _LLAMA | {"ffn": ("mlp", "mlp")},
 }
@@ -41,12 +52,13 @@ ACTIVATIONS = {"relu": nn.functional.relu, "gelu": nn.functional.gelu, "silu": n
 
 
 def a_model(name: str) -> nn.Module:
-    if name not in MIXTURES:
+    if name in MODELS:
         return base_model(name).eval()
-    model_class, config_class, changes = MIXTURES[name]
+    model_class, config_class, changes = (MIXTURES | OTHERS)[name]
     torch.manual_seed(1)
     model = model_class(config_class(**_DECODER | changes)).eval()
-    model.set_experts_implementation("eager")  # the others take no float64
+    if name in MIXTURES:
+        model.set_experts_implementation("eager")  # the others take no float64
     return model
 
 
@@ -139,8 +151,9 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("form", ["serial", "parallel"])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("name", "form"), [(n, form) for n in ALL for form in ("serial", "parallel")] + [(n, "parallel") for n in OTHERS]
+)
 def test_outputs_and_gradients_are_those_of_adapters_built_in_by_hand(name, form):
     config = CONFIGS[form]
     model = a_model(name)

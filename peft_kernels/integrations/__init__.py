@@ -8,7 +8,7 @@ the adapters of the rows of one call, `named.py` is what else has to know them.
 compiled or captured, `continuous.py` in transformers' continuous batching. `estimate.py` and `estimate_bottleneck.py`
 say what many adapters of a model would cost.
 
-`attach.py` puts the methods of this library on a model and takes them off, `attachments.py` is what a model has of it,
-`blocks.py` how its blocks run bottleneck adapters, `biases.py` BitFit, `adapter_files.py` saving and loading,
+`attach.py` puts the methods of this library on a model and takes them off, `attachments.py` is what a model has of
+them, `blocks.py` how its blocks run bottleneck adapters, `biases.py` BitFit, `adapter_files.py` saving and loading,
 `adapterhub.py` what AdapterHub has saved, `selective.py` fine-tuning without adapters.
 """

@@ -83,6 +83,8 @@ def set_active(
         require_attached(root, name, "set_active")
     if len(set(names)) < len(names):
         raise ValueError(f"set_active: names must differ from each other, got {list(names)}")
+    if NOTE not in root.__dict__:
+        return
     note, sites = note_of(root), sites_of(root)
     fits = [name for name in names if isinstance(note.configs[name], BitFitConfig)]
     if len(fits) > 1:

@@ -103,6 +103,8 @@ def plan_blocks(root: nn.Module, config: BottleneckConfig) -> dict[str, Site]:
     sites = {site.name: site for site in every if site.block.representation in config.representations}
     if config.layers is not None:
         sites = {name: site for name, site in sites.items() if site.layer in config.layers}
+        if not sites:
+            raise ValueError(f"attach: there is no {config.representation} block in the layers {list(config.layers)}")
     for name, site in sites.items():
         if reason := _obstacle(root.get_submodule(name)):
             raise ValueError(f"attach: {name} cannot change class: {reason}")

@@ -116,10 +116,9 @@ def _around(self, *args, residual_stream: tuple = (), **kwargs):
     adapters = self._modules[CHILD]
     if not adapters.active_names:
         return y
-    x = _input(self.block.x, args, kwargs)
-    if isinstance(y, tuple):
-        return adapters(x, y[0], *residual_stream), *y[1:]
-    return adapters(x, y, *residual_stream)
+    x, r = _input(self.block.x, args, kwargs), y[0] if isinstance(y, tuple) else y
+    adapted = _like(adapters, x, r, x.shape, residual_stream)
+    return (adapted, *y[1:]) if isinstance(y, tuple) else adapted
 
 
 def _within(self, *args, residual_stream: tuple = (), **kwargs):
@@ -160,17 +159,21 @@ class StandIn:
         beside = self.residual_stream
         if not beside and _reads_stream(self.owner):
             beside = self.stream_beside(self.block.norm, self.x)
-        if beside:
-            beside = self.by_sample(beside[0]), beside[1]
-        return self.owner._modules[CHILD](self.by_sample(self.x), self.by_sample(y), *beside).reshape(y.shape)
-
-    def by_sample(self, tensor: Tensor) -> Tensor:
-        """OPT gives all samples as one."""
-        return tensor.reshape(self.samples, -1, tensor.shape[-1]) if tensor.dim() == 2 else tensor
+        shape = y.shape if y.dim() > 2 else (self.samples, -1, y.shape[-1])
+        return _like(self.owner._modules[CHILD], self.x, y, shape, beside)
 
     def stream_beside(self, norm: str, x: Tensor) -> tuple[Tensor, nn.Module | None]:
         """The residual stream beside a block with an input x, and the norm of the sum if that comes after the block."""
         return (self.normed[norm], None) if norm in self.normed else (x, getattr(self.owner, norm))
+
+
+def _like(adapters: nn.Module, x: Tensor, r: Tensor, shape: tuple[int, ...], beside: tuple) -> Tensor:
+    """The adapters on tensors of a shape that has the samples apart, which OPT and Llama 4's experts give as one."""
+    if r.shape == shape:  # a view of the result would be in the way of a model that adds to it in place
+        return adapters(x, r, *beside)
+    if beside:
+        beside = beside[0].reshape(shape), beside[1]
+    return adapters(x.reshape(shape), r.reshape(shape), *beside).reshape(r.shape)
 
 
 def _noting(name: str) -> Callable:

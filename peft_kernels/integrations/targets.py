@@ -96,9 +96,11 @@ BLOCKS = (  # the first that fits counts
     Block("ffn", ("experts", "router"), ""),
     Block("ffn", ("gate_proj", "up_proj", "down_proj"), "down_proj"),  # Llama, Qwen, Mistral, Gemma, OLMo, ...
     Block("ffn", ("gate_up_proj", "down_proj"), "down_proj"),  # Phi-3, GLM
+    Block("ffn", ("up_proj", "down_proj"), "down_proj"),  # Nemotron
     Block("ffn", ("wi", "wo"), "wo"),  # T5's DenseReluDense
     Block("ffn", ("wi_0", "wi_1", "wo"), "wo"),
     Block("ffn", ("c_fc", "c_proj"), "c_proj", inside=True),  # GPT-2, GPT-Neo
+    Block("ffn", ("fc_in", "fc_out"), "fc_out", inside=True),  # GPT-J, CodeGen
     Block("ffn", ("dense_h_to_4h", "dense_4h_to_h"), "dense_4h_to_h", inside=True),  # GPT-NeoX, Falcon, BLOOM
     # in the layer (BART, OPT) or in an MLP (Phi, CLIP)
     Block("ffn", ("fc1", "fc2"), "fc2", x="fc1", inside=True, norm="final_layer_norm"),
@@ -106,7 +108,10 @@ BLOCKS = (  # the first that fits counts
     Block("ffn", ("dense", "LayerNorm"), "dense", x=1, inside=True, path=r"\.\d+\.output", norm="LayerNorm"),
     Block("attention", ("q_proj", "k_proj", "v_proj", "o_proj"), "o_proj"),
     Block("attention", ("qkv_proj", "o_proj"), "o_proj"),
+    Block("attention", ("q_proj", "k_proj", "v_proj", "dense"), "dense"),  # Phi
+    Block("attention", ("q_proj", "k_proj", "v_proj", "out_proj", "resid_dropout"), "out_proj", inside=True),  # GPT-J
     Block("attention", ("q_proj", "k_proj", "v_proj", "out_proj"), "out_proj"),  # BART, OPT
+    Block("attention", ("query_key_value", "dense"), "dense", inside=True),  # GPT-NeoX, Falcon, BLOOM
     Block("attention", ("q", "k", "v", "o"), "o"),  # T5
     Block("attention", ("c_attn", "c_proj"), "c_proj", inside=True),  # GPT-2
     Block(
