@@ -117,7 +117,7 @@ def _around(self, *args, residual_stream: tuple = (), **kwargs):
     if not adapters.active_names:
         return y
     x, r = _input(self.block.x, args, kwargs), y[0] if isinstance(y, tuple) else y
-    adapted = _like(adapters, x.shape, x, r, *residual_stream)
+    adapted = _like(adapters, x, r, x.shape, residual_stream)
     return (adapted, *y[1:]) if isinstance(y, tuple) else adapted
 
 
@@ -160,19 +160,20 @@ class StandIn:
         if not beside and _reads_stream(self.owner):
             beside = self.stream_beside(self.block.norm, self.x)
         shape = y.shape if y.dim() > 2 else (self.samples, -1, y.shape[-1])
-        return _like(self.owner._modules[CHILD], shape, self.x, y, *beside)
+        return _like(self.owner._modules[CHILD], self.x, y, shape, beside)
 
     def stream_beside(self, norm: str, x: Tensor) -> tuple[Tensor, nn.Module | None]:
         """The residual stream beside a block with an input x, and the norm of the sum if that comes after the block."""
         return (self.normed[norm], None) if norm in self.normed else (x, getattr(self.owner, norm))
 
 
-def _like(adapters: nn.Module, shape: tuple[int, ...], x: Tensor, r: Tensor, *stream) -> Tensor:
+def _like(adapters: nn.Module, x: Tensor, r: Tensor, shape: tuple[int, ...], beside: tuple) -> Tensor:
     """The adapters on tensors of a shape that has the samples apart, which OPT and Llama 4's experts give as one."""
     if r.shape == shape:  # a view of the result would be in the way of a model that adds to it in place
-        return adapters(x, r, *stream)
-    stream = stream and (stream[0].reshape(shape), *stream[1:])
-    return adapters(x.reshape(shape), r.reshape(shape), *stream).reshape(r.shape)
+        return adapters(x, r, *beside)
+    if beside:
+        beside = beside[0].reshape(shape), beside[1]
+    return adapters(x.reshape(shape), r.reshape(shape), *beside).reshape(r.shape)
 
 
 def _noting(name: str) -> Callable:
@@ -183,20 +184,20 @@ def _noting(name: str) -> Callable:
     return norm
 
 
-def _handing_on(stream: Stream) -> Callable:
-    def child(self, *args, **kwargs):
-        block = getattr(self.owner, stream.child)
+def _handing_on(child: str, norm: str) -> Callable:
+    def call(self, *args, **kwargs):
+        block = getattr(self.owner, child)
         if _reads_stream(block):
-            kwargs["residual_stream"] = self.stream_beside(stream.norm, _input(0, args, kwargs))
+            kwargs["residual_stream"] = self.stream_beside(norm, _input(0, args, kwargs))
         return block(*args, **kwargs)
 
-    return child
+    return call
 
 
 def _stand_in_class(block: Block | None, streams: tuple[Stream, ...]) -> type:
     members = {"block": block}
     for stream in streams:
-        members |= {stream.norm: _noting(stream.norm), stream.child: _handing_on(stream)}
+        members |= {stream.norm: _noting(stream.norm), stream.child: _handing_on(stream.child, stream.norm)}
     if block is not None:
         members[block.output] = StandIn.leave
         if isinstance(block.x, str):
