@@ -113,8 +113,9 @@ def widen(model: nn.Module, *, serial: bool = False) -> WideningReport:
     """Builds the active parallel adapters of a model into its FFNs as more hidden units, for inference and export.
 
     y = act(x W_u^T) W_d^T + s f(x A^T) B^T becomes the FFN with [W_u; A] and [W_d | s B]: exact, with no launch more
-    than the FFN alone where it is gated, or where f is the model's own activation. The block's weights become views
-    into the wide tensors, so that memory grows by E rows and columns. State dict, keys and values, stay as they were.
+    than the FFN alone where it is gated, or where f is the model's own activation, and two small ones more elsewhere.
+    The block's weights become views into the wide tensors, so that memory grows by E rows and columns. The state dict
+    keeps its keys and values.
 
     Args:
         model: a transformers model with bottleneck adapters attached, in eval mode.
@@ -167,7 +168,7 @@ def unwiden(model: nn.Module) -> None:
     """Gives every widened block its own projections and its adapters back, bit for bit; training can go on.
 
     Raises:
-        ValueError: a module of a widened block was replaced or has changed class since.
+        RuntimeError: a module of a widened block was replaced or has changed class since; nothing is changed then.
 
     Example:
         >>> peft_kernels.unwiden(model)
