@@ -95,3 +95,18 @@ def test_serving_many_adapters(tmp_path, monkeypatch):
         tokens = model.generate(input_ids, max_new_tokens=20, do_sample=False)
     assert names["tokens"].equal(tokens) and len(names["pool"]) == 2
     assert all(output.error is None and output.generated_tokens for output in names["outputs"])
+
+
+def test_bottleneck_adapters_of_the_readme(tmp_path, capsys):
+    names = {"folder": tmp_path / "news"}
+    *before, last = example("Bottleneck adapters").body
+    run(before, names)
+    model, tokens = names["model"], names["tokens"]
+    with torch.no_grad():
+        alone = model.eval()(input_ids=tokens).logits
+        run([last], names)
+        torch.testing.assert_close(model(input_ids=tokens).logits, alone)
+        peft_kernels.unwiden(model)
+        peft_kernels.set_active(model, [])
+        assert not torch.equal(model(input_ids=tokens).logits, alone)
+    assert "2 blocks widened, 0 left" in capsys.readouterr().out
