@@ -25,7 +25,7 @@ constexpr int64_t kWidePitch = kWide + 16;
 constexpr int64_t kNarrow = 32;  // and where there are few, so that there is work for all threads
 constexpr int64_t kFewRows = 32;
 constexpr int64_t kMostBottlenecks = 1024;
-constexpr int64_t kPanel = 4 * kRows;  // rows of one unit of the expansion
+constexpr int64_t kLeastPanel = 8 * kRows;
 
 enum class Norm { kNone, kLayer, kRms };
 
@@ -57,7 +57,7 @@ struct Problem {
   void *dx, *dA, *da, *dB, *db, *dscale, *dgate, *dnorm_weight, *dnorm_bias;  // null: not wanted
 
   // Room of the steps, see set_scratch().
-  float *packed_A, *packed_B;  // A^T [K][pitch(E)] and B^T [E][pitch(N)], or fp32 copies of A and B
+  float *packed_A, *packed_B;  // forward: A^T [K][pitch(E)]; backward: B in fp32, or null where it is
   float* u;                    // [M, E]; in the backward times g
   float* dh;                   // [M, E]
   float* statistics;           // [M][2], mean and reciprocal deviation
@@ -69,17 +69,16 @@ struct Problem {
 using Phase = void (*)(const Problem&, int64_t begin, int64_t end);
 
 struct Table {    // everything of one instruction set
-  Phase pack;     // unit: kColumns rows of A^T or columns of B^T                      -> packed_A, packed_B
-  Phase shrink;   // unit: unit_rows() rows, some bottlenecks                                -> h, u
-  Phase expand;   // unit: kColumns columns, a panel of rows                           -> y
-  Phase widen;    // unit: kColumns rows of B                                          -> packed_B
-  Phase slope;    // unit: unit_rows() rows, some bottlenecks                                -> u, dh, parts of dg,
-                  // statistics
-  Phase up;       // unit: kColumns columns of dy                                      -> dB, db, ds or its part
-  Phase down;     // unit: kColumns columns of x                  -> dA, the norm's gradients, dx or what it is made of
-  Phase norm_dx;  // unit: kRows rows                                                  -> dx
-  Phase sums;     // unit: kColumns bottlenecks                                        -> da
-  Phase gather;   // one unit                                                          -> dg and ds of their parts
+  Phase pack;     // unit: kColumns columns of A           -> packed_A
+  Phase shrink;   // unit: unit_rows(), some bottlenecks   -> h, u
+  Phase expand;   // unit: kColumns columns, panel_rows()  -> y
+  Phase widen;    // unit: kColumns rows of B              -> packed_B
+  Phase slope;    // unit: unit_rows(), some bottlenecks   -> u, dh, parts of dg, statistics
+  Phase up;       // unit: kColumns columns of dy          -> dB, db, ds or its part
+  Phase down;     // unit: kColumns columns of x           -> dA, the norm's gradients, dx or what it is made of
+  Phase norm_dx;  // unit: kRows rows                      -> dx
+  Phase sums;     // unit: kColumns bottlenecks            -> da
+  Phase gather;   // one unit                              -> dg and ds of their parts
 };
 
 struct Step {
@@ -122,6 +121,15 @@ inline int64_t bottleneck_width(const Problem& p) {
 }
 inline int64_t bottleneck_units(const Problem& p) {
   return blocks(p.E, bottleneck_width(p));
+}
+
+// Rows of one unit of the expansion: two panels at most, since each packs B^T anew.
+inline int64_t panel_rows(const Problem& p) {
+  const int64_t half = blocks(blocks(p.M, 2), kRows) * kRows;
+  return half > kLeastPanel ? half : kLeastPanel;
+}
+inline int64_t expand_units(const Problem& p) {
+  return blocks(p.N, kColumns) * blocks(p.M, panel_rows(p));
 }
 
 // Room of one unit, see `sums`.

@@ -20,17 +20,11 @@ static void transpose_rows(const Problem& p, const void* from, int64_t columns, 
   }
 }
 
-// A^T and B^T in fp32: the first units are kColumns columns of A, the others kColumns rows of B.
+// A^T in fp32, kColumns columns of A a unit.
 static void pack(const Problem& p, int64_t begin, int64_t end) {
-  const int64_t of_A = blocks(p.K, kColumns);
-  for (int64_t unit = begin; unit < end; ++unit) {
-    if (unit < of_A) {
-      const int64_t k0 = unit * kColumns, ld = pitch(p.E);
-      transpose_rows(p, p.A, p.K, 0, p.E, k0, min(kColumns, p.K - k0), p.packed_A + k0 * ld, ld);
-    } else {
-      const int64_t n0 = (unit - of_A) * kColumns;
-      transpose_rows(p, p.B, p.E, n0, min(kColumns, p.N - n0), 0, p.E, p.packed_B + n0, pitch(p.N));
-    }
+  const int64_t ld = pitch(p.E);
+  for (int64_t k0 = begin * kColumns; k0 < min(end * kColumns, p.K); k0 += kColumns) {
+    transpose_rows(p, p.A, p.K, 0, p.E, k0, min(kColumns, p.K - k0), p.packed_A + k0 * ld, ld);
   }
 }
 
@@ -106,13 +100,16 @@ static void store_y(const Problem& p, Tile& tile, const float* scale, int64_t ro
   }
 }
 
-// Columns n0 ... n0 + kColumns of y for the rows first ... last.
+// Columns n0 ... n0 + kColumns of y for the rows first ... last. B^T of the columns, which few rows do not need, is
+// packed on the stack: it stays in L2, lies on few pages, and they are there already.
 static void expand_unit(const Problem& p, int64_t n0, int64_t first, int64_t last) {
+  alignas(64) float b_t[kMostBottlenecks * kPitch];
   const int64_t cols = min(kColumns, p.N - n0);
   float bias[kPitch], scale[kPitch];
   fill(bias, cols, 0.f);
   if (p.b) widen_row(bias, p.factors, p.b, n0, cols);
   scale_row(p, scale, n0, cols);
+  if (!few(p)) transpose_rows(p, p.B, p.E, n0, cols, 0, p.E, b_t, kPitch);
   for (int64_t row0 = first; row0 < last; row0 += kRows) {
     const int64_t rows = min(kRows, last - row0);
     const float* u = p.u + row0 * p.E;
@@ -126,17 +123,17 @@ static void expand_unit(const Problem& p, int64_t n0, int64_t first, int64_t las
                     p.E, 1.f);
       });
     } else {
-      product(tile.at[0], kPitch, rows, cols, u, 1, p.E, p.packed_B + n0, pitch(p.N), p.E);
+      product(tile.at[0], kPitch, rows, cols, u, 1, p.E, b_t, kPitch, p.E);
     }
     store_y(p, tile, scale, row0, rows, n0, cols);
   }
 }
 
 static void expand(const Problem& p, int64_t begin, int64_t end) {
-  const int64_t panels = blocks(p.M, kPanel);
+  const int64_t height = panel_rows(p), panels = blocks(p.M, height);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t first = unit % panels * kPanel;
-    expand_unit(p, unit / panels * kColumns, first, min(p.M, first + kPanel));
+    const int64_t first = unit % panels * height;
+    expand_unit(p, unit / panels * kColumns, first, min(p.M, first + height));
   }
 }
 

@@ -40,7 +40,7 @@ int64_t deal(Problem& p, bool backward, float* scratch) {
     p.raw = wants_raw(p) && p.type != Dtype::kFloat32 ? room.take(p.M * p.K) : static_cast<float*>(p.dx);
   } else {
     p.packed_A = room.take(few(p) ? 0 : p.K * pitch(p.E));
-    p.packed_B = room.take(few(p) ? 0 : p.E * pitch(p.N));
+    p.packed_B = nullptr;
     p.u = room.take(p.M * p.E);
   }
   p.statistics = room.take(p.norm == Norm::kNone ? 0 : 2 * p.M);
@@ -60,11 +60,10 @@ void set_scratch(Problem& problem, bool backward, float* scratch) {
 
 std::vector<Step> forward_steps(const Problem& p) {
   const Table& t = table();
-  const int64_t units = row_units(p) * bottleneck_units(p), columns = blocks(p.N, kColumns);
   std::vector<Step> steps;
-  if (!few(p)) steps.push_back({t.pack, blocks(p.K, kColumns) + columns, p.E * (p.K + p.N) * 4});
-  steps.push_back({t.shrink, units, p.M * p.E * p.K});
-  steps.push_back({t.expand, columns * blocks(p.M, kPanel), p.M * p.E * p.N});
+  if (!few(p)) steps.push_back({t.pack, blocks(p.K, kColumns), p.E * p.K * 4});
+  steps.push_back({t.shrink, row_units(p) * bottleneck_units(p), p.M * p.E * p.K});
+  steps.push_back({t.expand, expand_units(p), p.M * p.E * p.N});
   return steps;
 }
 
