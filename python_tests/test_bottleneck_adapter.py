@@ -142,3 +142,15 @@ def test_checkpoint_replays_the_same_mask(use_reentrant):
         function(leaf).square().sum().backward()
         grads.append(leaf.grad)
     assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("backend,device", PLACES)
+def test_a_gradient_that_there_is_not_is_refused(backend, device):
+    arguments = problem(device, torch.float32, torch.float32)
+    forward, backward = testing.operators(backend, OP)
+    h = forward(*arguments.values())[1]
+    rest = [value for name, value in arguments.items() if name not in ("x", "residual", "down_bias")]
+    for i, text in ((5, "scale must be given"), (6, "gate must be given"), (7, "norm must not be 'none'")):
+        with pytest.raises((ValueError, RuntimeError), match=text):
+            dy = torch.ones_like(arguments["residual"])
+            backward(dy, arguments["x"], h, *rest, False, [j == i for j in range(9)])

@@ -14,6 +14,7 @@ from models import (
     lora_config,
 )
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peft_kernels
@@ -60,7 +61,8 @@ def test_presets_are_the_methods_of_the_papers():
     scaled = BottleneckConfig.scaled_parallel(r=512)
     assert (scaled.insertion, scaled.scaling, scaled.init) == ("parallel", 4.0, "mam")
     plus = BottleneckConfig.adapter_plus()
-    assert (plus.scaling, plus.drop_path, plus.bottleneck(768)) == ("channel", 0.1, 8)
+    assert (plus.scaling, plus.drop_path, plus.reads, plus.bottleneck(768)) == ("channel", 0.1, "sum", 8)
+    assert BottleneckConfig.houlsby().init == plus.init == "houlsby" and pfeiffer.reads == "output"
     assert BottleneckConfig.adapter_plus(r=4).bottleneck(768) == 4 and BottleneckConfig().bottleneck(768) == 48
     assert BottleneckConfig(reduction_factor=16).bottleneck(8) == 1
     with pytest.raises(ValueError, match="reduction_factor must be 2 or more at a width of 2048, got 1"):
@@ -235,9 +237,61 @@ def test_other_configs_and_replaced_forwards_are_refused():
         peft_kernels.attach(model, lora_config())
     mlp = model.model.layers[1].mlp
     mlp.forward = lambda x: x
-    with pytest.raises(ValueError, match=r"model.layers.1.mlp cannot change class: .*its forward was replaced"):
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp cannot have an adapter: .*its forward was replaced"):
         peft_kernels.attach(model, SERIAL)
     assert "bottleneck" not in model.model.layers[0].mlp._modules and model.lm_head.weight.requires_grad
+
+
+def test_which_of_the_active_ones_are_trained():
+    model = llama()
+    for name in ("language", "task"):
+        peft_kernels.attach(model, SERIAL, name)
+    peft_kernels.set_active(model, ["language", "task"], trainable=["task"], skip_layers=(i for i in [0]))
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all(".bottleneck.task." in key and ".layers.0." not in key for key in trained)
+    with pytest.raises(ValueError, match="trainable must name active adapters, got 'language'"):
+        peft_kernels.set_active(model, "task", trainable=["language"])
+
+
+def test_what_fails_on_the_way_leaves_the_model_as_it_was(monkeypatch):
+    model, made = llama(), []
+
+    def adapter(self, *args):
+        made.append(self)
+        if len(made) > 1:
+            raise torch.OutOfMemoryError("none left")
+        return BottleneckAdapter(args[0], 4)
+
+    before = list(model.state_dict())
+    monkeypatch.setattr(BottleneckConfig, "adapter", adapter)
+    with pytest.raises(torch.OutOfMemoryError):
+        peft_kernels.attach(model, SERIAL)
+    assert list(model.state_dict()) == before and type(model.model.layers[0].mlp).__name__ == "LlamaMLP"
+    monkeypatch.undo()
+    assert peft_kernels.attach(model, SERIAL)
+
+
+def test_wrappers_are_seen_through(tmp_path):
+    model = llama()
+    peft_kernels.attach(torch.compile(model, backend="eager"), SERIAL)
+    peft_kernels.save_pretrained(nn.DataParallel(model), tmp_path)
+    peft_kernels.load(llama(), tmp_path)
+    with pytest.raises(ValueError, match="its parameters are not there"):
+        peft_kernels.attach(llama().to("meta"), SERIAL)
+
+
+@pytest.mark.parametrize("value,text", [(torch.nan, "infinities or NaN"), (None, "torch.int64")])
+def test_files_of_other_numbers_are_refused(value, text, tmp_path):
+    model = llama()
+    peft_kernels.attach(model, SERIAL)
+    peft_kernels.save_pretrained(model, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(iter(tensors))
+    tensors[key] = tensors[key].long() if value is None else tensors[key] * value
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=f"must hold finite numbers of a floating-point dtype, got {text}"):
+        peft_kernels.load(llama(), tmp_path)
 
 
 # -- BitFit, and fine-tuning without adapters -------------------------------------------------------------------------

@@ -27,7 +27,7 @@ CONFIGS = {
     "behind": BottleneckConfig.pfeiffer(r=5, activation="gelu"),
     "beside": BottleneckConfig.scaled_parallel(r=9),
     "houlsby": BottleneckConfig.houlsby(r=3, scaling="learned", layers=[1]),
-    "plus": BottleneckConfig.adapter_plus(r=4, activation="silu"),
+    "plus": BottleneckConfig.adapter_plus(r=4, activation="silu", reads="output"),
     "heads": BottleneckConfig.parallel(r=8, representation="attention", activation="gelu_tanh"),
 }
 MIXED = ["behind", None, "french", "beside", "plus", "houlsby", "heads", "behind"]
@@ -146,7 +146,15 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         ({k: t for k, t in tensors.items() if not k.startswith(key)}, "has an adapter at model.layers.1.mlp, of which"),
         ({k: t for k, t in tensors.items() if k != f"{key}up_bias"}, "model.layers.1.mlp has no up_bias"),
         (tensors | {"odd": torch.ones(1)}, "the tensor odd is not known to a pool"),
-        (tensors | {f"{key}down_bias": torch.ones(3)}, r"down_bias of site .*serial' must have shape \[r=5\]"),
+        (
+            tensors | {f"{key}down_bias": torch.ones(3)},
+            r"down_bias of model.layers.1.mlp must have shape \[5\], got \[3\]",
+        ),
+        (tensors | {f"{key}scale": torch.ones(1)}, "model.layers.1.mlp has a scale, which its config has not"),
+        (
+            tensors | {k.replace("mlp", "self_attn"): t.clone() for k, t in tensors.items()},
+            "tensors at .*self_attn, where its config has no adapter",
+        ),
     ):
         save_file(changed, file)
         with pytest.raises(ValueError, match=text):
@@ -158,7 +166,7 @@ def test_adapters_of_the_model_and_of_its_pool(tmp_path):
     """What `attach` gives is for all rows: a block has that or places in the pool."""
     plain, model, _, pool = served("llama", tmp_path, ("behind",))
     with pytest.raises(
-        ValueError, match=r"layers\.0\.mlp cannot change class: the model's pool has bottleneck adapters"
+        ValueError, match=r"layers\.0\.mlp cannot have an adapter: the model's pool has bottleneck adapters"
     ):
         peft_kernels.attach(model, CONFIGS["behind"])
     peft_kernels.attach(model, CONFIGS["heads"])  # its blocks are free

@@ -4,10 +4,12 @@
 
 #include <cmath>
 #include <initializer_list>
+#include <iterator>
 #include <string>
 
 #include "bindings/lora_linear_check.h"
 #include "bindings/tensors.h"
+#include "common/activation.h"
 
 namespace pk {
 
@@ -34,6 +36,7 @@ struct BottleneckArguments {
 
 constexpr const char* kBottleneckActivations[] = {"identity", "relu", "gelu",    "gelu_tanh",
                                                   "silu",     "tanh", "sigmoid", "leaky_relu"};
+static_assert(std::size(kBottleneckActivations) == kActivations);
 
 class BottleneckCheck {
  public:
@@ -233,6 +236,9 @@ inline void check_bottleneck_backward(const Tensor& dy, const Tensor& h, const B
   const auto wants = [&](BottleneckGradient which) { return needs[static_cast<size_t>(which)]; };
   STD_TORCH_CHECK(a.scale || !wants(BottleneckGradient::kScale), kOp, "scale must be given for its gradient");
   STD_TORCH_CHECK(a.gate || !wants(BottleneckGradient::kGate), kOp, "gate must be given for its gradient");
+  const bool normed = wants(BottleneckGradient::kNormWeight) || wants(BottleneckGradient::kNormBias);
+  STD_TORCH_CHECK(a.norm != "none" || !normed, kOp,
+                  "norm must not be 'none' for gradients of norm_weight or norm_bias");
 }
 
 // Uninitialised gradients; empty ones where `needs` says no.

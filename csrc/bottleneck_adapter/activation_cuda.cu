@@ -28,9 +28,10 @@ __device__ __forceinline__ Acc slope_of(int activation, Acc h) {
     case kGelu:
       return erfc(-h * Acc(kHalfRoot)) / 2 + h * Acc(kDensity) * exp(-h * h / 2);
     case kGeluTanh: {
-      const Acc t = tanh(Acc(kTanhFactor) * (h + Acc(kTanhCube) * h * h * h));
-      const Acc inner = Acc(kTanhFactor) * (1 + 3 * Acc(kTanhCube) * h * h);
-      return (1 + t) / 2 + h / 2 * (1 - t * t) * inner;
+      constexpr Acc kFar = 64;  // past it nothing changes, and squares would overflow
+      const Acc c = h > kFar ? kFar : h < -kFar ? -kFar : h;
+      const Acc z = 2 * Acc(kTanhFactor) * (c + Acc(kTanhCube) * c * c * c), s = sigmoid(z);
+      return s + c * s * sigmoid(-z) * 2 * Acc(kTanhFactor) * (1 + 3 * Acc(kTanhCube) * c * c);
     }
     case kSilu: {
       const Acc s = sigmoid(h);

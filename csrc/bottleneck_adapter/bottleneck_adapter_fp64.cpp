@@ -28,8 +28,9 @@ double slope_of(int activation, double h) {
     case kGelu:
       return std::erfc(-h / std::sqrt(2)) / 2 + h * normal;
     case kGeluTanh: {
-      const double a = std::sqrt(2 / M_PI), b = 0.044715, far = std::tanh(a * (h + b * h * h * h));
-      return (1 + far) / 2 + h / 2 * (1 - far * far) * a * (1 + 3 * b * h * h);
+      const double twice = 2 * std::sqrt(2 / M_PI), b = 0.044715, c = h > 64 ? 64 : h < -64 ? -64 : h;
+      const double z = twice * (c + b * c * c * c), near = 1 / (1 + std::exp(-z)), far = 1 / (1 + std::exp(z));
+      return near + c * near * far * twice * (1 + 3 * b * c * c);
     }
     case kSilu:
       return share * (1 + h * (1 - share));

@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
 from peft_kernels.integrations import adapterhub
@@ -42,9 +43,14 @@ def save_pretrained(model: nn.Module, folder: str | PathLike, name: str = "defau
     about = note_of(root).configs[name].to_dict() | {"base_model_name_or_path": base or None}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: t.detach().cpu().contiguous() for key, t in tensors_of(root, name).items()}
+    tensors = {key: _whole(t.detach()).cpu().contiguous() for key, t in tensors_of(root, name).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that FSDP has sharded, from all processes; they all have to save."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def load(
@@ -89,7 +95,7 @@ def _read(root: nn.Module, source: str | PathLike) -> tuple[Config, dict[str, Te
         tensors = _read_tensors(source, adapterhub.WEIGHTS, adapterhub.REMEDY)
         return config, adapterhub.renamed(tensors, about, root, source)
     kind = about.get("peft_type") if isinstance(about, dict) else None
-    if kind not in CONFIGS:
+    if not isinstance(kind, str) or kind not in CONFIGS:
         raise ValueError(
             f"load: the peft_type in {source} must be {' or '.join(CONFIGS)}, got {kind}; what PEFT has saved is "
             "loaded by PeftModel.from_pretrained"
@@ -115,3 +121,6 @@ def _check_tensors(expected: dict[str, list[int]], tensors: dict[str, Tensor], s
     for key, shape in expected.items():
         if list(tensors[key].shape) != shape:
             raise ValueError(f"load: {key} must have shape {shape} in this model, got {list(tensors[key].shape)}")
+        if not tensors[key].is_floating_point() or not tensors[key].isfinite().all():
+            got = tensors[key].dtype if not tensors[key].is_floating_point() else "infinities or NaN"
+            raise ValueError(f"load: {key} of {source} must hold finite numbers of a floating-point dtype, got {got}")

@@ -1,6 +1,6 @@
 """Adapters of our own on a model: attach them, say which run, take them off."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -37,8 +37,10 @@ def attach(model: nn.Module, config: Config, name: str = "default", *, freeze: b
             adapters, and the model under them, keep what PEFT has set.
 
     The owners of the blocks change class (instances only); no key of the model's state dict changes. Adapters are
-    float32 (float64 in a float64 model) on the device of their block, whatever the base is stored in. BitFit trains the
-    model's own biases: while its adapter is active, they have its values.
+    float32 (float64 in a float64 model) on the device of their block, whatever the base is stored in. Heads are frozen
+    with the rest and are not saved with an adapter: set `requires_grad_` on a new one afterwards, and save it yourself.
+    After `get_peft_model`, which freezes what it does not know, `set_active` makes the adapters trainable again. BitFit
+    trains the model's own biases: while its adapter is active, they have its values.
 
     Raises:
         ValueError: the name is taken or has a dot; the model has no block that is known, no bias, or not the layers
@@ -61,7 +63,11 @@ def attach(model: nn.Module, config: Config, name: str = "default", *, freeze: b
 
 
 def set_active(
-    model: nn.Module, names: str | Sequence[str], *, skip_layers: Sequence[int] = (), trainable: bool = True
+    model: nn.Module,
+    names: str | Sequence[str],
+    *,
+    skip_layers: Iterable[int] = (),
+    trainable: bool | Sequence[str] = True,
 ) -> None:
     """Says which adapters run; the others stop being trained.
 
@@ -69,20 +75,24 @@ def set_active(
         names: serial ones run in this order, each on what the one before gave; parallel ones are summed; of BitFit's
             there may be one. [] stands for the model without adapters.
         skip_layers: layers that go without adapters from now on (AdapterDrop, arXiv:2010.11918).
-        trainable: whether the active ones are trained.
+        trainable: whether the active ones are trained, or the names of those that are.
 
     Raises:
         ValueError: the model has no adapter of a name, or no layer of an index; a name comes twice; two are BitFit's.
 
     Example:
-        >>> peft_kernels.set_active(model, ["language", "task"])
+        >>> peft_kernels.set_active(model, ["language", "task"], trainable=["task"])
         >>> peft_kernels.set_active(model, "task", skip_layers=range(4))
     """
     root = root_of(model)
     require_unwidened(root, "set_active")
     names = (names,) if isinstance(names, str) else tuple(names)
+    trained = tuple(trainable) if not isinstance(trainable, bool) else names if trainable else ()
+    skip_layers = tuple(skip_layers)
     for name in names:
         require_attached(root, name, "set_active")
+    if strangers := [name for name in trained if name not in names]:
+        raise ValueError(f"set_active: trainable must name active adapters, got {strangers[0]!r}")
     if len(set(names)) < len(names):
         raise ValueError(f"set_active: names must differ from each other, got {list(names)}")
     if NOTE not in root.__dict__:
@@ -96,14 +106,14 @@ def set_active(
     if note.biases.active is not None:
         deactivate(note.biases, biases_of(root, note.configs[note.biases.active]))
     for name in fits:
-        activate(note.biases, name, biases_of(root, note.configs[name]), trainable)
+        activate(note.biases, name, biases_of(root, note.configs[name]), name in trained)
     for site in sites:
         adapters = root.get_submodule(site.name)._modules.get(CHILD)
         if isinstance(adapters, BottleneckAdapters):
             here = () if site.layer in skip_layers else names
             adapters.active_names = tuple(name for name in here if name in adapters)
             for name, adapter in adapters.items():
-                adapter.requires_grad_(trainable and name in adapters.active_names)
+                adapter.requires_grad_(name in trained and name in adapters.active_names)
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:

@@ -12,6 +12,8 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from peft_kernels.integrations.biases import Biases, biases_of, keep, values_of
 from peft_kernels.integrations.blocks import CHILD, Site, sites_of, stream_owner, unfit
@@ -39,6 +41,11 @@ class Attached:
 
 
 def root_of(model: nn.Module) -> nn.Module:
+    """The transformers model inside of what torch.compile, DDP, DataParallel and PEFT put around it."""
+    if isinstance(model, (DataParallel, DistributedDataParallel)):
+        return root_of(model.module)
+    if isinstance(model, OptimizedModule):
+        return root_of(model._orig_mod)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -110,7 +117,7 @@ def plan_blocks(root: nn.Module, config: BottleneckConfig) -> dict[str, Site]:
             raise ValueError(f"attach: there is no {config.representation} block in the layers {list(config.layers)}")
     for name, site in sites.items():
         if reason := _obstacle(root.get_submodule(name)):
-            raise ValueError(f"attach: {name} cannot change class: {reason}")
+            raise ValueError(f"attach: {name} cannot have an adapter: {reason}")
         if config.reads in OF_STREAM:
             _check_stream(root, name, config.reads)
         config.bottleneck(site.width)  # raises where it is too wide
@@ -119,6 +126,8 @@ def plan_blocks(root: nn.Module, config: BottleneckConfig) -> dict[str, Site]:
 
 def _obstacle(owner: nn.Module) -> str:
     child = owner._modules.get(CHILD)
+    if any(parameter.is_meta for parameter in owner.parameters()):
+        return "its parameters are not there (meta, or offloaded); load them, or move them to a device, first"
     if isinstance(child, PooledBlock):
         return "the model's pool has bottleneck adapters there" if child.active_names else ""
     if child is not None:
@@ -166,6 +175,7 @@ def add(root: nn.Module, config: Config, name: str, places: Places, tensors: dic
 
 
 def _add_to_blocks(root: nn.Module, config: BottleneckConfig, name: str, sites: Iterable[Site], tensors) -> None:
+    made = []  # all of them before any is put in: what fails leaves the model as it was
     for site in sites:
         owner = root.get_submodule(site.name)
         base = next(owner.parameters())
@@ -177,6 +187,8 @@ def _add_to_blocks(root: nn.Module, config: BottleneckConfig, name: str, sites: 
             with torch.no_grad():
                 for key, parameter in adapter.named_parameters():
                     parameter.copy_(tensors[file_key(site, key)])
+        made.append((owner, adapter))
+    for owner, adapter in made:
         if not isinstance(owner._modules.get(CHILD), BottleneckAdapters):  # a pool's place makes room, if nothing has
             owner._modules[CHILD] = BottleneckAdapters().train(owner.training)  # touched it
         adapters = owner._modules[CHILD]

@@ -28,6 +28,7 @@ from peft_kernels.integrations.pooled_blocks import FORMS, bottleneck_config, re
 from peft_kernels.integrations.rows import OUTSIDE, Rows, outside_graph, rows_in_pool
 from peft_kernels.integrations.targets import Group, forward_is_known, group_of
 from peft_kernels.integrations.transformers import OWN_FORWARD, POOL_SITE, forward_was_replaced, made_by_fsdp, swap
+from peft_kernels.integrations.widened import require_unwidened
 from peft_kernels.ops import AdapterPool, Site
 from peft_kernels.ops.batched_lora.entries import FLOATS
 from peft_kernels.ops.batched_lora.pool import Tables
@@ -309,6 +310,7 @@ def attach_pool(
         >>> with peft_kernels.adapter_ids([0, -1, 1], adapters=["french", "german"]):
         ...     tokens = model.generate(input_ids, max_new_tokens=20)  # the second of the three by the base model
     """
+    require_unwidened(model, "attach_pool")
     sites, blocks, swaps, left_alone = _plan(model)
     weight = next(model.parameters())
     if dtype is None:

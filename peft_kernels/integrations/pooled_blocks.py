@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
@@ -52,24 +53,45 @@ def read_bottleneck(
         tensors = load_file(cached_file(source, SAFETENSORS_WEIGHTS_NAME))
     except OSError as error:
         raise ValueError(f"adapter '{name}': {source} has no {SAFETENSORS_WEIGHTS_NAME}") from error
+    except SafetensorError as error:
+        raise ValueError(f"adapter '{name}': {SAFETENSORS_WEIGHTS_NAME} in {source} cannot be read: {error}") from error
     by_owner = defaultdict(dict)
     for key, tensor in tensors.items():
         owner, found, parameter = key.removeprefix(PREFIX).rpartition(f".{CHILD}.")
         if not found or parameter not in HELD:
             raise ValueError(f"adapter '{name}': the tensor {key} is not known to a pool")
         by_owner[owner][parameter] = tensor
-    for block in blocks:
-        wanted = block.block.representation in config.representations
-        if wanted and (config.layers is None or block.layer in config.layers) and block.name not in by_owner:
-            raise ValueError(f"adapter '{name}': its config has an adapter at {block.name}, of which it has no tensors")
+    wanted = {
+        block.name: block
+        for block in blocks
+        if block.block.representation in config.representations
+        and (config.layers is None or block.layer in config.layers)
+    }
+    if missing := [owner for owner in wanted if owner not in by_owner]:
+        raise ValueError(f"adapter '{name}': its config has an adapter at {missing[0]}, of which it has no tensors")
     entries = {}
     for owner, parts in by_owner.items():
         site = site_name(owner, config.insertion)
         _check_place(sites, site, name)
-        if missing := HELD - {"scale"} - parts.keys():
-            raise ValueError(f"adapter '{name}': {owner} has no {min(missing)}")
+        if owner not in wanted:
+            raise ValueError(f"adapter '{name}': it has tensors at {owner}, where its config has no adapter")
+        _check_parts(config, wanted[owner], parts, name)
         entries[site] = _entry(config, parts)
     return entries
+
+
+def _check_parts(config: BottleneckConfig, block: Site, parts: dict[str, Tensor], name: str) -> None:
+    """Raises where the tensors at a block are not those of its config."""
+    made = config.adapter(block.width, "meta")
+    expected = {key: list(parameter.shape) for key, parameter in made.named_parameters()}
+    if missing := expected.keys() - parts.keys():
+        raise ValueError(f"adapter '{name}': {block.name} has no {min(missing)}")
+    if strangers := parts.keys() - expected.keys():
+        raise ValueError(f"adapter '{name}': {block.name} has a {min(strangers)}, which its config has not")
+    for key, shape in expected.items():
+        if list(parts[key].shape) != shape:
+            got = list(parts[key].shape)
+            raise ValueError(f"adapter '{name}': {key} of {block.name} must have shape {shape}, got {got}")
 
 
 def _check_place(sites: Mapping[str, nn.Module], site: str, name: str) -> None:

@@ -121,9 +121,10 @@ def widen(model: nn.Module, *, serial: bool = False) -> WideningReport:
         model: a transformers model with bottleneck adapters attached, in eval mode.
         serial: fold serial adapters too, where a block has one: A W_d joins the last projection (FFN and attention).
 
-    `to`, `half`, `cuda`, `load_state_dict` and copies keep the wide tensors right. `set_active`, `attach`, `load` and
-    `detach` ask for `unwiden` first; training does as well, and no parameter of the widened blocks requires gradients.
-    In 16 bits A and s B are rounded to the block's dtype.
+    `to`, `half`, `cuda`, `load_state_dict` and copies keep the wide tensors right; a write through `.data`, and in a
+    compiled model any write in place, is not seen: unwiden before it and widen again. `set_active`, `attach`, `load`
+    and `detach` ask for `unwiden` first; training does as well, and no parameter of the widened blocks requires
+    gradients. In 16 bits A and s B are rounded to the block's dtype.
 
     Returns:
         A report with a row for each block that has active adapters; blocks of another form run as before.

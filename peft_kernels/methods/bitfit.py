@@ -11,7 +11,8 @@ class BitFitConfig:
 
     Args:
         target_modules: names of modules, or ends of names ("query", "intermediate.dense"), whose biases are trained;
-            None: all biases of the model. The paper's small variant is those of the query and of the FFN's first layer.
+            None: all parameters called `bias`. The paper's small variant is those of the query and of the FFN's first
+            layer.
 
     Raises:
         ValueError: target_modules is no list of names.

@@ -47,7 +47,8 @@ class BottleneckConfig:
             and adds to its output. Both are before dropout, residual and norm of the model.
         reads: what the adapter reads where that is not the block's output or input. "sum" (serial): the output plus the
             residual stream to which the model will add it, normed by the model's own norm where that comes next (BERT);
-            "stream" (parallel): that stream, before the norm in front of the block. Of models whose layers are known.
+            "stream" (parallel): that stream, before the norm in front of the block. Of models whose layers are known;
+            where the layer scales or norms the block's output before the sum (Granite, Gemma 2), the adapter does not.
         representation: "ffn", "attention" (self-attention), or "both".
         scaling: s: a number, "learned" (one trained number) or "channel" (one for each feature).
         gate: whether each token has a trained gate g = sigmoid(x w + c).
@@ -128,7 +129,7 @@ class BottleneckConfig:
     @classmethod
     def houlsby(cls, **changes) -> "BottleneckConfig":
         """Two serial adapters in each layer, after the attention and after the FFN (Houlsby et al. 2019)."""
-        return cls(**{"representation": "both", "activation": "gelu", "init": "bert"} | changes)
+        return cls(**{"representation": "both", "activation": "gelu", "init": "houlsby"} | changes)
 
     @classmethod
     def pfeiffer(cls, **changes) -> "BottleneckConfig":
@@ -151,8 +152,8 @@ class BottleneckConfig:
 
     @classmethod
     def adapter_plus(cls, **changes) -> "BottleneckConfig":
-        """Serial after the FFN, a scale for each channel, stochastic depth (Steitz and Roth 2024)."""
-        plus = {"activation": "gelu", "scaling": "channel", "drop_path": 0.1, "init": "houlsby"}
+        """Serial behind the FFN and its residual, a scale for each channel, stochastic depth (Steitz and Roth 2024)."""
+        plus = {"activation": "gelu", "scaling": "channel", "drop_path": 0.1, "init": "houlsby", "reads": "sum"}
         width = {} if "r" in changes else {"reduction_factor": 96}
         return cls(**plus | width | changes)
 

@@ -46,6 +46,8 @@ class BottleneckAdapter(nn.Module):
         dropout_on: str = "bottleneck", drop_path: float = 0.0, init: str = "mam", device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
+        if isinstance(scaling, str) and scaling not in ("learned", "channel"):
+            raise ValueError(f"BottleneckAdapter: scaling must be a number, 'learned' or 'channel', got {scaling!r}")
         out_features = in_features if out_features is None else out_features
         self.activation, self.norm = activation, norm
         self.dropout_p, self.dropout_on, self.drop_path = dropout_p, dropout_on, drop_path

@@ -138,9 +138,11 @@ def check_backward(
     fits = h.device == x.device and h.dtype is accumulator(x.dtype) and h.is_contiguous()
     fits = fits and tuple(h.shape) == (M, down_weight.shape[0])
     require(op, fits, "h must be the contiguous [M, bottleneck] that the forward returned")
-    for name, tensor in (("up_bias", up_bias), ("scale", scale), ("gate", gate)):
-        wanted = needs[GRADIENTS.index(name)] and name != "up_bias"
+    for name, tensor in (("scale", scale), ("gate", gate)):
+        wanted = needs[GRADIENTS.index(name)]
         require(op, tensor is not None or not wanted, f"{name} must be given for its gradient")
+    text = "norm must not be 'none' for gradients of norm_weight or norm_bias"
+    require(op, norm != "none" or not any(needs[-2:]), text)
 
 
 # -- fake and reference -----------------------------------------------------------------------------------------------

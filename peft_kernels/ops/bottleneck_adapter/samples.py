@@ -6,10 +6,9 @@ from functools import partial
 
 import torch
 
+from peft_kernels.ops.common.activations import NAMES
 from peft_kernels.ops.common.projection_samples import BF16, F16, F32, F64, ODD_PAIRS, PAIRS, inside, refused
 from peft_kernels.registry import BadInput, Sample
-
-ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu")
 
 
 def problem(
@@ -124,7 +123,7 @@ def samples() -> list[Sample]:
         ),
         # few features: on absolute values, as the oracle takes them, tanh' and sigmoid' of long sums would be next to 0
         *(_plain(name, "the activation and its slope", rows=(70,), K=7, N=40, E=20, activation=name, p=0.1)
-          for name in ACTIVATIONS),
+          for name in NAMES),
         _plain("everything", "all options together", rows=(3, 11), K=67, N=131, E=19, activation="gelu", **everything),
         _plain("factors", "16-bit factors of another type", ODD_PAIRS, rows=(21,), K=67, N=40, E=6, p=0.1),
         _plain(
