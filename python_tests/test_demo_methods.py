@@ -81,7 +81,7 @@ def test_all_methods_start_at_the_base_and_learn_on_the_same_batches(size, base,
     configs = {t.method: json.loads((folder / t.adapter / "adapter_config.json").read_text()) for t in found}
     assert set(configs["LoRA, FFN"]["target_modules"]) == set(methods.FFN)
     serial, parallel = configs["serial, FFN (Pfeiffer)"], configs["parallel, FFN"]
-    assert {key for key in serial if serial[key] != parallel[key]} == {"insertion"}
+    assert {key for key in serial if serial[key] != parallel[key]} == {"insertion", "reads"}
     scaled = configs["parallel, FFN, s = 4"]
     assert {key for key in scaled if scaled[key] != parallel[key]} == {"scaling"}
     assert scaled["scaling"] == 4

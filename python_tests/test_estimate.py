@@ -81,8 +81,8 @@ def in_use(pool, rank):
     """Bytes of the tables, and of the pages that they name."""
     tables, pages, count = 0, {}, -(-rank // PAGE)
     for name, site in pool.sites.items():
-        _, _, table, scaling = pool.tables(name)
-        tables += table.nbytes + scaling.nbytes
+        _, _, table, *others = pool.tables(name)
+        tables += table.nbytes + sum(tensor.nbytes for tensor in others)
         a, b = table[table[:, 0] > 0, FIRST_PAGE:].chunk(2, dim=1)
         for width, numbers in ((site.K, a), (site.N, b)):
             pages.setdefault(width, set()).update(numbers[:, :count].flatten().tolist())

@@ -60,9 +60,9 @@ def test_what_replaces_a_part_is_noticed():
 def test_a_pool_is_noticed():
     model = adapted()
     peft_kernels.widen(model)
-    peft_kernels.attach_pool(model, adapters=2)
-    with pytest.raises(RuntimeError, match="has changed class since"):
-        logits(model)
+    with pytest.raises(ValueError, match=r"attach_pool: the model is widened; peft_kernels\.unwiden"):
+        peft_kernels.attach_pool(model, adapters=2)
+    logits(model)
 
 
 # -- what is left, what is refused ------------------------------------------------------------------------------------

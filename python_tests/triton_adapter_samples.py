@@ -16,7 +16,8 @@ triton_interpreter.install()
 
 from peft_kernels import registry, testing  # noqa: E402
 from peft_kernels.ops.bottleneck_adapter import reference, triton_kernel  # noqa: E402
-from peft_kernels.ops.bottleneck_adapter.samples import ACTIVATIONS, problem  # noqa: E402
+from peft_kernels.ops.bottleneck_adapter.samples import problem  # noqa: E402
+from peft_kernels.ops.common.activations import NAMES  # noqa: E402
 
 OP = registry.ops()["bottleneck_adapter"]
 FORWARD, BACKWARD = (triton_kernel.FUNCTIONS[function.name] for function in OP.functions)
@@ -74,7 +75,7 @@ def test_rows_are_cut_into_pieces(pair, options):
     check(problem("cpu", *pair, rows=(150,), K=24, **options))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", NAMES)
 def test_large_and_tiny_bottlenecks(activation):
     """h from -10000 to 10000, and so small that f keeps its digits only if it is made with care."""
     sizes = torch.logspace(-30, 4, 60, dtype=F64)
@@ -107,7 +108,7 @@ def test_each_gradient_alone_is_the_same(pair):
         assert all(t.numel() == 0 for j, t in enumerate(alone) if j != i)
 
 
-@pytest.mark.parametrize("rows,activation", [(3, activation) for activation in ACTIVATIONS] + [(40, "relu")])
+@pytest.mark.parametrize("rows,activation", [(3, activation) for activation in NAMES] + [(40, "relu")])
 def test_nan_stays_in_its_row_and_is_not_lost(rows, activation):
     arguments = problem("cpu", F32, F32, rows=(rows,), K=67, N=None, activation=activation, norm="layer_norm")
     runs = []

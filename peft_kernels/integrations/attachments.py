@@ -126,8 +126,6 @@ def plan_blocks(root: nn.Module, config: BottleneckConfig) -> dict[str, Site]:
 
 def _obstacle(owner: nn.Module) -> str:
     child = owner._modules.get(CHILD)
-    if any(parameter.is_meta for parameter in owner.parameters()):
-        return "its parameters are not there (meta, or offloaded); load them, or move them to a device, first"
     if isinstance(child, PooledBlock):
         return "the model's pool has bottleneck adapters there" if child.active_names else ""
     if child is not None:
@@ -182,6 +180,10 @@ def _add_to_blocks(root: nn.Module, config: BottleneckConfig, name: str, sites: 
         dtype = torch.float64 if base.dtype is torch.float64 else torch.float32
         if tensors is None:
             adapter = config.adapter(site.width, base.device, dtype)
+        elif base.is_meta:
+            raise ValueError(
+                f"load: the parameters of {site.name} are not there (meta, or offloaded); move them to a device first"
+            )
         else:
             adapter = config.adapter(site.width, "meta", dtype).to_empty(device=base.device)
             with torch.no_grad():

@@ -205,7 +205,7 @@ def _pages(width: int, rank: int, dtype: torch.dtype) -> int:
 
 
 def _table(slots: int, rank: int, dtype: torch.dtype) -> int:
-    """Bytes of a site's table and scalings, likewise."""
+    """Bytes of what the slots have at a site, likewise."""
     table = SiteTable(slots, torch.float64 if dtype is torch.float64 else torch.float32, _META)
     table.reserve(rank)
-    return table.table.nbytes + table.scaling.nbytes
+    return sum(tensor.nbytes for tensor in table.tensors)

@@ -88,7 +88,7 @@ class SiteTable:
         self._replaced: list[Tensor] = []
         self.touched = False  # until an adapter touches the site, nobody has to look at it
 
-    def reserve(self, rank: int, down_biased: bool) -> None:
+    def reserve(self, rank: int, down_biased: bool = False) -> None:
         """Room for a rank, and for biases in front of activations."""
         if not self.touched:
             self.touched, self.growths = True, self.growths + 1

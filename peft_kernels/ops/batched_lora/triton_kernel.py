@@ -209,7 +209,7 @@ def forward(
         _pool_expand_kernel[(tiles, begin[-1] // block)](
             h, route, slices, M, HEADER + 2 * M, h.shape[0], h.stride(1), h.stride(0),
             BLOCK_N=block, ACCUMULATOR=tl.float64 if double else tl.float32, NARROW=narrow,
-            num_warps=4, num_stages=2, maxnreg=128, enable_fp_fusion=True,
+            num_warps=4, num_stages=2, maxnreg=136, enable_fp_fusion=True,
         )  # fmt: skip
 
 
