@@ -186,14 +186,16 @@ def test_layers_are_left_out():
     model = base_model("bart").eval()
     assert peft_kernels.attach(model, BottleneckConfig(r=2, layers=[1])) == ("model.decoder.layers.0",)
     model = llama(num_hidden_layers=4)
-    sites = peft_kernels.attach(with_values(model, "default"), BottleneckConfig(r=2, layers=range(1, 4), init="bert"))
+    sites = peft_kernels.attach(model, BottleneckConfig(r=2, layers=range(1, 4)))
     assert [site.split(".")[2] for site in sites] == ["1", "2", "3"]
-    full = logits(model)
+    full = logits(with_values(model, "default"))
     peft_kernels.set_active(model, "default", skip_layers=range(2))
-    dropped = logits(model)
+    dropped, kept = logits(model), model.state_dict()
+    assert not torch.equal(dropped, full)
     peft_kernels.detach(model)
     peft_kernels.attach(model, BottleneckConfig(r=2, layers=[2, 3]))
-    assert not torch.equal(dropped, full)
+    model.load_state_dict({key: kept[key] for key in model.state_dict()})
+    assert torch.equal(logits(model), dropped)
     with pytest.raises(ValueError, match=r"skip_layers must lie in \[0, 4\), the layers of this model, got 4"):
         peft_kernels.set_active(model, "default", skip_layers=[4])
     peft_kernels.set_active(model, "default", skip_layers=[2, 3])
@@ -249,6 +251,8 @@ def test_which_of_the_active_ones_are_trained():
     peft_kernels.set_active(model, ["language", "task"], trainable=["task"], skip_layers=(i for i in [0]))
     trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained and all(".bottleneck.task." in key and ".layers.0." not in key for key in trained)
+    peft_kernels.set_active(model, ["language", "task"], trainable="language")
+    assert all(".language." in key for key, parameter in model.named_parameters() if parameter.requires_grad)
     with pytest.raises(ValueError, match="trainable must name active adapters, got 'language'"):
         peft_kernels.set_active(model, "task", trainable=["language"])
 

@@ -67,7 +67,7 @@ def set_active(
     names: str | Sequence[str],
     *,
     skip_layers: Iterable[int] = (),
-    trainable: bool | Sequence[str] = True,
+    trainable: bool | str | Sequence[str] = True,
 ) -> None:
     """Says which adapters run; the others stop being trained.
 
@@ -75,7 +75,7 @@ def set_active(
         names: serial ones run in this order, each on what the one before gave; parallel ones are summed; of BitFit's
             there may be one. [] stands for the model without adapters.
         skip_layers: layers that go without adapters from now on (AdapterDrop, arXiv:2010.11918).
-        trainable: whether the active ones are trained, or the names of those that are.
+        trainable: whether the active ones are trained, or the names of those that are trained.
 
     Raises:
         ValueError: the model has no adapter of a name, or no layer of an index; a name comes twice; two are BitFit's.
@@ -87,7 +87,7 @@ def set_active(
     root = root_of(model)
     require_unwidened(root, "set_active")
     names = (names,) if isinstance(names, str) else tuple(names)
-    trained = tuple(trainable) if not isinstance(trainable, bool) else names if trainable else ()
+    trained = (trainable,) if isinstance(trainable, str) else names if trainable is True else tuple(trainable or ())
     skip_layers = tuple(skip_layers)
     for name in names:
         require_attached(root, name, "set_active")

@@ -12,7 +12,7 @@ from peft_kernels.ops.batched_lora import pooled_reference
 from peft_kernels.ops.batched_lora.pooled_reference import FIRST_PAGE, PAGE, tiles
 from peft_kernels.ops.batched_lora.pooled_samples import bad_inputs, evaluate, samples
 from peft_kernels.ops.batched_lora.route import ROUTE, length
-from peft_kernels.ops.common.projections import FLOATS, check_tensor, require
+from peft_kernels.ops.common.projections import FLOATS, check_tensor, dtype_name, require
 from peft_kernels.registry import Cost, Function, Op, register
 
 NAME = "batched_lora_"
@@ -23,10 +23,6 @@ SCHEMA = (
 
 
 # -- check ------------------------------------------------------------------------------------------------------------
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _unit_stride(matrix: Tensor) -> bool:
@@ -44,7 +40,7 @@ def _check_pages(name: str, pages: Tensor, width: int, words: str) -> None:
 def _check_slice(g: int, y, x, pages_in, pages_out, table, scaling, down_bias, slots) -> None:
     """One y and what is added to it."""
     M = x.shape[0]
-    check_tensor(NAME, f"y[{g}]", y, x, (x.dtype,), f"{_name(x.dtype)}, as x")
+    check_tensor(NAME, f"y[{g}]", y, x, (x.dtype,), f"{dtype_name(x.dtype)}, as x")
     require(
         NAME,
         y.dim() == 2 and y.shape[0] == M and y.shape[1] >= 1,
@@ -56,7 +52,7 @@ def _check_slice(g: int, y, x, pages_in, pages_out, table, scaling, down_bias, s
         f"y[{g}] must have unit stride along out_features and rows that do not overlap, got strides {list(y.stride())}",
     )
     name = f"pages_out[{g}]"
-    check_tensor(NAME, name, pages_out, x, (pages_in.dtype,), f"{_name(pages_in.dtype)}, as pages_in")
+    check_tensor(NAME, name, pages_out, x, (pages_in.dtype,), f"{dtype_name(pages_in.dtype)}, as pages_in")
     _check_pages(name, pages_out, y.shape[1], "out_features")
     check_tensor(NAME, f"table[{g}]", table, x, (torch.int32,), "int32")
     require(
@@ -67,14 +63,14 @@ def _check_slice(g: int, y, x, pages_in, pages_out, table, scaling, down_bias, s
         f"got {list(table.shape)}",
     )  # fmt: skip
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    check_tensor(NAME, f"scaling[{g}]", scaling, x, (wide,), _name(wide))
+    check_tensor(NAME, f"scaling[{g}]", scaling, x, (wide,), dtype_name(wide))
     require(
         NAME,
         scaling.dim() == 1 and scaling.shape[0] == slots and scaling.is_contiguous(),
         f"scaling[{g}] must be contiguous, of shape [slots={slots}], got {list(scaling.shape)}",
     )
     ranks = PAGE * ((table.shape[1] - FIRST_PAGE) // 2)
-    check_tensor(NAME, f"down_bias[{g}]", down_bias, x, (wide,), _name(wide))
+    check_tensor(NAME, f"down_bias[{g}]", down_bias, x, (wide,), dtype_name(wide))
     require(
         NAME,
         tuple(down_bias.shape) in ((0,), (slots, ranks)) and down_bias.is_contiguous(),
@@ -92,7 +88,7 @@ def check(y, x, route, pages_in, pages_out, table, scaling, down_bias) -> None:
     for name, entries in {"pages_out": pages_out, "table": table, "scaling": scaling, "down_bias": down_bias}.items():
         require(NAME, len(entries) == len(y), f"{name} must have one entry per y ({len(y)}), got {len(entries)}")
     M, K = x.shape
-    rule = f"{_name(x.dtype)}, as x" + ("" if x.dtype is torch.float64 else ", or float32")
+    rule = f"{dtype_name(x.dtype)}, as x" + ("" if x.dtype is torch.float64 else ", or float32")
     allowed = (x.dtype,) if x.dtype is torch.float64 else (x.dtype, torch.float32)
     check_tensor(NAME, "pages_in", pages_in, x, allowed, rule)
     _check_pages("pages_in", pages_in, K, "in_features")

@@ -8,12 +8,22 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from peft_kernels.ops.bottleneck_adapter import reference
 from peft_kernels.ops.bottleneck_adapter.samples import bad_inputs, evaluate, samples
-from peft_kernels.ops.common.projections import FLOATS, accumulator, check_tensor, require
+from peft_kernels.ops.common.projections import (
+    FLOATS,
+    accumulator,
+    any_requires_grad,
+    autocast_to,
+    check_seed,
+    check_shape,
+    check_tensor,
+    dtype_name,
+    refuse_tangents,
+    require,
+)
 from peft_kernels.registry import Cost, Function, Op, below_autograd, register
 
 NAME = "bottleneck_adapter"
@@ -37,10 +47,6 @@ BACKWARD_SCHEMA = (
 # -- check ------------------------------------------------------------------------------------------------------------
 
 
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], words: str) -> None:
-    require(NAME, tuple(tensor.shape) == shape, f"{name} must have shape {words}, got {list(tensor.shape)}")
-
-
 def _check_weights(x: Tensor, down_weight: Tensor, up_weight: Tensor) -> None:
     check_tensor(NAME, "x", x, x, FLOATS, "float32, float16, bfloat16 or float64")
     require(NAME, x.dim() >= 1, "x must have shape [..., in_features], got a 0-d tensor")
@@ -53,19 +59,17 @@ def _check_weights(x: Tensor, down_weight: Tensor, up_weight: Tensor) -> None:
     require(NAME, down_weight.dim() == 2 and down_weight.shape[1] == K, text)
     E = down_weight.shape[0]
     require(NAME, 1 <= E <= MAX_BOTTLENECK, f"down_weight must have from 1 to {MAX_BOTTLENECK} rows, got {E}")
-    check_tensor(NAME, "up_weight", up_weight, x, (down_weight.dtype,), f"{_name(down_weight.dtype)}, as down_weight")
+    check_tensor(
+        NAME, "up_weight", up_weight, x, (down_weight.dtype,), f"{dtype_name(down_weight.dtype)}, as down_weight"
+    )
     text = f"up_weight must have shape [out_features, bottleneck={E}], got {list(up_weight.shape)}"
     require(NAME, up_weight.dim() == 2 and up_weight.shape[1] == E and up_weight.shape[0] >= 1, text)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _check_vectors(x, down_weight, down_bias, up_weight, up_bias, scale, gate, norm_weight, norm_bias, norm) -> None:
     """What may be left out."""
     (E, K), N = down_weight.shape, up_weight.shape[0]
-    rule, batch = f"{_name(down_weight.dtype)}, as down_weight", tuple(x.shape[:-1])
+    rule, batch = f"{dtype_name(down_weight.dtype)}, as down_weight", tuple(x.shape[:-1])
     vectors = (
         ("down_bias", down_bias, (E,), f"[bottleneck={E}]"),
         ("up_bias", up_bias, (N,), f"[out_features={N}]"),
@@ -76,7 +80,7 @@ def _check_vectors(x, down_weight, down_bias, up_weight, up_bias, scale, gate, n
     for name, tensor, shape, words in vectors:
         if tensor is not None:
             check_tensor(NAME, name, tensor, x, (down_weight.dtype,), rule)
-            _check_shape(name, tensor, shape, words)
+            check_shape(NAME, name, tensor, shape, words)
     if scale is not None:
         check_tensor(NAME, "scale", scale, x, (down_weight.dtype,), rule)
         text = f"scale must have shape [1] or [out_features={N}], got {list(scale.shape)}"
@@ -97,11 +101,7 @@ def _check_numbers(x, activation, scaling, norm, eps, dropout_p, dropout_on, see
     require(NAME, math.isfinite(scaling), f"scaling must be finite, got {scaling}")
     require(NAME, math.isfinite(eps) and eps >= 0, f"eps must be finite and not negative, got {eps}")
     require(NAME, 0 <= dropout_p < 1, f"dropout_p must lie in [0, 1), got {dropout_p}")
-    text = "seed must be given where dropout_p > 0; peft_kernels.new_seed(x.device) makes one"
-    require(NAME, seed is not None or dropout_p == 0, text)
-    if seed is not None:  # read even where nothing is dropped
-        check_tensor(NAME, "seed", seed, x, (torch.int64,), "int64")
-        require(NAME, seed.dim() == 0, f"seed must be a 0-d tensor, got shape {list(seed.shape)}")
+    check_seed(NAME, x, seed, [dropout_p])
 
 
 def check(
@@ -117,9 +117,9 @@ def check(
         text = f"residual must be given where out_features={N} is not in_features={K}: x cannot stand for it"
         require(NAME, N == K, text)
     else:
-        check_tensor(NAME, "residual", residual, x, (x.dtype,), f"{_name(x.dtype)}, as x")
+        check_tensor(NAME, "residual", residual, x, (x.dtype,), f"{dtype_name(x.dtype)}, as x")
         shape = (*x.shape[:-1], N)
-        _check_shape("residual", residual, shape, f"{list(shape)}, as x with out_features={N}")
+        check_shape(NAME, "residual", residual, shape, f"{list(shape)}, as x with out_features={N}")
 
 
 def check_backward(
@@ -206,20 +206,13 @@ def autograd(namespace):
 
     def kernel(x, residual, *rest):
         tensors, numbers, seed = (x, residual, *rest[:8]), rest[8:14], rest[14]
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(tensors)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        refuse_tangents(NAME, x, [tensors[1:]])
+        if torch.is_grad_enabled() and any_requires_grad(x, [tensors[1:]]):
             return Bottleneck.apply(numbers, seed, *tensors)
         with below_autograd():
             return forward_op(*tensors, *numbers, seed)
 
     return kernel
-
-
-def _refuse_tangents(tensors) -> None:
-    for tensor in tensors:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(f"{NAME}: no forward-mode derivative (jvp, dual tensors); use reverse mode")
 
 
 def autocast(namespace, device_type: str):
@@ -231,12 +224,8 @@ def autocast(namespace, device_type: str):
     def kernel(x, residual, *rest):
         dtype = torch.get_autocast_dtype(device_type)
 
-        def cast(tensor):
-            eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype is not torch.float64
-            return tensor.to(dtype) if eligible else tensor
-
         with torch._C._ExcludeDispatchKeyGuard(key):
-            return forward_op(cast(x), cast(residual), *rest)
+            return forward_op(autocast_to(dtype, x), autocast_to(dtype, residual), *rest)
 
     return kernel
 

@@ -26,7 +26,7 @@ def require(op: str, condition: bool, text: str, error: type[Exception] = ValueE
         raise error(f"{op}: {text}")
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -39,12 +39,12 @@ def check_tensor(op: str, name: str, tensor: Tensor, x: Tensor, dtypes: tuple[to
         f"{name} must be a dense (strided) tensor, got layout {tensor.layout}",
         TypeError,
     )
-    require(op, tensor.dtype in dtypes, f"{name} must have dtype {rule}, got {_name(tensor.dtype)}", TypeError)
+    require(op, tensor.dtype in dtypes, f"{name} must have dtype {rule}, got {dtype_name(tensor.dtype)}", TypeError)
     require(op, tensor.device == x.device, f"{name} must be on x's device {x.device}, got {tensor.device}", TypeError)
 
 
-def _check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], words: str) -> None:
-    require(op, tuple(tensor.shape) == shape, f"{name} must have shape [{words}], got {list(tensor.shape)}")
+def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], words: str) -> None:
+    require(op, tuple(tensor.shape) == shape, f"{name} must have shape {words}, got {list(tensor.shape)}")
 
 
 def _check_base(op: str, x: Tensor, weight: list[Tensor], bias: list[Tensor | None]) -> None:
@@ -56,15 +56,15 @@ def _check_base(op: str, x: Tensor, weight: list[Tensor], bias: list[Tensor | No
     K = x.shape[-1]
     require(op, K >= 1, f"x must have at least one feature, got shape {list(x.shape)}")
     for g, (w, b) in enumerate(zip(weight, bias, strict=True)):
-        check_tensor(op, f"weight[{g}]", w, x, (x.dtype,), f"{_name(x.dtype)}, as x")
+        check_tensor(op, f"weight[{g}]", w, x, (x.dtype,), f"{dtype_name(x.dtype)}, as x")
         require(
             op,
             w.dim() == 2 and w.shape[1] == K and w.shape[0] >= 1,
             f"weight[{g}] must have shape [out_features, in_features={K}], got {list(w.shape)}",
         )
         if b is not None:
-            check_tensor(op, f"bias[{g}]", b, x, (x.dtype,), f"{_name(x.dtype)}, as weight")
-            _check_shape(op, f"bias[{g}]", b, (w.shape[0],), f"out_features={w.shape[0]}")
+            check_tensor(op, f"bias[{g}]", b, x, (x.dtype,), f"{dtype_name(x.dtype)}, as weight")
+            check_shape(op, f"bias[{g}]", b, (w.shape[0],), f"[out_features={w.shape[0]}]")
 
 
 def _check_factors(op: str, x: Tensor, weight: list[Tensor], lora_A, lora_B, lora_bias, member: list[int]) -> None:
@@ -76,7 +76,7 @@ def _check_factors(op: str, x: Tensor, weight: list[Tensor], lora_A, lora_B, lor
         require(op, 0 <= g < len(weight), f"member[{i}] must lie in [0, {len(weight)}), got {g}")
         check_tensor(op, f"lora_A[{i}]", a, x, allowed, rule)
         if i == 0:
-            allowed, rule = (a.dtype,), f"{_name(a.dtype)}, as lora_A[0]"
+            allowed, rule = (a.dtype,), f"{dtype_name(a.dtype)}, as lora_A[0]"
         require(
             op,
             a.dim() == 2 and a.shape[1] == K,
@@ -85,10 +85,10 @@ def _check_factors(op: str, x: Tensor, weight: list[Tensor], lora_A, lora_B, lor
         r, N = a.shape[0], weight[g].shape[0]
         require(op, 1 <= r <= MAX_RANK, f"lora_A[{i}] must have a rank r from 1 to {MAX_RANK}, got {r}")
         check_tensor(op, f"lora_B[{i}]", b, x, allowed, rule)
-        _check_shape(op, f"lora_B[{i}]", b, (N, r), f"out_features={N}, r={r}")
+        check_shape(op, f"lora_B[{i}]", b, (N, r), f"[out_features={N}, r={r}]")
         if c is not None:
             check_tensor(op, f"lora_bias[{i}]", c, x, allowed, rule)
-            _check_shape(op, f"lora_bias[{i}]", c, (N,), f"out_features={N}")
+            check_shape(op, f"lora_bias[{i}]", c, (N,), f"[out_features={N}]")
 
 
 def check_projections(op: str, x, weight, bias, lora_A, lora_B, lora_bias, lists: dict[str, list], seed) -> None:
@@ -102,7 +102,12 @@ def check_projections(op: str, x, weight, bias, lora_A, lora_B, lora_bias, lists
     for i, (s, p) in enumerate(zip(lists["scaling"], lists["dropout_p"], strict=True)):
         require(op, math.isfinite(s), f"scaling[{i}] must be finite, got {s}")
         require(op, 0 <= p < 1, f"dropout_p[{i}] must lie in [0, 1), got {p}")
-    if any(p > 0 for p in lists["dropout_p"]):
+    check_seed(op, x, seed, lists["dropout_p"])
+
+
+def check_seed(op: str, x: Tensor, seed: Tensor | None, dropout_p: list[float]) -> None:
+    """The seed of a call whose dropouts have these probabilities."""
+    if any(p > 0 for p in dropout_p):
         text = "seed must be given where dropout_p > 0; peft_kernels.new_seed(x.device) makes one"
         require(op, seed is not None, text)
     if seed is not None:  # read even where nothing is dropped
@@ -210,9 +215,8 @@ def differentiable(op: str, forward_op: Callable, backward_op: Callable) -> Call
             return (None, None, None, *(grad if need else None for grad, need in zip(out, needs, strict=True)))
 
     def run(x, route, tensors, lists, seed):
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(op, x, tensors)
-        if torch.is_grad_enabled() and _any_requires_grad(x, tensors):
+        refuse_tangents(op, x, tensors)
+        if torch.is_grad_enabled() and any_requires_grad(x, tensors):
             *y, h = Projections.apply(lists, seed, route, x, *(t for group in tensors for t in group))
             return y, h
         routed = () if route is None else (route,)
@@ -232,13 +236,17 @@ def _split(tensors, G: int, L: int):
     )
 
 
-def _refuse_tangents(op: str, x, lists) -> None:
+def refuse_tangents(op: str, x, lists) -> None:
+    """Raises for dual tensors."""
+    if forward_ad._current_level < 0:
+        return
     for tensor in (x, *(t for tensors in lists for t in tensors)):
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(f"{op}: no forward-mode derivative (jvp, dual tensors); use reverse mode")
 
 
-def _any_requires_grad(x, lists) -> bool:
+def any_requires_grad(x, lists) -> bool:
+    """Of x and the tensors of some lists."""
     if x.requires_grad:
         return True
     for tensors in lists:
@@ -257,11 +265,14 @@ def autocasting(forward_op: Callable, device_type: str, routed: int = 0) -> Call
         dtype = torch.get_autocast_dtype(device_type)
         route, (weight, bias), rest = arguments[:routed], arguments[routed : routed + 2], arguments[routed + 2 :]
 
-        def cast(tensor):
-            eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype is not torch.float64
-            return tensor.to(dtype) if eligible else tensor
-
+        weight, bias = ([autocast_to(dtype, t) for t in tensors] for tensors in (weight, bias))
         with torch._C._ExcludeDispatchKeyGuard(key):
-            return forward_op(cast(x), *route, [cast(w) for w in weight], [cast(b) for b in bias], *rest)
+            return forward_op(autocast_to(dtype, x), *route, weight, bias, *rest)
 
     return kernel
+
+
+def autocast_to(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
+    """A tensor in the dtype of autocast, where autocast casts it."""
+    eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype is not torch.float64
+    return tensor.to(dtype) if eligible else tensor
