@@ -19,6 +19,7 @@ from peft_kernels.ops import (
     lora_linear,
     lora_linear_group,
     new_seed,
+    prefix_attention,
 )
 
 registry.link()
@@ -50,6 +51,7 @@ __all__ = [
     "lora_linear_group",
     "new_seed",
     "patch",
+    "prefix_attention",
     "print_trainable_parameters",
     "registry",
     "save_pretrained",

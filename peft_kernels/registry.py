@@ -63,8 +63,9 @@ class Op:
 
     `check(**arguments)` refuses what the op cannot take; `public` names the function of peft_kernels that takes the
     same arguments by name, if users call one. `evaluate(forward, backward, arguments, dy)` gives every output and every
-    gradient by name, for the oracle; what has the rows of the argument x is called `y[g]`, `h` or `grad x[0]`. Without
-    a backward it is given None and no dy. It leaves the arguments as they were, even if the forward works in place.
+    gradient by name, for the oracle; what has the rows of the argument `rows` is called `y[g]`, `h` or
+    `grad <rows>[0]`. Without a backward it is given None and no dy. It leaves the arguments as they were, even if the
+    forward works in place. `constants` are arguments with numbers that have no gradient.
     `cost(**arguments)` gives a Cost for "forward" and, with a backward, one for "backward".
     `autograd(namespace)` and `autocast(namespace, device_type)` make the forward's kernels for those dispatch keys.
     `python_backends` names the module of each backend that is written in Python, whose `FUNCTIONS` has a kernel for
@@ -79,6 +80,8 @@ class Op:
     cost: Callable[..., dict[str, Cost]]
     check: Callable[..., None]
     public: str = ""
+    rows: str = "x"
+    constants: tuple[str, ...] = ()
     autograd: Callable[[ModuleType], Callable] | None = None
     autocast: Callable[[ModuleType, str], Callable] | None = None
     backends: tuple[str, ...] = field(default=("reference", "cpu"))

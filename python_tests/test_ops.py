@@ -121,7 +121,8 @@ def test_opcheck(op, backend, device, sample):
         record = lambda *call: calls.append(call) or backward(*call)  # noqa: E731
         op.evaluate(forward, record, arguments, testing.gradients_for(op, arguments))
     if op.autograd:
-        arguments = tree_map(lambda t: t.detach().clone().requires_grad_() if is_float(t) else t, arguments)
+        leaf = lambda t: t.detach().clone().requires_grad_() if is_float(t) else t  # noqa: E731
+        arguments = {n: v if n in op.constants else tree_map(leaf, v) for n, v in arguments.items()}
     torch.library.opcheck(forward, tuple(arguments.values()))
     for *call, needs in calls:  # all gradients that there are, and those of x alone
         for wanted in (needs, [i == 0 for i in range(len(needs))]):
@@ -135,8 +136,13 @@ FP64 = (torch.float64, torch.float64)
 def test_gradcheck(op, backend, device, sample):
     """One random direction in the space of all inputs, which no wrong gradient is likely to be at right angles to."""
     forward, _ = testing.operators(backend, op)
-    leaves, tree = tree_flatten(sample.make(device, *FP64))
-    wanted = [i for i, leaf in enumerate(leaves) if is_float(leaf) and not leaf.isnan().any()]
+    arguments = sample.make(device, *FP64)
+    leaves, tree = tree_flatten(arguments)
+    constants = [arguments[name] for name in op.constants]
+    wanted = [
+        i for i, leaf in enumerate(leaves)
+        if is_float(leaf) and not leaf.isnan().any() and not any(leaf is constant for constant in constants)
+    ]  # fmt: skip
 
     def run(*tensors):
         filled = list(leaves)
@@ -172,27 +178,27 @@ def test_bad_input_is_refused_in_words(op, bad):
         getattr(torch.ops.peft_kernels, op.name).default(*arguments.values())
 
 
-def rows_of(arguments):
-    return arguments["x"].numel() // arguments["x"].shape[-1]
+def rows_of(tensor):
+    return tensor.numel() // tensor.shape[-1]
 
 
 @pytest.mark.parametrize("op,backend,device,sample", runs_of(lambda op, sample: FP32 in sample.dtypes))
 def test_nan_stays_in_its_row(op, backend, device, sample):
-    """One row of x and of every dy: what the reference makes of it in that row, not a bit of it in another."""
+    """One row of what has rows and of every dy: what the reference makes of it there, not a bit of it elsewhere."""
     arguments = sample.make(device, *FP32)
-    if rows_of(arguments) < 2:
+    if rows_of(arguments[op.rows]) < 2:
         pytest.skip("one row has no other")
-    arguments["x"] = arguments["x"].clone(memory_format=torch.contiguous_format)
+    arguments[op.rows] = arguments[op.rows].clone(memory_format=torch.contiguous_format)
     dy = testing.gradients_for(op, arguments)
     runs = []
     for value in (0.5, math.nan):
-        for tensor in (arguments["x"], *dy):
+        for tensor in (arguments[op.rows], *dy):
             tensor.view(-1, tensor.shape[-1])[1] = value
         runs.append(op.evaluate(*testing.operators(backend, op), arguments, dy))
     clean, dirty = runs
     expected = op.evaluate(*(f and f.reference for f in (op.forward, op.backward)), arguments, dy)
-    for name in (n for n in clean if n.startswith(("y[", "h", "grad x"))):
-        before, after, reference = (t[name].reshape(rows_of(arguments), -1) for t in (clean, dirty, expected))
+    for name in (n for n in clean if n.startswith(("y[", "h", f"grad {op.rows}"))):
+        before, after, reference = (t[name].reshape(rows_of(arguments[op.rows]), -1) for t in (clean, dirty, expected))
         others = [m for m in range(len(before)) if m != 1]
         assert torch.equal(after[1].isnan(), reference[1].isnan()), name
         assert torch.equal(after[others].nan_to_num(7.0), before[others].nan_to_num(7.0)), name

@@ -4,6 +4,7 @@ from peft_kernels.ops.batched_lora import AdapterPool, Site, SiteAdapter, batche
 from peft_kernels.ops.bottleneck_adapter import bottleneck_adapter
 from peft_kernels.ops.common.dropout import lora_dropout_mask, new_seed
 from peft_kernels.ops.lora_linear import lora_linear, lora_linear_group
+from peft_kernels.ops.prefix_attention import prefix_attention
 
 __all__ = [
     "AdapterPool",
@@ -16,4 +17,5 @@ __all__ = [
     "lora_linear",
     "lora_linear_group",
     "new_seed",
+    "prefix_attention",
 ]

@@ -30,8 +30,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_tensor(op: str, name: str, tensor: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...], rule: str) -> None:
-    """Type, layout, dtype and device of one tensor; `rule` names the dtypes allowed."""
+def check_tensor(
+    op: str, name: str, tensor: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...], rule: str, of: str = "x"
+) -> None:
+    """Type, layout, dtype and device of one tensor; `rule` names the dtypes allowed, `of` the argument x."""
     require(op, isinstance(tensor, Tensor), f"{name} must be a Tensor, got {type(tensor).__name__}", TypeError)
     require(
         op,
@@ -40,7 +42,9 @@ def check_tensor(op: str, name: str, tensor: Tensor, x: Tensor, dtypes: tuple[to
         TypeError,
     )
     require(op, tensor.dtype in dtypes, f"{name} must have dtype {rule}, got {dtype_name(tensor.dtype)}", TypeError)
-    require(op, tensor.device == x.device, f"{name} must be on x's device {x.device}, got {tensor.device}", TypeError)
+    require(
+        op, tensor.device == x.device, f"{name} must be on {of}'s device {x.device}, got {tensor.device}", TypeError
+    )
 
 
 def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], words: str) -> None:
