@@ -80,6 +80,7 @@ class Op:
     cost: Callable[..., dict[str, Cost]]
     check: Callable[..., None]
     public: str = ""
+    size: tuple[Callable, Callable | None] | None = None
     rows: str = "x"
     constants: tuple[str, ...] = ()
     autograd: Callable[[ModuleType], Callable] | None = None

@@ -6,7 +6,7 @@ and e = |backend - out64|_max, a result passes if
     e <= 2 e_ref + (eps(accumulator) sqrt(longest) + eps(out)) max S
 
 where `longest` is the longest reduction and S the same formula on the absolute values of the inputs: what rounding
-each term once can cost. A backend may lose at most twice what plain PyTorch loses. NaN must stand where it stands in
+each term once can cost; an op whose formula subtracts gives an S of its own. A backend may lose at most twice what plain PyTorch loses. NaN must stand where it stands in
 out64 and nowhere else; the distances are taken over the rest.
 """
 
@@ -48,7 +48,10 @@ def compare(op: registry.Op, sample: dict, forward: Callable, backward: Callable
     outs = op.evaluate(forward, backward, sample, dy)
     outs_ref = op.evaluate(*reference, sample, dy)
     outs64 = op.evaluate(*reference, exact, exact_dy)
-    size = op.evaluate(*reference, *tree_map(_absolute, (exact, exact_dy)))
+    if op.size:
+        size = op.evaluate(*op.size, exact, exact_dy)
+    else:
+        size = op.evaluate(*reference, *tree_map(_absolute, (exact, exact_dy)))
     tensors = [t for t in tree_leaves(sample) if isinstance(t, Tensor)]
     longest = max(max(t.shape, default=1) for t in tensors)
     accumulator = torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32

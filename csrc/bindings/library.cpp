@@ -5,6 +5,7 @@
 #include "bindings/batched_lora.h"
 #include "bindings/bottleneck_adapter.h"
 #include "bindings/lora_linear.h"
+#include "bindings/prefix_attention.h"
 #include "bindings/tensors.h"
 #include "common/instruction_set.h"
 
@@ -27,6 +28,7 @@ PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
     pk::bind_batched_lora_cpu(*library);
     pk::bind_batched_lora_pool_cpu(*library);
     pk::bind_bottleneck_adapter_cpu(*library);
+    pk::bind_prefix_attention_cpu(*library);
   }
 #ifdef PK_WITH_CUDA
   if (cuda) {

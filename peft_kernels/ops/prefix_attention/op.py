@@ -322,12 +322,13 @@ PREFIX_ATTENTION = register(
         bad_inputs=bad_inputs,
         evaluate=evaluate,
         cost=cost,
+        size=(partial(reference.forward, size=True), partial(reference.backward, size=True)),
         rows="query",
         constants=("attn_mask", "prefix_bias"),
         check=check,
         public=NAME,
         autograd=autograd,
         autocast=autocast,
-        backends=("reference",),
+        backends=("reference", "cpu"),
     )
 )

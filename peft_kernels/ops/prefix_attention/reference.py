@@ -11,7 +11,7 @@ by, prefix_lse that of w_P where it has its own. Arithmetic in fp32 for 16- and 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -175,6 +175,21 @@ def _weights(row: Row, numbers: Numbers) -> Weights:
     return Weights(weights, prefix.masked_fill(~sees_prefix, 0), own_slope, slope, raw, lse, None)
 
 
+def _sizes(row: Row, w: Weights, numbers: Numbers) -> tuple[Row, Weights]:
+    """Absolute values, for the oracle's S. What a softmax's weight may lose grows with the products in its logits."""
+    row = replace(row, **{name: getattr(row, name).abs() for name in ("q", "k", "v", "pk", "pv", "g", "c")})
+    own = numbers.scale * row.q @ row.k.mT
+    prefix = row.c * (w.raw_prefix if numbers.composition == "linear" else numbers.scale * row.q @ row.pk.mT)
+    both = torch.cat([own, prefix, torch.zeros_like(row.q[..., :1])], -1)
+    growth = 1 + both.amax(-1, keepdim=True)
+    softmax = numbers.composition in ("merge", "add")
+    return row, Weights(
+        own=w.own * growth, prefix=w.prefix * growth if softmax else prefix, own_slope=None, prefix_slope=None,
+        raw_prefix=prefix, lse=w.lse.abs() + growth[..., 0],
+        prefix_lse=None if w.prefix_lse is None else w.prefix_lse.abs() + growth[..., 0],
+    )  # fmt: skip
+
+
 def _dropped(weights: Tensor, keep: Tensor | None) -> Tensor:
     return weights if keep is None else torch.where(keep > 0, weights * keep, 0)
 
@@ -200,8 +215,9 @@ def forward(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     *numbers_and_seed,
+    size: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out, lse and prefix_lse (empty where w_P has no sum of its own)."""
+    """out, lse and prefix_lse (empty where w_P has no sum of its own). `size`: the oracle's S of them."""
     numbers, seed = Numbers(*numbers_and_seed[:-1]), numbers_and_seed[-1]
     dtype, (B, Hq, S, _) = accumulator(query.dtype), query.shape
     out, lse = by_token(query), query.new_full((B, Hq, S), -torch.inf, dtype=dtype)
@@ -211,6 +227,8 @@ def forward(
         attn_mask, prefix_bias, gate, key_gate, cu_seqlens_q, cu_seqlens_k, numbers, seed,
     ):  # fmt: skip
         weights = _weights(row, numbers)
+        if size:
+            row, weights = _sizes(row, weights, numbers)
         b, qs, _ = row.place
         own = _dropped(weights.own, row.keep_own) @ row.v
         out[b][:, qs] = (own + row.g * (_dropped(weights.prefix, row.keep_prefix) @ row.pv)).to(out.dtype)
@@ -220,27 +238,30 @@ def forward(
     return out, lse, prefix_lse
 
 
-def _logit_gradients(row: Row, w: Weights, d: Tensor, out: Tensor, numbers: Numbers) -> tuple[Tensor, Tensor, Tensor]:
+def _logit_gradients(row: Row, w: Weights, d: Tensor, out: Tensor, numbers: Numbers, minus: int):
     """Gradients of the raw own logits and of c times the raw prefix logits, and rowsum(w_P dw_P): what g multiplies."""
     d_own = _dropped(d @ row.v.mT, row.keep_own)  # of w_X
     share = _dropped(d @ row.pv.mT, row.keep_prefix)
     d_prefix, share = row.g * share, (w.prefix * share).sum(-1, keepdim=True)
     total = (d * out).sum(-1, keepdim=True)
     if numbers.composition == "merge":
-        own, prefix = w.own * (d_own - total), w.prefix * (d_prefix - total)
+        own, prefix = w.own * (d_own + minus * total), w.prefix * (d_prefix + minus * total)
     else:
-        own, prefix = w.own * (d_own - (total - row.g * share)), d_prefix
+        own, prefix = w.own * (d_own + minus * (total + minus * row.g * share)), d_prefix
         if numbers.composition == "add":
-            prefix = w.prefix * (d_prefix - row.g * share)
+            prefix = w.prefix * (d_prefix + minus * row.g * share)
     own = torch.where(w.own == 0, 0, own)  # no part, even of what is NaN
     own = own if w.own_slope is None else own * w.own_slope
     return own, prefix if w.prefix_slope is None else prefix * w.prefix_slope, share
 
 
-def _gradients_of_row(row: Row, d: Tensor, out: Tensor, numbers: Numbers) -> dict[str, Tensor]:
+def _gradients_of_row(row: Row, d: Tensor, out: Tensor, numbers: Numbers, size: bool) -> dict[str, Tensor]:
     """Of one sequence; keys and values still per query head."""
     w = _weights(row, numbers)
-    own, prefix, share = _logit_gradients(row, w, d, out, numbers)
+    if size:
+        row, w = _sizes(row, w, numbers)
+        d, out = d.abs(), out.abs()
+    own, prefix, share = _logit_gradients(row, w, d, out, numbers, minus=1 if size else -1)
     scaled = row.c * prefix  # of the raw prefix logits
     if numbers.composition == "linear":
         phi = torch.nn.functional.elu(row.q) + 1
@@ -277,6 +298,7 @@ def backward(
     lse: Tensor,
     prefix_lse: Tensor,
     *numbers_seed_and_needs,
+    size: bool = False,
 ) -> list[Tensor]:
     """Gradients of (query, key, value, prefix_key, prefix_value, gate, key_gate); an empty tensor where `needs` says
     no. Those of a prefix are summed over the rows that have it; the first three lie in memory as out does.
@@ -286,6 +308,7 @@ def backward(
     else    dl_X = w_X (drop(dO V^T) - (D - g D_P))   dl_P = w_P g (drop(dO P_v^T) - D_P), relu: g [l_P > 0] drop(..)
     dq = scale (dl_X K + c dl_P P_k)   dK = scale dl_X^T q   dV = drop(w_X)^T dO    dP_k, dP_v likewise
     dg = sum of D_P                    dc = sum of dl_P scale q P_k^T
+    `size`: the oracle's S of them, sums of absolute values in place of the differences.
     """
     *numbers, seed, needs = numbers_seed_and_needs
     numbers, dtype = Numbers(*numbers), accumulator(query.dtype)
@@ -301,7 +324,7 @@ def backward(
         attn_mask, prefix_bias, gate, key_gate, cu_seqlens_q, cu_seqlens_k, numbers, seed,
     )):  # fmt: skip
         b, qs, ks = row.place
-        of_row = _gradients_of_row(row, dout[b][:, qs].to(dtype), out[b][:, qs].to(dtype), numbers)
+        of_row = _gradients_of_row(row, dout[b][:, qs].to(dtype), out[b][:, qs].to(dtype), numbers, size)
         for name, grad in of_row.items():
             if name.endswith("gate"):
                 if totals[name] is not None:
