@@ -6,8 +6,8 @@ and e = |backend - out64|_max, a result passes if
     e <= 2 e_ref + (eps(accumulator) sqrt(longest) + eps(out)) max S
 
 where `longest` is the longest reduction and S the same formula on the absolute values of the inputs: what rounding
-each term once can cost; an op whose formula subtracts gives an S of its own. A backend may lose at most twice what plain PyTorch loses. NaN must stand where it stands in
-out64 and nowhere else; the distances are taken over the rest.
+each term once can cost. (An op whose formula subtracts gives an S of its own.) A backend may lose at most twice what
+plain PyTorch loses. NaN must stand where it stands in out64 and nowhere else; the distances are taken over the rest.
 """
 
 import contextlib
