@@ -1,12 +1,14 @@
 """BitFit: the biases of the model are trained, and nothing else (Ben Zaken et al. 2022, arXiv:2106.10199)."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
+
+from peft_kernels.methods.config import MethodConfig
 
 
 @dataclass(frozen=True)
-class BitFitConfig:
+class BitFitConfig(MethodConfig):
     """Which biases are trained.
 
     Args:
@@ -41,15 +43,3 @@ class BitFitConfig:
         """Whether the bias of a module is trained."""
         ends = self.target_modules
         return ends is None or any(f".{module_name}".endswith(f".{end}") for end in ends)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What adapter_config.json says of it."""
-        return {"peft_type": self.peft_type} | asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "BitFitConfig":
-        """From what `to_dict` gave. Raises ValueError for fields that there are not."""
-        names = [field.name for field in fields(cls)]
-        if strangers := sorted(values.keys() - {*names, "peft_type"}):
-            raise ValueError(f"BitFitConfig: there is no field {strangers[0]!r}; the fields are {', '.join(names)}")
-        return cls(**{name: value for name, value in values.items() if name != "peft_type"})

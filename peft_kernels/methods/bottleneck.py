@@ -13,9 +13,10 @@ He et al. 2022, and Adapter+ (Steitz and Roth 2024, arXiv:2406.06820).
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from peft_kernels.methods.config import MethodConfig
 from peft_kernels.modules import INITS, READS, BottleneckAdapter
 from peft_kernels.ops.bottleneck_adapter.op import DROPOUTS, NORMS
 from peft_kernels.ops.bottleneck_adapter.op import MAX_BOTTLENECK as MAX_R
@@ -35,7 +36,7 @@ REDUCTION = 16  # where neither r nor reduction_factor is given
 
 
 @dataclass(frozen=True)
-class BottleneckConfig:
+class BottleneckConfig(MethodConfig):
     """What bottleneck adapters are and where they go.
 
     Args:
@@ -157,7 +158,7 @@ class BottleneckConfig:
         width = {} if "r" in changes else {"reduction_factor": 96}
         return cls(**plus | width | changes)
 
-    # -- what it makes, and how it is written ---------------------------------------------------------------------
+    # -- what it makes --------------------------------------------------------------------------------------------
 
     @property
     def representations(self) -> tuple[str, ...]:
@@ -185,18 +186,6 @@ class BottleneckConfig:
             norm=self.norm, dropout_p=self.dropout_p, dropout_on=self.dropout_on, drop_path=self.drop_path,
             init=self.init, device=device, dtype=dtype,
         )  # fmt: skip
-
-    def to_dict(self) -> dict[str, Any]:
-        """What adapter_config.json says of it."""
-        return {"peft_type": self.peft_type} | asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "BottleneckConfig":
-        """From what `to_dict` gave. Raises ValueError for fields that there are not."""
-        names = [field.name for field in fields(cls)]
-        if strangers := sorted(values.keys() - {*names, "peft_type"}):
-            raise ValueError(f"BottleneckConfig: there is no field {strangers[0]!r}; the fields are {', '.join(names)}")
-        return cls(**{name: value for name, value in values.items() if name != "peft_type"})
 
 
 def _require(condition: bool, field: str, expected: str, got: Any, remedy: str = "") -> None:
