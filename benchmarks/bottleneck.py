@@ -24,6 +24,7 @@ from torch.nn import functional
 import peft_kernels
 from benchmarks import gate, measure, record
 from benchmarks.batched_lora.timing import clock
+from benchmarks.runs import Arm, Run
 from benchmarks.shapes import BF16, F32, MODELS
 from benchmarks.tables import grid_table
 from peft_kernels import backends, registry
@@ -79,23 +80,6 @@ class Row(record.Origin):
     aa_spread: float  # how far from 1 the middle 60% of the rounds put the ratio of the two equal blocks
     flop_ratio: float  # what the adapter adds to the block's products
     not_timed: str  # why this arm has no time (its numbers are NaN); empty where it has
-
-
-@dataclass(frozen=True, eq=False)
-class Arm:
-    name: str
-    backend: str
-    run: Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What holds for every cell of a run."""
-
-    device: torch.device
-    rounds: int
-    seconds: float
-    origin: dict[str, str | int]
 
 
 def cells(grid: str, model: str = "") -> list[Cell]:
@@ -302,12 +286,6 @@ def refuse_wrong_results(cells: list[Cell], device: torch.device) -> int:
         names = [name for name, _ in _kernels(op, device)]
         ran += gate.check(registry.ops()[op], names, pairs, device)
     return ran
-
-
-def start(device: torch.device, grid: str, rounds: int, seconds: float) -> Run:
-    """A run with the grid's own rounds and seconds where none are asked for (0 and below 0)."""
-    seconds = SECONDS[grid] if seconds < 0 else seconds
-    return Run(device, rounds or LEAST_ROUNDS[grid], seconds, record.provenance(device))
 
 
 def time_cells(cells: list[Cell], kinds: tuple[str, ...], run: Run, say: Callable[[str], None], out: Path | None):
