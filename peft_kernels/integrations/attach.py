@@ -9,7 +9,6 @@ from peft_kernels.integrations.attachments import (
     Config,
     adapters_in,
     add,
-    check_layers,
     freeze_base,
     note_of,
     plan,
@@ -18,7 +17,7 @@ from peft_kernels.integrations.attachments import (
     unfreeze_base,
 )
 from peft_kernels.integrations.biases import activate, biases_of, deactivate
-from peft_kernels.integrations.blocks import CHILD, sites_of, stream_owner, unfit
+from peft_kernels.integrations.blocks import CHILD, check_layers, sites_of, stream_owner, unfit
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.integrations.widened import require_unwidened
 from peft_kernels.methods import BitFitConfig

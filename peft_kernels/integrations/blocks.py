@@ -12,13 +12,15 @@ does: it too runs on a stand-in then, which sees the stream on its way into the 
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from peft_kernels.integrations.checkpoints import PREFIX
 from peft_kernels.integrations.named import beneath, subclass
 from peft_kernels.integrations.targets import Block, Stream, block_of, stream_of
+from peft_kernels.methods import BottleneckConfig
 from peft_kernels.modules import OF_STREAM, BottleneckAdapters
 
 CHILD = "bottleneck"
@@ -51,6 +53,37 @@ def layer_of(name: str) -> str:
     """The name of the layer that a module is in: up to its first number."""
     number = re.search(r"(?<![^.])\d+(?![^.])", name)
     return name[: number.end()] if number else name
+
+
+def chosen_sites(model: nn.Module, config: BottleneckConfig) -> list[Site]:
+    """The blocks that a config means. Raises ValueError where the model has not what it names."""
+    every = sites_of(model)
+    for representation in config.representations:
+        if not any(site.block.representation == representation for site in every):
+            raise ValueError(
+                f"attach: no {representation} block is known in a {type(model).__name__}; those that are have the "
+                "children that peft_kernels/integrations/targets.py lists"
+            )
+    check_layers("attach: layers", config.layers or (), every)
+    sites = [site for site in every if site.block.representation in config.representations]
+    if config.layers is not None:
+        sites = [site for site in sites if site.layer in config.layers]
+        if not sites:
+            raise ValueError(f"attach: there is no {config.representation} block in the layers {list(config.layers)}")
+    for site in sites:
+        config.bottleneck(site.width)  # raises where it is too wide
+    return sites
+
+
+def check_layers(what: str, layers: Sequence[int], sites: list[Site]) -> None:
+    count = 1 + max(site.layer for site in sites) if sites else 0
+    if outside := [layer for layer in layers if not 0 <= layer < count]:
+        raise ValueError(f"{what} must lie in [0, {count}), the layers of this model, got {outside[0]}")
+
+
+def file_key(site: Site, parameter: str) -> str:
+    """Of a tensor of an adapter at a block, in the file."""
+    return f"{PREFIX}{site.name}.{CHILD}.{parameter}"
 
 
 def _width(model: nn.Module, owner: nn.Module, block: Block) -> int:
