@@ -215,3 +215,13 @@ def test_adapters_of_the_model_and_of_its_pool(tmp_path):
     with pytest.raises(ValueError, match="cannot take adapters: the model has bottleneck adapters of its own"):
         pool.load("heads", tmp_path / "heads")
     assert pool_of(other) is pool
+
+
+def test_the_widest_bottleneck(tmp_path):
+    plain, model, alone, pool = served("llama", tmp_path, ())
+    alone["wide"] = with_bottleneck(plain, tmp_path, "wide", BottleneckConfig.pfeiffer(r=1024))
+    pool.load("wide", tmp_path / "wide")
+    rows, exact = ["french", "wide", None], {n: in_double(m) for n, m in alone.items()}
+    expected, batch = each_alone(plain, alone, rows, inputs(3)), inputs(3)
+    found = {"logits": logits(model, rows)}
+    assert_as_close_as_peft(found, expected, each_alone(in_double(plain), exact, rows, batch))

@@ -282,7 +282,7 @@ class _Layers(Mapping):
 
 
 def attach_pool(
-    model: nn.Module, adapters: int = 256, *, dtype: torch.dtype | None = None, max_rank: int = 512
+    model: nn.Module, adapters: int = 256, *, dtype: torch.dtype | None = None, max_rank: int = 1024
 ) -> ModelPool:
     """Lets a model serve many adapters at once, each row of a batch its own; returns the pool that holds them.
 
