@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from peft_kernels.integrations.checkpoints import PREFIX
 from peft_kernels.integrations.named import beneath, subclass
-from peft_kernels.integrations.targets import Block, Stream, block_of, stream_of
+from peft_kernels.integrations.targets import MULTIPLIERS, Block, Stream, block_of, stream_of
 from peft_kernels.methods import BottleneckConfig
 from peft_kernels.modules import OF_STREAM, BottleneckAdapters
 
@@ -195,9 +195,16 @@ class StandIn:
         shape = y.shape if y.dim() > 2 else (self.samples, -1, y.shape[-1])
         return _like(self.owner._modules[CHILD], self.x, y, shape, beside)
 
-    def stream_beside(self, norm: str, x: Tensor) -> tuple[Tensor, nn.Module | None]:
-        """The residual stream beside a block with an input x, and the norm of the sum if that comes after the block."""
-        return (self.normed[norm], None) if norm in self.normed else (x, getattr(self.owner, norm))
+    def stream_beside(self, norm: str, x: Tensor, adds: str = "") -> tuple[Tensor, nn.Module | None, Callable | None]:
+        """The residual stream beside a block with an input x, the norm of the sum if that comes after the block, and
+        what makes of the block's output what is added to the stream, if it is not that itself."""
+        added = getattr(self.owner, adds) if adds else _multiplied(self.owner)
+        return (self.normed[norm], None, added) if norm in self.normed else (x, getattr(self.owner, norm), added)
+
+
+def _multiplied(layer: nn.Module) -> Callable | None:
+    factor = next((getattr(layer, name) for name in MULTIPLIERS if hasattr(layer, name)), None)
+    return None if factor is None else lambda y: y * factor
 
 
 def _like(adapters: nn.Module, x: Tensor, r: Tensor, shape: tuple[int, ...], beside: tuple) -> Tensor:
@@ -205,7 +212,7 @@ def _like(adapters: nn.Module, x: Tensor, r: Tensor, shape: tuple[int, ...], bes
     if r.shape == shape:  # a view of the result would be in the way of a model that adds to it in place
         return adapters(x, r, *beside)
     if beside:
-        beside = beside[0].reshape(shape), beside[1]
+        beside = beside[0].reshape(shape), *beside[1:]
     return adapters(x.reshape(shape), r.reshape(shape), *beside).reshape(r.shape)
 
 
@@ -217,11 +224,11 @@ def _noting(name: str) -> Callable:
     return norm
 
 
-def _handing_on(child: str, norm: str) -> Callable:
+def _handing_on(child: str, norm: str, adds: str) -> Callable:
     def call(self, *args, **kwargs):
         block = getattr(self.owner, child)
         if _reads_stream(block):
-            kwargs["residual_stream"] = self.stream_beside(norm, _input(0, args, kwargs))
+            kwargs["residual_stream"] = self.stream_beside(norm, _input(0, args, kwargs), adds)
         return block(*args, **kwargs)
 
     return call
@@ -230,7 +237,8 @@ def _handing_on(child: str, norm: str) -> Callable:
 def _stand_in_class(block: Block | None, streams: tuple[Stream, ...]) -> type:
     members = {"block": block}
     for stream in streams:
-        members |= {stream.norm: _noting(stream.norm), stream.child: _handing_on(stream.child, stream.norm)}
+        members[stream.norm] = _noting(stream.norm)
+        members[stream.child] = _handing_on(stream.child, stream.norm, stream.adds)  # torch.compile knows no Stream
     if block is not None:
         members[block.output] = StandIn.leave
         if isinstance(block.x, str):

@@ -45,10 +45,11 @@ class BottleneckConfig:
             transformers or AdapterHub has for one of them (gelu_new, gelu_pytorch_tanh, swish, leakyrelu, ...).
         insertion: "serial", the adapter reads and replaces the block's output; "parallel", it reads the block's input
             and adds to its output. Both are before dropout, residual and norm of the model.
-        reads: what the adapter reads where that is not the block's output or input. "sum" (serial): the output plus the
-            residual stream to which the model will add it, normed by the model's own norm where that comes next (BERT);
-            "stream" (parallel): that stream, before the norm in front of the block. Of models whose layers are known;
-            where the layer scales or norms the block's output before the sum (Granite, Gemma 2), the adapter does not.
+        reads: what the adapter reads where that is not the block's output or input. "sum" (serial): the sum that the
+            model will make of its residual stream and the output, which is scaled (Granite) or normed (Gemma 2, GLM-4)
+            in it where the model does that, and normed by the model's own norm where one comes next (BERT); "stream"
+            (parallel): that stream, before the norm in front of the block. Of models whose layers are known. What the
+            adapter gives is added to the block's output itself, before all of that.
         representation: "ffn", "attention" (self-attention), or "both".
         scaling: s: a number, "learned" (one trained number) or "channel" (one for each feature).
         gate: whether each token has a trained gate g = sigmoid(x w + c).
