@@ -12,10 +12,12 @@ does: it too runs on a stand-in then, which sees the stream on its way into the 
 
 import functools
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from peft_kernels.integrations.checkpoints import PREFIX
 from peft_kernels.integrations.named import beneath, subclass
@@ -28,31 +30,46 @@ CHILD = "bottleneck"
 
 @dataclass(frozen=True)
 class Site:
-    """A block in a model: `name` of its owner, `layer` in which it is, and the features of its input and output."""
+    """A block in a model: `name` of its owner, `layer` in which it is and the name of that, and the features of its
+    input and output."""
 
     name: str
     layer: int
     block: Block
     width: int
+    layer_name: str
 
 
 def sites_of(model: nn.Module) -> list[Site]:
     """All blocks, in the order of the model. Layers count from 0 through the whole model, an encoder's first."""
-    found, layers, inside = [], {}, {"ffn": (), "attention": ()}
+    found, inside = {}, {"ffn": (), "attention": ()}
     for name, owner in model.named_modules():
         block = block_of(name, owner._modules)
         if block is None or CHILD in name.split(".") or name.startswith(inside[block.representation]):
             continue  # what is inside of a block (the experts of a mixture) belongs to it
-        layer = layers.setdefault(layer_of(name), len(layers))
         inside[block.representation] += (f"{name}.",)
-        found.append(Site(name, layer, block, _width(model, owner, block)))
-    return found
+        found[name] = block
+    layers = _layers_of(model, found)
+    index = {layer: i for i, layer in enumerate(dict.fromkeys(layers.values()))}
+    return [
+        Site(name, index[layers[name]], block, _width(model, model.get_submodule(name), block), layers[name])
+        for name, block in found.items()
+    ]
 
 
-def layer_of(name: str) -> str:
-    """The name of the layer that a module is in: up to its first number."""
-    number = re.search(r"(?<![^.])\d+(?![^.])", name)
-    return name[: number.end()] if number else name
+def _layers_of(model: nn.Module, blocks: dict[str, Block]) -> dict[str, str]:
+    """The name of the layer that each block is in: what ends in a number, in the innermost of transformers' models, and
+    has one block of some representation (an encoder's layer two FFNs, but one attention). Where a model lies in
+    nn.Sequential or its layers in stages, what has more is no layer."""
+    models = [f"{name}." for name, module in model.named_modules() if name and isinstance(module, PreTrainedModel)]
+    starts, counts = {}, defaultdict(Counter)
+    for name, block in blocks.items():
+        ends = [number.end() for number in re.finditer(r"(?<![^.])\d+(?![^.])", name)]
+        within = max((len(inner) for inner in models if name.startswith(inner)), default=0)
+        starts[name] = [name[:end] for end in [end for end in ends if end > within] or ends] or [name]
+        for start in starts[name]:
+            counts[start][block.representation] += 1
+    return {name: next((s for s in parts if 1 in counts[s].values()), parts[-1]) for name, parts in starts.items()}
 
 
 def chosen_sites(model: nn.Module, config: BottleneckConfig) -> list[Site]:
