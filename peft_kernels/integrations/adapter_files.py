@@ -19,8 +19,9 @@ from peft_kernels.integrations.attachments import (
     root_of,
     tensors_of,
 )
+from peft_kernels.integrations.biases import own_parameters
 from peft_kernels.integrations.checkpoints import PREFIX
-from peft_kernels.methods import BitFitConfig
+from peft_kernels.methods import BottleneckConfig
 
 
 def save_pretrained(model: nn.Module, folder: str | PathLike, name: str = "default") -> None:
@@ -72,8 +73,9 @@ def load(
     root = root_of(model)
     config, tensors = read(root, source, about(source))
     places = plan(root, config, name)
-    fit = isinstance(config, BitFitConfig)
-    expected = {PREFIX + key: list(b.shape) for key, b in places.items()} if fit else shapes(config, places.values())
+    expected = {PREFIX + key: list(p.shape) for key, p in own_parameters(root, config).items()}
+    if isinstance(config, BottleneckConfig):
+        expected |= shapes(config, places.values())
     check_tensors(expected, tensors, source)
     add(root, config, name, places, tensors)
     if freeze:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from peft_kernels.integrations.biases import Biases, biases_of, keep, values_of
+from peft_kernels.integrations.biases import Biases, biases_of, keep, own_parameters, values_of
 from peft_kernels.integrations.blocks import CHILD, Site, chosen_sites, file_key, stream_owner, unfit
 from peft_kernels.integrations.checkpoints import PREFIX
 from peft_kernels.integrations.pooled import PooledBlock
@@ -33,7 +33,8 @@ MADE = "FSDP or a parametrization has made its class, or its forward was replace
 
 @dataclass
 class Attached:
-    """What a model has: configs by name, the names of the parameters that `attach` has frozen, and BitFit's values."""
+    """What a model has: configs by name, the names of the parameters that `attach` has frozen, and the values that
+    BitFit and modules_to_save have."""
 
     configs: dict[str, Config] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
@@ -72,10 +73,10 @@ def adapters_in(root: nn.Module) -> list[tuple[str, BottleneckAdapters]]:
 def tensors_of(root: nn.Module, name: str) -> dict[str, Tensor]:
     """The parameters of an adapter, by their keys in the file."""
     note = note_of(root)
-    if isinstance(config := note.configs[name], BitFitConfig):
-        values = values_of(note.biases, name, biases_of(root, config))
-        return {PREFIX + key: tensor for key, tensor in values.items()}
-    return {
+    values = {}
+    if own := own_parameters(root, note.configs[name]):
+        values = {PREFIX + key: tensor for key, tensor in values_of(note.biases, name, own).items()}
+    return values | {
         f"{PREFIX}{owner}.{CHILD}.{key}": parameter
         for owner, adapters in adapters_in(root)
         if name in adapters
@@ -97,6 +98,7 @@ def plan(root: nn.Module, config: Config, name: str) -> Places:
     if NOTE in root.__dict__ and name in root.__dict__[NOTE].configs:
         raise ValueError(f"attach: the model has an adapter {name!r}; choose another name, or detach(model, {name!r})")
     require_unwidened(root, "attach")
+    own_parameters(root, config)  # raises where there are none of a name
     return biases_of(root, config) if isinstance(config, BitFitConfig) else plan_blocks(root, config)
 
 
@@ -134,11 +136,11 @@ def _check_stream(root: nn.Module, block: str, reads: str) -> None:
 def add(root: nn.Module, config: Config, name: str, places: Places, tensors: dict[str, Tensor] | None = None) -> None:
     """Puts an adapter in, a new one or that of a file; it does not run yet."""
     note = note_of(root)
-    if isinstance(config, BitFitConfig):
-        values = tensors and {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-        keep(note.biases, name, places, values)
-    else:
+    own = own_parameters(root, config)
+    if isinstance(config, BottleneckConfig):
         _add_to_blocks(root, config, name, places.values(), tensors)
+    if own:
+        keep(note.biases, name, own, tensors and {key: tensors[PREFIX + key] for key in own})
     note.configs[name] = config
 
 

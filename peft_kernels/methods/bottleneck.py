@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
+from peft_kernels.methods.names import checked
 from peft_kernels.modules import INITS, READS, BottleneckAdapter
 from peft_kernels.ops.bottleneck_adapter.op import DROPOUTS, NORMS
 from peft_kernels.ops.bottleneck_adapter.op import MAX_BOTTLENECK as MAX_R
@@ -59,6 +60,9 @@ class BottleneckConfig:
         init: "mam" or "lora" (B = 0: the start is the base model, bit for bit), "bert" or "houlsby".
         layers: indices of the layers that get adapters, in the order of the model (those of an encoder come first);
             None: all.
+        modules_to_save: names of modules, or ends of names ("classifier"), that are trained whole and saved with the
+            adapter, as in PEFT: a head. Each adapter has values of its own for them, which the model has while the
+            adapter is active; of several active adapters one may have such modules.
 
     Raises:
         ValueError: a field is out of range; it says which, what is expected, and what came instead.
@@ -84,6 +88,7 @@ class BottleneckConfig:
     drop_path: float = 0.0
     init: str = "mam"
     layers: Sequence[int] | None = None
+    modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self):
         self._check_width()
@@ -111,6 +116,8 @@ class BottleneckConfig:
             expected = "a list or range of layer indices from 0, or None for all layers"
             _require(indices and len(self.layers) > 0, "layers", expected, self.layers)
             object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+        saved = checked("BottleneckConfig", "modules_to_save", self.modules_to_save, "none")
+        object.__setattr__(self, "modules_to_save", saved)
 
     def _check_width(self) -> None:
         r, factor = self.r, self.reduction_factor
