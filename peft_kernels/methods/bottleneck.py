@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from peft_kernels.methods.config import MethodConfig
+from peft_kernels.methods.names import checked
 from peft_kernels.modules import INITS, READS, BottleneckAdapter
 from peft_kernels.ops.bottleneck_adapter.op import DROPOUTS, NORMS
 from peft_kernels.ops.bottleneck_adapter.op import MAX_BOTTLENECK as MAX_R
@@ -46,10 +47,11 @@ class BottleneckConfig(MethodConfig):
             transformers or AdapterHub has for one of them (gelu_new, gelu_pytorch_tanh, swish, leakyrelu, ...).
         insertion: "serial", the adapter reads and replaces the block's output; "parallel", it reads the block's input
             and adds to its output. Both are before dropout, residual and norm of the model.
-        reads: what the adapter reads where that is not the block's output or input. "sum" (serial): the output plus the
-            residual stream to which the model will add it, normed by the model's own norm where that comes next (BERT);
-            "stream" (parallel): that stream, before the norm in front of the block. Of models whose layers are known;
-            where the layer scales or norms the block's output before the sum (Granite, Gemma 2), the adapter does not.
+        reads: what the adapter reads where that is not the block's output or input. "sum" (serial): the sum that the
+            model will make of its residual stream and the output, which is scaled (Granite) or normed (Gemma 2, GLM-4)
+            in it where the model does that, and normed by the model's own norm where one comes next (BERT); "stream"
+            (parallel): that stream, before the norm in front of the block. Of models whose layers are known. What the
+            adapter gives is added to the block's output itself, before all of that.
         representation: "ffn", "attention" (self-attention), or "both".
         scaling: s: a number, "learned" (one trained number) or "channel" (one for each feature).
         gate: whether each token has a trained gate g = sigmoid(x w + c).
@@ -59,6 +61,9 @@ class BottleneckConfig(MethodConfig):
         init: "mam" or "lora" (B = 0: the start is the base model, bit for bit), "bert" or "houlsby".
         layers: indices of the layers that get adapters, in the order of the model (those of an encoder come first);
             None: all.
+        modules_to_save: names of modules, or ends of names ("classifier"), that are trained whole and saved with the
+            adapter, as in PEFT: a head. Each adapter has values of its own for them, which the model has while the
+            adapter is active; of several active adapters one may have such modules.
 
     Raises:
         ValueError: a field is out of range; it says which, what is expected, and what came instead.
@@ -84,6 +89,7 @@ class BottleneckConfig(MethodConfig):
     drop_path: float = 0.0
     init: str = "mam"
     layers: Sequence[int] | None = None
+    modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self):
         self._check_width()
@@ -111,6 +117,8 @@ class BottleneckConfig(MethodConfig):
             expected = "a list or range of layer indices from 0, or None for all layers"
             _require(indices and len(self.layers) > 0, "layers", expected, self.layers)
             object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+        saved = checked("BottleneckConfig", "modules_to_save", self.modules_to_save, "none")
+        object.__setattr__(self, "modules_to_save", saved)
 
     def _check_width(self) -> None:
         r, factor = self.r, self.reduction_factor
