@@ -18,6 +18,7 @@ _NORMAL = tl.constexpr(1 / math.sqrt(2 * math.pi))
 _GELU_2A = tl.constexpr(2 * math.sqrt(2 / math.pi))
 _GELU_B = tl.constexpr(0.044715)
 _GELU_3B = tl.constexpr(3 * 0.044715)
+_FAR = tl.constexpr(64.0)  # past it gelu_tanh's slope does not change, and a square of h would overflow
 
 
 @triton.jit
@@ -71,6 +72,7 @@ def slope(h, F: tl.constexpr):
     elif F == "gelu":
         return 0.5 * (1.0 + tl.erf(h * _SQRT_HALF)) + h * (tl.exp(-0.5 * h * h) * _NORMAL)
     elif F == "gelu_tanh":
+        h = tl.where(h > _FAR, _FAR, tl.where(h < -_FAR, -_FAR, h))
         inner = (h + h * h * h * _GELU_B) * _GELU_2A
         return _sigmoid(inner) + h * _sigmoid_slope(inner) * (1.0 + h * h * _GELU_3B) * _GELU_2A
     elif F == "silu":
