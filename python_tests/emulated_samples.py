@@ -8,6 +8,7 @@ import ctypes
 import math
 import os
 
+import bad_bottlenecks
 import pytest
 import torch
 
@@ -131,6 +132,13 @@ def test_bad_input_is_refused_in_words(op, bad):
         testing.operators(f"emulated_{BUILD}", op)[0](*bad.make("cpu").values())
     if "sparse" not in bad.id and "device" not in bad.id:  # those two PyTorch's dispatcher refuses before the kernel
         assert bad.text in str(caught.value)
+
+
+@pytest.mark.parametrize("changes,text", [pytest.param(*case[1:], id=case[0]) for case in bad_bottlenecks.cases()])
+def test_bad_input_of_a_bottlenecks_backward_is_refused_in_words(changes, text):
+    with pytest.raises((RuntimeError, ValueError, TypeError)) as caught:
+        testing.operators(f"emulated_{BUILD}", BOTTLENECK)[1](*(bad_bottlenecks.good() | changes).values())
+    assert text in str(caught.value)
 
 
 # -- batches over a pool ----------------------------------------------------------------------------------------------
