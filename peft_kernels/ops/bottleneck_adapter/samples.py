@@ -79,6 +79,13 @@ def _x_and_residual_inside(arguments):
     return {name: inside(arguments[name]) for name in ("x", "residual")}
 
 
+def _residual_over_x(arguments):
+    """Rows of one buffer, the residual's a few columns after x's."""
+    x, residual = arguments["x"], arguments["residual"]
+    shared = torch.cat((x, residual), 1)
+    return {"x": shared[:, : x.shape[1]], "residual": shared[:, 3 : 3 + residual.shape[1]]}
+
+
 def _times(**factors):
     """A change: some arguments multiplied by a number."""
     return lambda arguments: {name: arguments[name] * factor for name, factor in factors.items()}
@@ -140,6 +147,7 @@ def samples() -> list[Sample]:
         _plain("dropout-tiny", "p rounds to no dropout at 16 bits", p=1e-6),
         _plain("dropout-most", "nearly everything dropped", rows=(40,), p=0.9999, E=40),
         _changed("strided", "x and residual inside wider buffers", _x_and_residual_inside, rows=(4, 9), K=67, p=0.1),
+        _changed("residual-over-x", "x and residual share most of their memory", _residual_over_x, rows=(21,), K=67),
         _changed("transposed", "weights stored column by column", _transposed_weights, rows=(21,), K=67, gated=True),
         _changed(
             "x-expanded", "one row seen many times", lambda a: {"x": a["x"][:1].expand(19, -1)}, rows=(19,),
