@@ -1,8 +1,6 @@
-// bottleneck_adapter on a GPU: check, allocate, launch. Three launches where tensor cores serve the dtypes and there is
+// bottleneck_adapter on a GPU: allocate, launch. Three launches where tensor cores serve the dtypes and there is
 // no norm: shrink, activate, expand, which reads the residual and writes y. Nothing here waits for the device or reads
 // from it.
-#include <tuple>
-
 #include "bindings/bottleneck_adapter.h"
 #include "bindings/bottleneck_adapter_cuda_call.h"
 
@@ -91,30 +89,20 @@ void run_up(const BottleneckCall& b, const Tensor& u, const Rows& residual, cons
   call.launched("finish", bottleneck_adapter::finish(call.type, call.factors, finish, b.stream()));
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& residual, const Tensor& down_weight,
-                                   const OptionalTensor& down_bias, const Tensor& up_weight,
-                                   const OptionalTensor& up_bias, const OptionalTensor& scale,
-                                   const OptionalTensor& gate, const OptionalTensor& norm_weight,
-                                   const OptionalTensor& norm_bias, const std::string& activation, double scaling,
-                                   const std::string& norm, double eps, double dropout_p, const std::string& dropout_on,
-                                   const OptionalTensor& seed) {
-  const BottleneckArguments arguments{x,     residual, down_weight, down_bias,  up_weight,  up_bias,
-                                      scale, gate,     norm_weight, norm_bias,  activation, scaling,
-                                      norm,  eps,      dropout_p,   dropout_on, seed};
-  BottleneckCheck(arguments).run();
-  const BottleneckCall b("bottleneck_adapter", arguments);
-  const Tensor y = empty_rows(x, b.N, dtype_code(x)), h = b.call.scratch({b.M, b.E});
+std::tuple<Tensor, Tensor> forward(const BottleneckArguments& a) {
+  const BottleneckCall b("bottleneck_adapter", a);
+  const Tensor y = empty_rows(a.x, b.N, dtype_code(a.x)), h = b.call.scratch({b.M, b.E});
   if (b.M == 0) return {y, h};
   const Tensor u = run_down(b, h);
-  run_up(b, u, residual ? as_rows(*residual) : b.x, y);
+  run_up(b, u, a.residual ? as_rows(*a.residual) : b.x, y);
   return {y, h};
 }
 
 }  // namespace
 
 void bind_bottleneck_adapter_cuda(torch::stable::detail::StableLibrary& library) {
-  library.impl("bottleneck_adapter", TORCH_BOX(&forward));
-  library.impl("bottleneck_adapter_backward", TORCH_BOX(&bottleneck_adapter_backward_cuda));
+  library.impl("bottleneck_adapter", TORCH_BOX(&call_bottleneck<forward>));
+  library.impl("bottleneck_adapter_backward", TORCH_BOX(&call_bottleneck_backward<bottleneck_adapter_backward_cuda>));
 }
 
 }  // namespace pk

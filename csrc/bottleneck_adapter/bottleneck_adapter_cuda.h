@@ -10,7 +10,7 @@
 //   [x pass]:   dh^T n(x), which is dA without a norm; with one, down_gradients: dA and the norm's gradients
 //   [expand]:   dh A [+ dy], which is dx without a norm; with one, norm_slope
 // b is one more column of B here, with g for its column of g u: column E of v is then d (s b), of d^T (g u) db.
-// The scales of both dropouts are factors of what the products give, so that u stays small enough for fp16.
+// The scales of both dropouts are factors of what the products give.
 // Acc is fp64 where the factors are, else fp32; "factors" is the dtype of every parameter of the adapter. A launcher
 // launches one kernel on `stream`. Every sum has one fixed order.
 #pragma once

@@ -17,6 +17,7 @@ _LEAK = tl.constexpr(LEAK)
 _SQRT_HALF = tl.constexpr(math.sqrt(0.5))
 _NORMAL = tl.constexpr(1 / math.sqrt(2 * math.pi))
 _TWICE, _CUBE, _CUBE_SLOPE = (tl.constexpr(c) for c in (2 * GELU_TANH[0], GELU_TANH[1], 3 * GELU_TANH[1]))
+_FAR = tl.constexpr(64.0)  # past it gelu_tanh's slope does not change, and a square of h would overflow
 
 
 @triton.jit
@@ -69,6 +70,7 @@ def slope(h, F: tl.constexpr):
     elif F == _GELU:
         return 0.5 * (1.0 + tl.erf(h * _SQRT_HALF)) + h * (tl.exp(-0.5 * h * h) * _NORMAL)
     elif F == _GELU_TANH:
+        h = tl.where(h > _FAR, _FAR, tl.where(h < -_FAR, -_FAR, h))
         inner = (h + h * h * h * _CUBE) * _TWICE
         return _sigmoid(inner) + h * _sigmoid_slope(inner) * (1.0 + h * h * _CUBE_SLOPE) * _TWICE
     elif F == _SILU:
