@@ -33,6 +33,7 @@ class BottleneckCall {
   Problem problem{};
 
   explicit BottleneckCall(const BottleneckArguments& a) {
+    alive_.reserve(kMostTensors);
     Problem& p = problem;
     p.type = *dtype_of(dtype_code(a.x));
     p.factors = *dtype_of(dtype_code(a.down_weight));
@@ -84,6 +85,8 @@ class BottleneckCall {
     return alive_.back().const_data_ptr();
   }
   const void* data(const OptionalTensor& tensor) { return tensor ? data(*tensor) : nullptr; }
+
+  static constexpr size_t kMostTensors = 10;
 
   std::vector<Tensor> alive_;
 };

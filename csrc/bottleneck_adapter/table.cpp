@@ -9,6 +9,8 @@ PK_TABLE_IN_USE(bottleneck_adapter)
 namespace bottleneck_adapter {
 namespace {
 
+constexpr size_t kMostSteps = 8;
+
 // Hands out pieces of one buffer, or counts them where there is none.
 class Room {
  public:
@@ -61,6 +63,7 @@ void set_scratch(Problem& problem, bool backward, float* scratch) {
 std::vector<Step> forward_steps(const Problem& p) {
   const Table& t = table();
   std::vector<Step> steps;
+  steps.reserve(kMostSteps);
   if (p.gemm) {
     if (p.packed_B) steps.push_back({t.scale_B, blocks(p.N, kColumns), p.E * p.N});
     steps.push_back({t.gemm_shrink, low_units(p), p.M * p.E * p.K});
@@ -78,6 +81,7 @@ std::vector<Step> backward_steps(const Problem& p) {
   const Table& t = table();
   const int64_t low_rank = p.M * p.E;
   std::vector<Step> steps;
+  steps.reserve(kMostSteps);
   if (p.packed_B) steps.push_back({p.gemm ? t.scale_B : t.widen, blocks(p.N, kColumns), p.E * p.N});
   if (p.gemm) {
     steps.push_back({t.gemm_slope, low_units(p), low_rank * p.N});
