@@ -38,7 +38,11 @@ static void add_v(const Problem& p, WideTile& v, int64_t row0, int64_t rows, int
         if (of_bias) gate_sums[i] += first_of(scaled * load(bias + j), cols - j);
       }
     }
-    product(v.at[0], kWidePitch, rows, width, d.at[0], 1, kPitch, B + n0 * p.E + e0, p.E, cols);
+    const int64_t strip = few(p) ? kStrip : cols;
+    for (int64_t n = 0; n < cols; n += strip) {
+      product(v.at[0], kWidePitch, rows, width, d.at[0] + n, 1, kPitch, B + (n0 + n) * p.E + e0, p.E,
+              min(strip, cols - n));
+    }
   }
   const int64_t parts = bottleneck_units(p);
   for (int64_t i = 0; p.dgate && e0 == 0 && i < rows; ++i) {

@@ -23,7 +23,8 @@ constexpr int64_t kColumns = 128;          // columns of a tile, and how much of
 constexpr int64_t kPitch = kColumns + 16;  // floats from row to row: off the powers of two, which thrash L1
 constexpr int64_t kWide = 256;             // bottlenecks of one unit where there are many rows
 constexpr int64_t kWidePitch = kWide + 16;
-constexpr int64_t kNarrow = 32;  // and where there are few, so that there is work for all threads
+constexpr int64_t kNarrow = 32;          // and where there are few, so that there is work for all threads
+constexpr int64_t kOneThread = 1 << 19;  // multiplications below which one thread does them
 constexpr int64_t kFewRows = 32;
 constexpr int64_t kMostBottlenecks = 1024;
 constexpr int64_t kLeastPanel = 8 * kRows;
@@ -141,7 +142,8 @@ inline int64_t row_units(const Problem& p) {
   return blocks(p.M, unit_rows(p));
 }
 inline int64_t bottleneck_width(const Problem& p) {
-  return few(p) ? kNarrow : kWide;
+  const int64_t longest = p.K > p.N ? p.K : p.N;
+  return few(p) && p.M * p.E * longest >= kOneThread ? kNarrow : kWide;
 }
 inline int64_t bottleneck_units(const Problem& p) {
   return blocks(p.E, bottleneck_width(p));

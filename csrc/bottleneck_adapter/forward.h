@@ -36,8 +36,34 @@ static void pack(const Problem& p, int64_t begin, int64_t end) {
   }
 }
 
+// c[i][j] += sum_k x[i][k] w[j][k] for few rows, of which the last three at most are taken eight columns at a time:
+// four would wait for each other's sums.
+static void few_dots(const Problem& p, float* c, int64_t ldc, int64_t rows, int64_t cols, const float* x, int64_t ldx,
+                     const void* factor, int64_t at, int64_t ld, int64_t n) {
+  constexpr int kAcross = 8;
+  with_type(p.factors, [&](auto number) {
+    const auto* w = static_cast<const decltype(number)*>(factor) + at;
+    const int64_t tall = rows / 4 * 4, wide = cols / kAcross * kAcross;
+    if (tall > 0) dots<false>(c, ldc, tall, cols, x, ldx, w, ld, n, 1.f);
+    for (int64_t i = tall; i < rows; ++i) {
+      for (int64_t j = 0; j < wide; j += kAcross) {
+        float sums[kAcross];
+        dots_tile<1, kAcross, false>(x + i * ldx, ldx, w + j * ld, ld, n, nullptr, sums);
+        for (int64_t a = 0; a < kAcross; ++a) c[i * ldc + j + a] += sums[a];
+      }
+    }
+    if (tall < rows && wide < cols) {
+      dots<false>(c + tall * ldc + wide, ldc, rows - tall, cols - wide, x + tall * ldx, ldx, w + wide * ld, ld, n, 1.f);
+    }
+  });
+}
+
 // The rows' products with A, bottlenecks e0 ... e0 + width, a tile of n(x) at a time.
 static void add_down(const Problem& p, WideTile& sums, int64_t row0, int64_t rows, int64_t e0, int64_t width) {
+  if (few(p) && p.type == Dtype::kFloat32 && p.norm == Norm::kNone) {
+    const float* const x = static_cast<const float*>(p.x) + row0 * p.x_stride;
+    return few_dots(p, sums.at[0], kWidePitch, rows, width, x, p.x_stride, p.A, e0 * p.K, p.K, p.K);
+  }
   for (int64_t k0 = 0; k0 < p.K; k0 += kColumns) {
     const int64_t cols = min(kColumns, p.K - k0);
     Tile x;
@@ -46,10 +72,7 @@ static void add_down(const Problem& p, WideTile& sums, int64_t row0, int64_t row
       normalise(p, x.at[i], statistics_at(p, row0 + i), k0, cols, false);
     }
     if (few(p)) {
-      with_type(p.factors, [&](auto number) {
-        dots<false>(sums.at[0], kWidePitch, rows, width, x.at[0], kPitch,
-                    static_cast<const decltype(number)*>(p.A) + e0 * p.K + k0, p.K, cols, 1.f);
-      });
+      few_dots(p, sums.at[0], kWidePitch, rows, width, x.at[0], kPitch, p.A, e0 * p.K + k0, p.K, cols);
     } else {
       product(sums.at[0], kWidePitch, rows, width, x.at[0], 1, kPitch, p.packed_A + k0 * pitch(p.E) + e0, pitch(p.E),
               cols);
@@ -132,10 +155,7 @@ static void expand_unit(const Problem& p, int64_t n0, int64_t first, int64_t las
       for (int64_t j = 0; j < cols; j += kLanes) store(tile.at[i] + j, load(bias + j));
     }
     if (few(p)) {
-      with_type(p.factors, [&](auto number) {
-        dots<false>(tile.at[0], kPitch, rows, cols, u, p.E, static_cast<const decltype(number)*>(p.B) + n0 * p.E, p.E,
-                    p.E, 1.f);
-      });
+      few_dots(p, tile.at[0], kPitch, rows, cols, u, p.E, p.B, n0 * p.E, p.E, p.E);
     } else {
       product(tile.at[0], kPitch, rows, cols, u, 1, p.E, b_t, kPitch, p.E);
     }
