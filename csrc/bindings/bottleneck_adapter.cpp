@@ -1,4 +1,4 @@
-// bottleneck_adapter for CPU tensors: allocate, fill the Problem, run its steps.
+// bottleneck_adapter for CPU tensors: allocate, fill the Problem, run its steps, which are lent torch's GEMM.
 #include "bindings/bottleneck_adapter.h"
 
 #include "bindings/bottleneck_adapter_call.h"
@@ -7,8 +7,23 @@
 namespace pk {
 namespace {
 
+using bottleneck_adapter::Matrix;
 using bottleneck_adapter::Norm;
 using bottleneck_adapter::Problem;
+
+Tensor tensor_of(const Matrix& m) {
+  const int64_t sizes[2] = {m.rows, m.cols}, strides[2] = {m.row_stride, m.col_stride};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+      m.data, 2, sizes, strides, 0, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+void library_gemm(const Matrix& c, const Matrix& a, const Matrix& b, float alpha, bool accumulate) {
+  const Tensor out = tensor_of(c);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), tensor_of(a).get(), tensor_of(b).get(),
+                                                         accumulate ? 1.0 : 0.0, alpha));
+}
 
 // A Problem filled from tensors, and the tensors that keep the memory alive.
 class BottleneckCall {
@@ -16,6 +31,7 @@ class BottleneckCall {
   Problem problem{};
 
   explicit BottleneckCall(const BottleneckArguments& a) {
+    alive_.reserve(kMostTensors);
     Problem& p = problem;
     p.type = *dtype_of(dtype_code(a.x));
     p.factors = *dtype_of(dtype_code(a.down_weight));
@@ -53,6 +69,7 @@ class BottleneckCall {
   }
 
   void run(bool backward) {
+    if (suits_gemm(problem)) problem.gemm = library_gemm;
     const Tensor scratch = empty({bottleneck_adapter::scratch_floats(problem, backward)}, aoti_torch_dtype_float32());
     set_scratch(problem, backward, static_cast<float*>(scratch.mutable_data_ptr()));
     for (const bottleneck_adapter::Step& step : backward ? backward_steps(problem) : forward_steps(problem)) {
@@ -66,6 +83,8 @@ class BottleneckCall {
     return alive_.back().const_data_ptr();
   }
   const void* data(const OptionalTensor& tensor) { return tensor ? data(*tensor) : nullptr; }
+
+  static constexpr size_t kMostTensors = 10;
 
   std::vector<Tensor> alive_;
 };

@@ -125,11 +125,11 @@ class BottleneckCheck {
 
   template <size_t kCount>
   static void one_of(const char* name, const std::string& value, const char* const (&allowed)[kCount]) {
-    std::string words;
     for (const char* one : allowed) {
       if (value == one) return;
-      words += (words.empty() ? "" : ", ") + std::string(one);
     }
+    std::string words;
+    for (const char* one : allowed) words += (words.empty() ? "" : ", ") + std::string(one);
     refuse(name, " must be one of ", words, ", got '", value, "'");
   }
 

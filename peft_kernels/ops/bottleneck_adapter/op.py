@@ -224,13 +224,12 @@ def autograd(namespace):
                 grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
             return None, None, grads[0], dy if dresidual else None, *grads[1:]
 
-    def kernel(x, residual, *rest):
-        tensors, numbers, seed = (x, residual, *rest[:8]), rest[8:14], rest[14]
-        refuse_tangents(NAME, x, [tensors[1:]])
-        if torch.is_grad_enabled() and any_requires_grad(x, [tensors[1:]]):
-            return Bottleneck.apply(numbers, seed, *tensors)
+    def kernel(*arguments):  # ten tensors, six numbers, the seed
+        refuse_tangents(NAME, arguments[0], (arguments[1:10],))
+        if torch.is_grad_enabled() and any_requires_grad(arguments[0], (arguments[1:10],)):
+            return Bottleneck.apply(arguments[10:16], arguments[16], *arguments[:10])
         with below_autograd():
-            return forward_op(*tensors, *numbers, seed)
+            return forward_op(*arguments)
 
     return kernel
 

@@ -162,6 +162,10 @@ def samples() -> list[Sample]:
             "busy", "work for several threads", ((BF16, BF16), (F32, F32)), busy=True, rows=(200,), K=1000, N=1024,
             E=70, activation="gelu_tanh", **everything,
         ),
+        _plain("busy-rows", "many rows of fp32, no norm, work for several threads", ((F32, F32),), busy=True,
+               rows=(300,), K=531, N=283, E=70, activation="silu", scale="channel", p=0.1),
+        _changed("busy-inside", "the same within wider buffers, x the residual", lambda a: {"x": inside(a["x"])},
+                 ((F32, F32),), rows=(70,), K=531, N=None, E=75),
         _plain("busy-row", "few rows, work for several threads", ((BF16, BF16),), busy=True, rows=(8,), K=1000, N=None,
                E=256, p=0.1),
     ]  # fmt: skip
