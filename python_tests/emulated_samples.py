@@ -228,6 +228,16 @@ def bottleneck(case, pair, rows):
     return arguments, testing.gradients_for(BOTTLENECK, arguments)
 
 
+@pytest.mark.skipif(BUILD != "plain", reason="half a minute each; the kernel's own test runs in every build")
+@pytest.mark.parametrize("pair", bottleneck_samples.HALVES, ids=str)
+def test_many_rows_of_a_bottleneck_take_one_launch(pair):
+    """The cheapest of the busy samples that meet the fused kernel."""
+    (sample,) = [sample for sample in BOTTLENECK.samples() if sample.id == "rows-8129-bottleneck-1"]
+    with testing.poisoned_memory():
+        arguments = sample.make("cpu", *pair)
+        testing.assert_matches_oracle(BOTTLENECK, arguments, *testing.operators(f"emulated_{BUILD}", BOTTLENECK))
+
+
 @each_pair
 @each_bottleneck
 def test_a_bottleneck_has_the_same_bits_for_every_schedule(case, pair):

@@ -1,6 +1,6 @@
-// bottleneck_adapter on a GPU: allocate, launch. Three launches where tensor cores serve the dtypes and there is
-// no norm: shrink, activate, expand, which reads the residual and writes y. Nothing here waits for the device or reads
-// from it.
+// bottleneck_adapter on a GPU: allocate, launch. Where tensor cores serve the dtypes and there is no norm: three
+// launches, shrink, activate and expand, which reads the residual and writes y, or one for many rows, `fused`. Nothing
+// here waits for the device or reads from it.
 #include "bindings/bottleneck_adapter.h"
 #include "bindings/bottleneck_adapter_cuda_call.h"
 
@@ -9,6 +9,16 @@ namespace {
 
 using bottleneck_adapter::Activate;
 using lora_linear::Gated;
+
+Gated gated_of(const BottleneckCall& b) {
+  return {BottleneckCall::data_of(b.gate),
+          BottleneckCall::data_of(b.scale),
+          BottleneckCall::data_of(b.up_bias),
+          b.per_channel,
+          b.a.scaling,
+          BottleneckCall::scale_of(b.keep_inside),
+          b.keep_output};
+}
 
 // Writes h and returns u = drop(f(h)) without the dropout's scale.
 Tensor run_down(const BottleneckCall& b, const Tensor& h) {
@@ -55,13 +65,7 @@ Tensor run_down(const BottleneckCall& b, const Tensor& h) {
 // y = residual + scaling gate scale drop(u B^T + bias).
 void run_up(const BottleneckCall& b, const Tensor& u, const Rows& residual, const Tensor& y) {
   const CudaCall& call = b.call;
-  const Gated gated{BottleneckCall::data_of(b.gate),
-                    BottleneckCall::data_of(b.scale),
-                    BottleneckCall::data_of(b.up_bias),
-                    b.per_channel,
-                    b.a.scaling,
-                    BottleneckCall::scale_of(b.keep_inside),
-                    b.keep_output};
+  const Gated gated = gated_of(b);
   if (call.tensor_cores) {
     const lora_linear::Expand expand{y.mutable_data_ptr(),
                                      b.M,
@@ -89,12 +93,38 @@ void run_up(const BottleneckCall& b, const Tensor& u, const Rows& residual, cons
   call.launched("finish", bottleneck_adapter::finish(call.type, call.factors, finish, b.stream()));
 }
 
+void run_fused(const BottleneckCall& b, const Rows& residual, const Tensor& y, const Tensor& h) {
+  const bottleneck_adapter::Fused fused{b.x.data(),
+                                        b.x.stride,
+                                        b.M,
+                                        b.K,
+                                        b.A().const_data_ptr(),
+                                        BottleneckCall::data_of(b.down_bias),
+                                        b.E,
+                                        b.B().const_data_ptr(),
+                                        b.N,
+                                        residual.data(),
+                                        residual.stride,
+                                        static_cast<float*>(h.mutable_data_ptr()),
+                                        y.mutable_data_ptr(),
+                                        b.activation,
+                                        b.keep_inside,
+                                        gated_of(b),
+                                        b.seed};
+  b.call.launched("fused", bottleneck_adapter::fused(b.call.type, fused, b.stream()));
+}
+
 std::tuple<Tensor, Tensor> forward(const BottleneckArguments& a) {
   const BottleneckCall b("bottleneck_adapter", a);
   const Tensor y = empty_rows(a.x, b.N, dtype_code(a.x)), h = b.call.scratch({b.M, b.E});
   if (b.M == 0) return {y, h};
+  const Rows onto = a.residual ? as_rows(*a.residual) : b.x;
+  if (!b.has_norm && bottleneck_adapter::has_fused_kernel(b.call.type, b.call.factors, b.M, b.E)) {
+    run_fused(b, onto, y, h);
+    return {y, h};
+  }
   const Tensor u = run_down(b, h);
-  run_up(b, u, a.residual ? as_rows(*a.residual) : b.x, y);
+  run_up(b, u, onto, y);
   return {y, h};
 }
 

@@ -53,6 +53,27 @@ struct Slope {
 };
 cudaError_t slope(Dtype factors, const Slope& call, cudaStream_t stream);
 
+// The whole forward in one launch, of 16-bit x and factors of the same type and E <= 256, for any M; has_fused_kernel
+// says for which it is meant, by shape and types alone. x, residual: rows a stride apart, unit stride along them.
+struct Fused {
+  const void* x;
+  int64_t x_stride, M, K;
+  const void *A, *down_bias;  // [E, K]; [E] or null
+  int64_t E;
+  const void* B;  // [N, E]
+  int64_t N;
+  const void* residual;
+  int64_t residual_stride;
+  float* h;        // [M][E]: x A^T + down_bias
+  void* y;         // [M][N]
+  int activation;  // of common/activation.h
+  Keep keep;       // of the bottleneck; its scale is a factor of gated.sum_scale
+  Gated gated;
+  const uint64_t* seed;
+};
+bool has_fused_kernel(Dtype x, Dtype factors, int64_t M, int64_t E);
+cudaError_t fused(Dtype x, const Fused& call, cudaStream_t stream);
+
 // With D and d the sums of their parts and s[n] = scale[n or 0]:
 //   up_weight_grad[n, e] = weight_factor s D[n, e]            up_bias_grad[n] = bias_factor s d[n]
 //   scale_grad[n] = weight_factor sum_e B[n, e] D[n, e] + bias_factor b[n] d[n]

@@ -113,6 +113,18 @@ def _far_from_one() -> list[Sample]:
     ]  # fmt: skip
 
 
+# More rows than 127 tiles of 64, which is where a backend for 16 bits may take the op in one launch
+HALVES = ((BF16, BF16), (F16, F16))
+FUSED = [
+    (8129, "the first count of them, one row in the last tile", dict(K=67, N=None, E=1, activation="identity")),
+    (8191, "a row less than whole tiles, ragged matrices",
+     dict(K=67, N=131, E=33, activation="gelu", scale="channel", gated=True, p=0.1)),
+    (8192, "whole tiles", dict(K=64, N=64, E=64, activation="silu", biased=False)),
+    (8193, "a row more than whole tiles", dict(K=136, N=72, E=65, scale="scalar", p=0.1, dropout_on="output")),
+    (8130, "the widest bottleneck of it", dict(K=72, N=None, E=256, activation="sigmoid", gated=True, p=0.1)),
+]  # fmt: skip
+
+
 def samples() -> list[Sample]:
     """Each for an edge that has broken a kernel somewhere, or would."""
     everything = dict(norm="layer_norm", scale="channel", gated=True, p=0.1)
@@ -166,6 +178,8 @@ def samples() -> list[Sample]:
                rows=(300,), K=531, N=283, E=70, activation="silu", scale="channel", p=0.1),
         _changed("busy-inside", "the same within wider buffers, x the residual", lambda a: {"x": inside(a["x"])},
                  ((F32, F32),), rows=(70,), K=531, N=None, E=75),
+        *(_plain(f"rows-{rows}-bottleneck-{sizes['E']}", f"rows for one fused kernel, {why}", HALVES, busy=True,
+                 rows=(rows,), **sizes) for rows, why, sizes in FUSED),
         _plain("busy-row", "few rows, work for several threads", ((BF16, BF16),), busy=True, rows=(8,), K=1000, N=None,
                E=256, p=0.1),
     ]  # fmt: skip
