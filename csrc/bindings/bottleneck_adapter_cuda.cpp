@@ -1,6 +1,6 @@
 // bottleneck_adapter on a GPU: allocate, launch. Where tensor cores serve the dtypes and there is no norm: three
-// launches, shrink, activate and expand, which reads the residual and writes y, or one for many rows, `fused`. Nothing
-// here waits for the device or reads from it.
+// launches, shrink, activate and expand, which reads the residual and writes y; or, up to E = 256 and in 16 bits, one
+// for many rows, `fused`, and two for few, shrink and `fused`. Nothing here waits for the device or reads from it.
 #include "bindings/bottleneck_adapter.h"
 #include "bindings/bottleneck_adapter_cuda_call.h"
 
@@ -20,6 +20,20 @@ Gated gated_of(const BottleneckCall& b) {
           b.keep_output};
 }
 
+void run_shrink(const BottleneckCall& b, int splits, const Tensor& parts) {
+  const CudaCall& call = b.call;
+  const lora_linear::Shrink shrink{b.x.data(),
+                                   b.x.stride,
+                                   b.M,
+                                   b.K,
+                                   static_cast<float*>(parts.mutable_data_ptr()),
+                                   b.E,
+                                   splits,
+                                   nullptr,
+                                   BottleneckCall::adapter_of(b.A().const_data_ptr(), b.E, 1)};
+  call.launched("shrink", lora_linear::shrink(call.type, call.factors, shrink, b.stream()));
+}
+
 // Writes h and returns u = drop(f(h)) without the dropout's scale.
 Tensor run_down(const BottleneckCall& b, const Tensor& h) {
   const CudaCall& call = b.call;
@@ -28,16 +42,7 @@ Tensor run_down(const BottleneckCall& b, const Tensor& h) {
       tensor_cores ? lora_linear::shrink_splits(b.M, b.K, b.E) : lora_linear::product_splits(b.M, b.E, b.K);
   const Tensor parts = splits > 1 ? call.scratch({splits, b.M, b.E}) : h;
   if (tensor_cores) {
-    const lora_linear::Shrink shrink{b.x.data(),
-                                     b.x.stride,
-                                     b.M,
-                                     b.K,
-                                     static_cast<float*>(parts.mutable_data_ptr()),
-                                     b.E,
-                                     splits,
-                                     nullptr,
-                                     BottleneckCall::adapter_of(b.A().const_data_ptr(), b.E, 1)};
-    call.launched("shrink", lora_linear::shrink(call.type, call.factors, shrink, b.stream()));
+    run_shrink(b, splits, parts);
   } else {
     OptionalTensor normed;
     if (b.has_norm) normed = b.normalized(true, std::nullopt);
@@ -93,7 +98,9 @@ void run_up(const BottleneckCall& b, const Tensor& u, const Rows& residual, cons
   call.launched("finish", bottleneck_adapter::finish(call.type, call.factors, finish, b.stream()));
 }
 
-void run_fused(const BottleneckCall& b, const Rows& residual, const Tensor& y, const Tensor& h) {
+// Everything in one launch; with parts of x A^T, all that follows.
+void run_fused(const BottleneckCall& b, const Rows& residual, const Tensor& y, const Tensor& h,
+               const OptionalTensor& parts, int splits) {
   const bottleneck_adapter::Fused fused{b.x.data(),
                                         b.x.stride,
                                         b.M,
@@ -110,7 +117,9 @@ void run_fused(const BottleneckCall& b, const Rows& residual, const Tensor& y, c
                                         b.activation,
                                         b.keep_inside,
                                         gated_of(b),
-                                        b.seed};
+                                        b.seed,
+                                        parts ? static_cast<const float*>(parts->const_data_ptr()) : nullptr,
+                                        splits};
   b.call.launched("fused", bottleneck_adapter::fused(b.call.type, fused, b.stream()));
 }
 
@@ -120,7 +129,14 @@ std::tuple<Tensor, Tensor> forward(const BottleneckArguments& a) {
   if (b.M == 0) return {y, h};
   const Rows onto = a.residual ? as_rows(*a.residual) : b.x;
   if (!b.has_norm && bottleneck_adapter::has_fused_kernel(b.call.type, b.call.factors, b.M, b.E)) {
-    run_fused(b, onto, y, h);
+    run_fused(b, onto, y, h, std::nullopt, 0);
+    return {y, h};
+  }
+  if (!b.has_norm && bottleneck_adapter::has_few_rows_kernel(b.call.type, b.call.factors, b.M, b.N, b.E)) {
+    const int splits = lora_linear::shrink_splits(b.M, b.K, b.E);
+    const Tensor parts = b.call.scratch({splits, b.M, b.E});
+    run_shrink(b, splits, parts);
+    run_fused(b, onto, y, h, parts, splits);
     return {y, h};
   }
   const Tensor u = run_down(b, h);

@@ -53,8 +53,10 @@ struct Slope {
 };
 cudaError_t slope(Dtype factors, const Slope& call, cudaStream_t stream);
 
-// The whole forward in one launch, of 16-bit x and factors of the same type and E <= 256, for any M; has_fused_kernel
-// says for which it is meant, by shape and types alone. x, residual: rows a stride apart, unit stride along them.
+// The whole forward in one launch, of 16-bit x and factors of the same type and E <= 256; or, with `parts`, what comes
+// behind the shrink that wrote them, which it may overlap: then x and A are not read. Both for any M; has_fused_kernel
+// and has_few_rows_kernel say for which they are meant, by shape and types alone. x, residual: rows a stride apart,
+// unit stride along them.
 struct Fused {
   const void* x;
   int64_t x_stride, M, K;
@@ -70,8 +72,11 @@ struct Fused {
   Keep keep;       // of the bottleneck; its scale is a factor of gated.sum_scale
   Gated gated;
   const uint64_t* seed;
+  const float* parts = nullptr;  // [splits][M][E], of x A^T
+  int splits = 0;
 };
 bool has_fused_kernel(Dtype x, Dtype factors, int64_t M, int64_t E);
+bool has_few_rows_kernel(Dtype x, Dtype factors, int64_t M, int64_t N, int64_t E);
 cudaError_t fused(Dtype x, const Fused& call, cudaStream_t stream);
 
 // With D and d the sums of their parts and s[n] = scale[n or 0]:

@@ -1,4 +1,5 @@
-// The whole forward of bottleneck_adapter in one launch: many rows, E <= 256, x [M, K] and the factors of one 16-bit T:
+// The whole forward of bottleneck_adapter in one launch: many rows, E <= 256, x [M, K] and the factors of one 16-bit T.
+// For few rows the second of two: x A^T then comes in parts from a shrink, and every tile of N has its own block.
 //   h = x A^T + a (fp32, written),  u = drop(f(h)),  y = residual + (gated, as of Expand) from u B^T
 // Bound by reading x and the residual and writing y, each once. Grid: a block of 8 warps for each 64 rows. It walks
 // along K in stages of 64 columns of x and A, with h in fp32 registers; lays h down in shared memory, where a warp to a
@@ -14,6 +15,7 @@ namespace {
 
 constexpr int kDepth = 64, kPiece = 32, kPieces = 3;  // of a stage along K; of B along E, and how many are on their way
 constexpr int kWidest = 256;                          // E
+constexpr int kMostTiles = 65535;                     // along N, where each has its block
 constexpr int kFillingTiles = 128;                    // about one for each multiprocessor of the large GPUs
 
 template <int kE>
@@ -91,17 +93,34 @@ __device__ __forceinline__ void project_down(const Fused& call, const Vectors& v
   __syncthreads();
 }
 
+// The same from parts of x A^T, which are added in order.
+template <int kE>
+__device__ __forceinline__ void add_parts(const Fused& call, float* hidden, int64_t m0, int rows) {
+  for (int i = static_cast<int>(threadIdx.x); i < rows * kE; i += kThreads) {
+    const int row = i / kE, e = i % kE;
+    const float* const from = call.parts + (m0 + row) * call.E + e;
+    float sum = 0.f;
+    if (e < call.E) {
+#pragma unroll 4
+      for (int p = 0; p < call.splits; ++p) sum += from[p * call.M * call.E];
+    }
+    hidden[row * (Shape<kE>::kPitch / 2) + e] = sum;
+  }
+  __syncthreads();
+}
+
 __device__ __forceinline__ float power_of_two(int exponent) {
   return __uint_as_float(static_cast<uint32_t>(127 + exponent) << 23);
 }
 
-// h = sum + a, written; u, which is 0 past the last column. `random` is the element's lane of Philox.
+// h = sum + a, written by the first block of the rows; u, which is 0 past the last column. `random` is the element's
+// lane of Philox.
 template <class T>
 __device__ __forceinline__ float activate_one(const Fused& call, int64_t m, int64_t e, float sum, uint32_t random) {
   if (e >= call.E) return 0.f;
   const T* const bias = static_cast<const T*>(call.down_bias);
   const float h = bias ? sum + to_float(bias[e]) : sum;
-  call.h[m * call.E + e] = h;
+  if (blockIdx.y == 0) call.h[m * call.E + e] = h;
   return random < call.keep.threshold ? activated(call.activation, h) : 0.f;
 }
 
@@ -176,7 +195,7 @@ __device__ __forceinline__ void multiply_up(float (&sum)[4][4], const T* u, cons
   }
 }
 
-template <class T, int kE>
+template <class T, int kE, bool kParts>
 __global__ void __launch_bounds__(kThreads, 2)
     bottleneck_adapter_forward_fused_kernel(const __grid_constant__ Fused call, const Vectors vectors) {
   using S = Shape<kE>;
@@ -184,15 +203,17 @@ __global__ void __launch_bounds__(kThreads, 2)
   __shared__ float up[kRows], bias[kCols], scale[kCols];
   const int64_t m0 = static_cast<int64_t>(blockIdx.x) * kRows;
   const int rows = call.M - m0 < kRows ? static_cast<int>(call.M - m0) : kRows;
-  project_down<T, kE>(call, vectors, shared, m0, rows);
+  if constexpr (!kParts) project_down<T, kE>(call, vectors, shared, m0, rows);
 
   float* const tile = reinterpret_cast<float*>(shared + S::kOut / 2);
   T* const pieces = shared + S::kFactor / 2;
   const int count = static_cast<int>((call.E + kPiece - 1) / kPiece);
-  int64_t next_n = 0;
+  const int64_t begin = kParts ? static_cast<int64_t>(blockIdx.y) * kCols : 0;
+  const int64_t end = kParts && call.N - begin > kCols ? begin + kCols : call.N;
+  int64_t next_n = begin;
   int next = 0, filled = 0, used = 0;
   const auto fetch = [&] {
-    if (next_n < call.N) {
+    if (next_n < end) {
       copy_tile<kCols, kPiece>(pieces + filled * S::kPieceSize, static_cast<const T*>(call.B) + next_n * call.E, call.E,
                                call.N - next_n, next * kPiece, call.E, vectors.up);
       filled = filled + 1 == kPieces ? 0 : filled + 1;
@@ -202,6 +223,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     cp_async_commit();
   };
   for (int i = 0; i < kPieces - 1; ++i) fetch();
+  if constexpr (kParts) {
+    wait_for_previous_launch();
+    add_parts<kE>(call, reinterpret_cast<float*>(shared), m0, rows);
+  }
   make_parts<T, kE>(call, shared, up, m0, rows);
   __syncthreads();
 
@@ -216,7 +241,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   Run<T> run;
 #pragma unroll 1
-  for (int64_t n0 = 0; n0 < call.N; n0 += kCols) {
+  for (int64_t n0 = begin; n0 < end; n0 += kCols) {
     const T* const residual = static_cast<const T*>(call.residual) + m0 * call.residual_stride + n0;
     run.fetch(residual, call.residual_stride, rows, call.N - n0, vectors.residual);
     if (threadIdx.x < kCols) load_column<T>(bias[threadIdx.x], scale[threadIdx.x], call, n0 + threadIdx.x);
@@ -243,9 +268,16 @@ cudaError_t launch_fused(const Fused& call, cudaStream_t stream) {
   const Vectors vectors{vector_rows(call.x, call.x_stride, kSize), vector_rows(call.A, call.K, kSize),
                         vector_rows(call.B, call.E, kSize), vector_rows(call.residual, call.residual_stride, kSize),
                         vector_rows(call.y, call.N, kSize)};
-  const dim3 grid(static_cast<unsigned>((call.M + kRows - 1) / kRows));
-  return PK_LAUNCH((bottleneck_adapter_forward_fused_kernel<T, kE>), grid, dim3(kThreads), Shape<kE>::kBytes, stream,
-                   call, vectors);
+  const unsigned row_tiles = static_cast<unsigned>((call.M + kRows - 1) / kRows);
+  if (!call.parts) {
+    return PK_LAUNCH((bottleneck_adapter_forward_fused_kernel<T, kE, false>), dim3(row_tiles), dim3(kThreads),
+                     Shape<kE>::kBytes, stream, call, vectors);
+  }
+  const int64_t col_tiles = (call.N + kCols - 1) / kCols;
+  if (col_tiles > kMostTiles) return cudaErrorInvalidValue;
+  return PK_LAUNCH_OVERLAPPED((bottleneck_adapter_forward_fused_kernel<T, kE, true>),
+                              dim3(row_tiles, static_cast<unsigned>(col_tiles)), dim3(kThreads), Shape<kE>::kUp, stream,
+                              call, vectors);
 }
 
 template <class T>
@@ -257,12 +289,19 @@ cudaError_t fused_of(const Fused& call, cudaStream_t stream) {
                        : launch_fused<T, 64>(call, stream);
 }
 
+bool serves(Dtype x, Dtype factors, int64_t E) {
+  return x == factors && (x == Dtype::kBFloat16 || x == Dtype::kFloat16) && E <= kWidest;
+}
+
 }  // namespace
 
 // Enough rows that a block for each tile of them fills a large GPU: with fewer, more blocks share the work of a row.
 bool has_fused_kernel(Dtype x, Dtype factors, int64_t M, int64_t E) {
-  return x == factors && (x == Dtype::kBFloat16 || x == Dtype::kFloat16) && E <= kWidest &&
-         M > kRows * (kFillingTiles - 1);
+  return serves(x, factors, E) && M > kRows * (kFillingTiles - 1);
+}
+
+bool has_few_rows_kernel(Dtype x, Dtype factors, int64_t M, int64_t N, int64_t E) {
+  return serves(x, factors, E) && M <= lora_linear::kFewRowsCuda && N <= kMostTiles * kCols;
 }
 
 cudaError_t fused(Dtype x, const Fused& call, cudaStream_t stream) {

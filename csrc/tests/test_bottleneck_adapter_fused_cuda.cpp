@@ -1,5 +1,6 @@
-// The fused forward of bottleneck_adapter against loops in double: rows, columns and bottlenecks around the tiles, rows
-// that no vector fits, all options and none, masks, and what fp16 cannot hold. Needs a GPU, or the emulator.
+// The fused forward of bottleneck_adapter, whole and behind a shrink, against loops in double: rows, columns and
+// bottlenecks around the tiles, rows that no vector fits, all options and none, masks, and what fp16 cannot hold. Needs
+// a GPU, or the emulator.
 #include <cmath>
 #include <cstdio>
 #include <string>
@@ -51,7 +52,8 @@ struct Matrix {
 
 struct Sizes {
   int64_t M, K, E, N;
-  int64_t gap;  // between the rows of x and of the residual
+  int64_t gap;     // between the rows of x and of the residual
+  int splits = 0;  // parts of x A^T that are given
 };
 struct Options {
   bool all, per_channel, drops_inside;  // all: biases, gate, scale and a mask
@@ -78,6 +80,17 @@ void check(Dtype T, const Sizes& s, const Options& o) {
   gated.scaling = scaling;
   gated.sum_scale = sum_scale;
   if (o.all) gated = {gate.data(), scale.data(), b.data(), o.per_channel, scaling, sum_scale, outside ? keep : Keep{}};
+  Matrix parts_of_h(Dtype::kFloat32, s.splits * M, E, E);
+  lora_linear::Shrink shrink{};
+  shrink.x = x.data();
+  shrink.x_stride = x.stride;
+  shrink.M = M;
+  shrink.K = K;
+  shrink.h = static_cast<float*>(parts_of_h.data());
+  shrink.R = E;
+  shrink.splits = s.splits;
+  shrink.adapters.count = 1;
+  shrink.adapters.at[0] = {A.data(), nullptr, static_cast<int>(E), 0, 0, 1.f, Keep{}};
   const Fused call{x.data(),
                    x.stride,
                    M,
@@ -94,8 +107,13 @@ void check(Dtype T, const Sizes& s, const Options& o) {
                    o.activation,
                    inside ? keep : Keep{},
                    gated,
-                   seed.data()};
-  bool right = ran([&] { return fused(T, call, nullptr); });
+                   seed.data(),
+                   s.splits ? static_cast<const float*>(parts_of_h.data()) : nullptr,
+                   s.splits};
+  bool right = ran([&] {
+    const cudaError_t first = s.splits ? lora_linear::shrink(T, T, shrink, nullptr) : cudaSuccess;
+    return first != cudaSuccess ? first : fused(T, call, nullptr);
+  });
   const double rounding = T == Dtype::kFloat16 ? 0x1p-11 : 0x1p-8, parts = T == Dtype::kFloat16 ? 0x1p-18 : 0x1p-15;
   std::vector<double> u(static_cast<size_t>(E));
   for (int64_t m = 0; m < M; ++m) {
@@ -179,6 +197,10 @@ int main() {
     check(T, {5, 128, 33, 40, 1}, {false, false, false, kIdentity, 1});
     check(T, {66, 64, 72, 65, 8}, {true, true, true, kIdentity, 256});  // |h| far beyond 65504
     check(T, {3, 72, 8, 16, 0}, {false, false, false, kRelu, 0x1p-6});
+    check(T, {1, 72, 40, 136, 8, 3}, {true, true, true, kGelu, 1});
+    check(T, {16, 67, 5, 65, 0, 1}, {true, false, false, kRelu, 1});
+    check(T, {66, 64, 256, 24, 8, 2}, {false, false, false, kTanh, 1});
+    check(T, {5, 64, 128, 131, 8, 2}, {true, true, true, kIdentity, 256});
     stays_in_its_row(T);
   }
   printf("%s: %d cases, %d failures\n", test::kWhere, cases, failures);
