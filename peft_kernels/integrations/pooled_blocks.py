@@ -65,7 +65,9 @@ def _refuse(config: BottleneckConfig | BitFitConfig, source, name: str) -> None:
         f"norm={config.norm!r} normalises what the adapter reads": config.norm != "none",
         "gate=True works a gate out for each token": config.gate,
         f"modules_to_save={config.modules_to_save!r} trains parts of the model": config.modules_to_save is not None,
-        f"reads={config.reads!r} is where a pool has no site": config.reads in OF_STREAM,
+        f"reads={config.reads!r} reads the residual stream (reads='output', or 'input', does not)": (
+            config.reads in OF_STREAM
+        ),
     }
     for reason, applies in reasons.items():
         if applies:
