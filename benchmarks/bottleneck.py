@@ -7,6 +7,7 @@ A training step is y, then the gradients of x and of the adapter; inference is y
     eager            the adapter in plain PyTorch; of several, a loop over them with their rows gathered
     compiled         block and eager adapter under torch.compile
     adapterhub       AdapterHub's own module in place of the eager one, where `adapters` can be imported
+    widened          the block of a Llama with its adapter built in by peft_kernels.widen: inference of one adapter
     op               bottleneck_adapter; of several, batched_lora_ over a pool, whose route is ready
 
 Caches are emptied before every step, as in a model, where the other layers do it.
@@ -18,41 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
-import peft_kernels
 from benchmarks import gate, measure, record
 from benchmarks.batched_lora.timing import clock
+from benchmarks.bottleneck_arms import ARMS, NAME, Cell, build, kernels
+from benchmarks.runs import Run
 from benchmarks.shapes import BF16, F32, MODELS
 from benchmarks.tables import grid_table
-from peft_kernels import backends, registry
+from peft_kernels import registry
 
-NAME = "bottleneck_adapter"
-ARMS = ("eager", "compiled", "adapterhub", "op")
 LEAST_ROUNDS = {"cpu": 15, "gpu": 50, "full": 30, "quick": 3}
 SECONDS = {"cpu": 4.0, "gpu": 0.5, "full": 0.5, "quick": 0.1}
 FOREIGN = ("torch", "inductor", "adapterhub")  # backends that are not ours
-SCALING = 4.0
 BOTTLENECKS, ROWS, ADAPTERS = (64, 256), (1, 8, 64, 512, 4096), (1, 8, 64)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """M rows through a block [d -> f -> d] with `adapters` of bottleneck E, taking turns at the rows."""
-
-    dtype: torch.dtype
-    d: int
-    f: int
-    E: int
-    M: int
-    adapters: int
-    direction: str  # "training" (of one adapter) or "inference"
-
-    @property
-    def title(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{dtype} {self.d} x {self.f} E={self.E} M={self.M} {self.adapters} adapters {self.direction}"
 
 
 @dataclass(frozen=True)
@@ -81,23 +60,6 @@ class Row(record.Origin):
     not_timed: str  # why this arm has no time (its numbers are NaN); empty where it has
 
 
-@dataclass(frozen=True, eq=False)
-class Arm:
-    name: str
-    backend: str
-    run: Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What holds for every cell of a run."""
-
-    device: torch.device
-    rounds: int
-    seconds: float
-    origin: dict[str, str | int]
-
-
 def cells(grid: str, model: str = "") -> list[Cell]:
     """The cells of a grid of shapes.GRIDS; `model` restricts `full` to one of shapes.MODELS."""
     if grid == "quick":
@@ -118,149 +80,6 @@ def _star(dtype: torch.dtype, blocks: list, Ms: tuple[int, ...], directions: tup
     found = [Cell(dtype, *block, M, 1, direction) for block in blocks for M in Ms for direction in directions]
     pairs = [(M, adapters) for adapters in ADAPTERS[1:] for M in Ms if adapters <= M <= 64]
     return found + [Cell(dtype, *blocks[-1], M, adapters, "inference") for M, adapters in pairs]
-
-
-# -- arms -------------------------------------------------------------------------------------------------------------
-
-
-class NotHere(Exception):  # noqa: N818  (no error: a contender that this cell is not for)
-    """Why a contender is not timed in a cell."""
-
-
-class Problem:
-    """x [M, d], the block's weights, and the factors of every adapter: (A, a, B, b)."""
-
-    def __init__(self, cell: Cell, device: torch.device):
-        def random(*shape, scale=1.0):
-            return torch.randn(shape, device=device).mul_(scale).to(cell.dtype)
-
-        d, f, E = cell.d, cell.f, cell.E
-        self.cell, self.device = cell, device
-        self.training = cell.direction == "training"
-        self.x, self.dy = random(cell.M, d).requires_grad_(self.training), random(cell.M, d)
-        self.gate, self.up = random(f, d, scale=d**-0.5), random(f, d, scale=d**-0.5)
-        self.down = random(d, f, scale=f**-0.5)
-        self.adapters = [
-            tuple(t.requires_grad_(self.training) for t in (
-                random(E, d, scale=d**-0.5), random(E), random(d, E, scale=E**-0.5), random(d)))
-            for _ in range(cell.adapters)
-        ]  # fmt: skip
-        self.ids = torch.arange(cell.M, device=device) % cell.adapters
-
-    def ffn(self, x: Tensor) -> Tensor:
-        hidden = functional.silu(functional.linear(x, self.gate)) * functional.linear(x, self.up)
-        return functional.linear(hidden, self.down)
-
-    def step(self, forward: Callable[[Tensor], Tensor], parameters: tuple[Tensor, ...]) -> Callable[[], object]:
-        """What is timed: the output, or the gradients too."""
-        if not self.training:
-            return torch.no_grad()(lambda: forward(self.x))
-        return lambda: torch.autograd.grad(forward(self.x), (self.x, *parameters), self.dy)
-
-
-def _bottleneck(x: Tensor, A: Tensor, a: Tensor, B: Tensor, b: Tensor) -> Tensor:
-    return functional.linear(functional.relu(functional.linear(x, A, a)), B, b) * SCALING
-
-
-def _eager_forward(problem: Problem) -> Callable[[Tensor], Tensor]:
-    if problem.cell.adapters == 1:
-        return lambda x: problem.ffn(x) + _bottleneck(x, *problem.adapters[0])
-
-    rows_of = [(problem.ids == i).nonzero()[:, 0] for i in range(problem.cell.adapters)]
-
-    def looped(x):
-        y = problem.ffn(x)
-        for rows, adapter in zip(rows_of, problem.adapters, strict=True):
-            y.index_add_(0, rows, _bottleneck(x[rows], *adapter))
-        return y
-
-    return looped
-
-
-def _eager(problem: Problem) -> list[Arm]:
-    return [Arm("eager", "torch", problem.step(_eager_forward(problem), problem.adapters[0]))]
-
-
-def _compiled(problem: Problem) -> list[Arm]:
-    if problem.cell.adapters > 1:
-        raise NotHere("a loop over adapters, whose rows it reads, is no graph")
-    compiled = torch.compile(_eager_forward(problem), dynamic=False)
-    return [Arm("compiled", "inductor", problem.step(compiled, problem.adapters[0]))]
-
-
-def _adapterhub(problem: Problem) -> list[Arm]:
-    try:
-        from adapters import ParBnConfig
-        from adapters.methods.modeling import ParallelAdapter
-    except Exception as error:  # it needs a transformers of its own, and fails in many ways beside another
-        raise NotHere(f"AdapterHub cannot be imported: {type(error).__name__}: {error}") from error
-    if problem.cell.adapters > 1:
-        raise NotHere("its BatchSplit is a loop as well, and needs a whole model")
-    config = ParBnConfig(reduction_factor=problem.cell.d / problem.cell.E, scaling=SCALING)
-    module = ParallelAdapter("a", problem.cell.d, problem.cell.E, config).to(problem.device, problem.cell.dtype)
-    forward = lambda x: problem.ffn(x) + module(x, None)[0]  # noqa: E731
-    return [Arm("adapterhub", "adapterhub", problem.step(forward, tuple(module.parameters())))]
-
-
-def _op(problem: Problem) -> list[Arm]:
-    made = _one(problem) if problem.cell.adapters == 1 else _pooled(problem)
-    if not made:
-        raise NotHere(f"no backend but the reference is linked for {problem.device.type}")
-    return made
-
-
-def _kernels(op: str, device: torch.device) -> list[tuple[str, Callable]]:
-    names = [name for name in backends.linked(op, device.type) if name != "reference"]
-    return [(name, getattr(getattr(torch.ops, f"peft_kernels_{name}"), op).default) for name in names]
-
-
-def _one(problem: Problem) -> list[Arm]:
-    A, a, B, b = problem.adapters[0]
-    numbers = ("relu", SCALING, "none", 1e-5, 0.0, "bottleneck", None)
-    return [
-        Arm("op", name, problem.step(
-            lambda x, op=op: op(x, problem.ffn(x), A, a, B, b, None, None, None, None, *numbers)[0], (A, a, B, b)))
-        for name, op in _kernels(NAME, problem.device)
-    ]  # fmt: skip
-
-
-def _pooled(problem: Problem) -> list[Arm]:
-    cell = problem.cell
-    pool = peft_kernels.AdapterPool(
-        {"ffn": peft_kernels.Site(cell.d, cell.d)}, cell.adapters, cell.dtype, problem.device
-    )
-    for i, (A, a, B, b) in enumerate(problem.adapters):
-        entry = peft_kernels.SiteAdapter(A, B, SCALING, b, activation="relu", down_bias=a)
-        pool.add(f"a{i}", {"ffn": entry})
-    slots = pool.ids([f"a{i}" for i in problem.ids.tolist()])
-    route = torch.ops.peft_kernels.batched_lora_route.default(slots, pool.slots)
-    pages_in, *rest = pool.tables("ffn")
-
-    def forward(x, op):
-        y = problem.ffn(x)
-        op([y], x, route, pages_in, *([part] for part in rest))
-        return y
-
-    return [
-        Arm("op", name, problem.step(lambda x, op=op: forward(x, op), ()))
-        for name, op in _kernels("batched_lora_", problem.device)
-    ]
-
-
-_MAKERS = {"eager": _eager, "compiled": _compiled, "adapterhub": _adapterhub, "op": _op}
-
-
-def build(cell: Cell, device: torch.device, kinds: tuple[str, ...]) -> tuple[list[Arm], dict[str, str]]:
-    """The block twice and the arms of the given kinds; and for each contender that cannot be here, why."""
-    problem = Problem(cell, device)
-    arms = [Arm(name, "torch", problem.step(problem.ffn, ())) for name in ("ffn", "ffn_again")]
-    left_out = {}
-    for kind in kinds:
-        try:
-            arms += _MAKERS[kind](problem)
-        except NotHere as reason:
-            left_out[kind] = str(reason)
-    return arms, left_out
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -299,15 +118,9 @@ def refuse_wrong_results(cells: list[Cell], device: torch.device) -> int:
     """
     pairs, ran = {(cell.dtype, cell.dtype) for cell in cells}, 0
     for op in (NAME, "batched_lora_"):
-        names = [name for name, _ in _kernels(op, device)]
+        names = [name for name, _ in kernels(op, device)]
         ran += gate.check(registry.ops()[op], names, pairs, device)
     return ran
-
-
-def start(device: torch.device, grid: str, rounds: int, seconds: float) -> Run:
-    """A run with the grid's own rounds and seconds where none are asked for (0 and below 0)."""
-    seconds = SECONDS[grid] if seconds < 0 else seconds
-    return Run(device, rounds or LEAST_ROUNDS[grid], seconds, record.provenance(device))
 
 
 def time_cells(cells: list[Cell], kinds: tuple[str, ...], run: Run, say: Callable[[str], None], out: Path | None):

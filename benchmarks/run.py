@@ -241,7 +241,8 @@ def time_by_module(
         console.print(f"[red]refused:[/red] {red}")
         raise typer.Exit(2) from None
     console.print(f"gate: {ran} samples right; {len(cells)} cells")
-    run = timing.start(device, grid, rounds, seconds)
+    seconds = timing.SECONDS[grid] if seconds < 0 else seconds
+    run = timing.Run.here(device, rounds or timing.LEAST_ROUNDS[grid], seconds)
     timing.time_cells(cells, wanted, run, lambda text: console.print(escape(text)), out)
 
 

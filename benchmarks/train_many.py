@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 
 import peft_kernels
 from benchmarks import gate, measure, record
+from benchmarks.runs import Arm, Run
 from benchmarks.shapes import BF16, F32
 from benchmarks.tables import grid_table
 from peft_kernels import backends, registry
@@ -86,25 +87,6 @@ class Row(record.Origin):
     aa_spread: float  # how far from 1 the middle 60% of the rounds put the ratio of the two equal arms
     tokens_per_s: float
     not_timed: str  # why this arm has no time (its numbers are NaN); empty where it has
-
-
-@dataclass(frozen=True, eq=False)
-class Arm:
-    """`step` trains every adapter once and gives the ms that it took."""
-
-    name: str
-    backend: str
-    step: Callable[[], float]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What holds for every cell of a run."""
-
-    device: torch.device
-    rounds: int
-    seconds: float
-    origin: dict[str, str | int]
 
 
 def cells(grid: str) -> list[Cell]:
@@ -204,7 +186,7 @@ def build(cell: Cell, device: torch.device, kinds: tuple[str, ...]) -> tuple[lis
             step = problem.together
         arm = Arm(name, backends.bound(device.type) if ours else "peft", step)
         try:
-            arm.step()
+            arm.run()
             arms.append(arm)
         except ValueError as error:
             if name != "peft_mixed":
@@ -219,7 +201,7 @@ def build(cell: Cell, device: torch.device, kinds: tuple[str, ...]) -> tuple[lis
 def time_cell(cell: Cell, kinds: tuple[str, ...], run: Run) -> list[Row]:
     """All arms of a cell, and a row that says why for each that could not be timed."""
     arms, left_out = build(cell, run.device, kinds)
-    times = measure.interleave(arms, lambda arm: arm.step(), run.rounds, run.seconds)
+    times = measure.interleave(arms, lambda arm: arm.run(), run.rounds, run.seconds)
     peft, again = (arm for arm in times if arm.name in ("peft", "peft_again"))
     tokens = cell.adapters * cell.rows * cell.tokens
     rows = [
@@ -251,12 +233,6 @@ def refuse_wrong_results(cells: list[Cell], device: torch.device) -> int:
     """
     pairs, names = {(cell.dtype, F32) for cell in cells}, [backends.bound(device.type)]
     return sum(gate.check(registry.ops()[op], names, pairs, device) for op in ("lora_linear", "batched_lora"))
-
-
-def start(device: torch.device, grid: str, rounds: int, seconds: float) -> Run:
-    """A run with the grid's own rounds and seconds where none are asked for (0 and below 0)."""
-    seconds = SECONDS[grid] if seconds < 0 else seconds
-    return Run(device, rounds or LEAST_ROUNDS[grid], seconds, record.provenance(device))
 
 
 def time_cells(cells: list[Cell], kinds: tuple[str, ...], run: Run, say: Callable[[str], None], out: Path | None):

@@ -8,8 +8,10 @@ import ctypes
 import math
 import os
 
+import bad_bottlenecks
 import pytest
 import torch
+from pools import partly_over
 
 from peft_kernels import registry, testing
 from peft_kernels.ops.batched_lora import pooled_samples, route
@@ -133,6 +135,13 @@ def test_bad_input_is_refused_in_words(op, bad):
         assert bad.text in str(caught.value)
 
 
+@pytest.mark.parametrize("changes,text", [pytest.param(*case[1:], id=case[0]) for case in bad_bottlenecks.cases()])
+def test_bad_input_of_a_bottlenecks_backward_is_refused_in_words(changes, text):
+    with pytest.raises((RuntimeError, ValueError, TypeError)) as caught:
+        testing.operators(f"emulated_{BUILD}", BOTTLENECK)[1](*(bad_bottlenecks.good() | changes).values())
+    assert text in str(caught.value)
+
+
 # -- batches over a pool ----------------------------------------------------------------------------------------------
 
 
@@ -184,6 +193,23 @@ def test_x_may_be_y(K, pair):
         assert all(torch.equal(*both) for both in zip(got, wanted, strict=True))
 
 
+@pytest.mark.parametrize("shift", [(0, 8), (0, 3), (5, 16)], ids=str)
+@pytest.mark.parametrize("pair", pooled_samples.PAIRS, ids=str)
+def test_x_may_lie_partly_over_y(pair, shift):
+    sizes = dict(N=(72, *(24,) * 8), ranks=((3,) * 9, (0, 8) * 4 + (1,)), activations=("gelu", "identity"))
+    arguments = pooled_samples.problem("cpu", *pair, rows=19, K=64, **sizes)
+    forward = testing.operators(f"emulated_{BUILD}", POOLED)[0]
+    results = []
+    for schedule in [SCHEDULES[0], *SCHEDULES]:
+        set_schedule(*schedule)
+        (x, y), (apart, _) = (partly_over(arguments["x"], arguments["y"][0], *shift) for _ in range(2))
+        got = [y, *(other.clone() for other in arguments["y"][1:])]
+        forward(*(arguments | {"x": x if results else apart, "y": got}).values())
+        results.append(got)
+    for got in results[1:]:
+        assert all(torch.equal(*both) for both in zip(got, results[0], strict=True))
+
+
 # -- bottleneck adapters ----------------------------------------------------------------------------------------------
 
 EVERYTHING = dict(K=264, N=136, E=40, scale="channel", gated=True, p=0.1)
@@ -200,6 +226,16 @@ each_pair = pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, F32), (F16, F1
 def bottleneck(case, pair, rows):
     arguments = bottleneck_samples.problem("cpu", *pair, rows=(rows,), **BOTTLENECKS[case])
     return arguments, testing.gradients_for(BOTTLENECK, arguments)
+
+
+@pytest.mark.skipif(BUILD != "plain", reason="half a minute each; the kernel's own test runs in every build")
+@pytest.mark.parametrize("pair", bottleneck_samples.HALVES, ids=str)
+def test_many_rows_of_a_bottleneck_take_one_launch(pair):
+    """The cheapest of the busy samples that meet the fused kernel."""
+    (sample,) = [sample for sample in BOTTLENECK.samples() if sample.id == "rows-8129-bottleneck-1"]
+    with testing.poisoned_memory():
+        arguments = sample.make("cpu", *pair)
+        testing.assert_matches_oracle(BOTTLENECK, arguments, *testing.operators(f"emulated_{BUILD}", BOTTLENECK))
 
 
 @each_pair

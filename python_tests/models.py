@@ -252,7 +252,7 @@ def small_cache(**changes) -> hf.ContinuousBatchingConfig:
     return hf.ContinuousBatchingConfig(**sizes | changes)
 
 
-def in_rows(rows: list):
+def in_rows(rows: list, **options):
     """The context of a call whose rows have these adapters."""
     names = [n for n in dict.fromkeys(rows) if n is not None]
-    return peft_kernels.adapter_ids([-1 if n is None else names.index(n) for n in rows], names)
+    return peft_kernels.adapter_ids([-1 if n is None else names.index(n) for n in rows], names, **options)

@@ -51,3 +51,13 @@ def same(a, b):
 
 def bits(tensor):
     return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+
+
+def partly_over(x, y, rows, cols):
+    """(x, y) as they share one buffer, where y begins `rows` and `cols` after x; what both cover holds y's numbers."""
+    (M, K), N = x.shape, y.shape[1]
+    buffer = x.new_zeros(M + rows, max(K, cols + N))
+    buffer[:M, :K] = x
+    shared = buffer[rows:, cols : cols + N]
+    shared.copy_(y)
+    return buffer[:M, :K], shared

@@ -233,3 +233,16 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match="has an adapter 'default'"):
         peft_kernels.load(model, DATA / "bert" / "par_bn")
     torch.testing.assert_close(model(**recorded("bert")[0]).last_hidden_state, recorded("bert")[1]["seq_bn"])
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_rows_of_a_pool_have_the_outputs_of_adapterhub(name):
+    model, (inputs, expected) = a_model(name), recorded(name)
+    pool = peft_kernels.attach_pool(model, adapters=4)
+    pool.load("double", DATA / name / "double_seq_bn")
+    twice = {key: tensor[:1].expand(2, *tensor.shape[1:]) for key, tensor in inputs.items()}
+    with torch.no_grad(), peft_kernels.adapter_ids([0, -1], adapters=["double"]):
+        found = model(**twice).last_hidden_state
+    torch.testing.assert_close(found, torch.stack([expected["double_seq_bn"][0], expected["without"][0]]))
+    with pytest.raises(ValueError, match=r"adapter 'par': reads='stream' reads the residual stream .*serves it alone"):
+        pool.load("par", DATA / name / "par_bn")

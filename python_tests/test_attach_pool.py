@@ -78,13 +78,26 @@ def test_generation(name):
     assert name in GENERATING
     plain, model, alone = served(name)
     asked = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2, "eos_token_id": None, "pad_token_id": 0}
-    with in_rows([n for n in ROWS for _ in range(2)] if name != "bart" else ROWS):
-        if name == "bart":  # its encoder runs before the beams are there
-            asked["num_beams"] = 1
+    with in_rows(ROWS, beams=2):  # an encoder sees each sequence once
         found = model.generate(**tokens(), **asked)
+    if name != "bart":
+        with in_rows([n for n in ROWS for _ in range(2)]):
+            assert model.generate(**tokens(), **asked).equal(found)
     for i, n in enumerate(ROWS):
         expected = (plain if n is None else alone[n]).generate(input_ids=tokens()["input_ids"][i : i + 1], **asked)
         assert found[i].tolist() == expected[0].tolist(), f"row {i}, {n}"
+
+
+def test_beams_that_are_not_said_are_asked_for():
+    _, model, _ = served("bart")
+    with (
+        in_rows(ROWS),
+        pytest.raises(ValueError, match=r"adapter_ids\(\.\.\., beams=n\) says how often"),
+    ):
+        model.generate(**tokens(), num_beams=2, max_new_tokens=2)
+    for beams in (0, 1.5, True):
+        with pytest.raises(ValueError, match="beams must be an integer of 1 or more"), in_rows(ROWS, beams=beams):
+            pass
 
 
 KINDS = {

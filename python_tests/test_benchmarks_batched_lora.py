@@ -19,7 +19,7 @@ SMALL = cells.Cell(torch.float32, "square", 24, (40, 16), 12, 4, "distinct", "mi
 
 
 def a_run():
-    return timing.Run(CPU, 2, 0.0, 3e10, ORIGIN)
+    return timing.Run(CPU, 2, 0.0, ORIGIN, 3e10)
 
 
 def varied(**changes):

@@ -26,6 +26,17 @@ def test_grids():
     assert {cell.d for cell in bottleneck.cells("full", "qwen3-0.6b")} == {1024}
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_widened_computes_what_eager_does(dtype):
+    cell = dataclasses.replace(SMALL, dtype=dtype, direction="inference")
+    arms, left_out = bottleneck.build(cell, CPU, ("eager", "widened"))
+    found = {arm.name: arm.run() for arm in arms}
+    assert not left_out
+    torch.testing.assert_close(found["widened"], found["eager"])
+    _, left_out = bottleneck.build(SMALL, CPU, ("widened",))
+    assert "inference" in left_out["widened"]
+
+
 @pytest.mark.parametrize("adapters", [1, 3])
 def test_the_arms_compute_the_same(adapters):
     cell = dataclasses.replace(SMALL, adapters=adapters, direction="training" if adapters == 1 else "inference")

@@ -3,6 +3,7 @@ backward, autocast, gradients that nobody asked for, far strides, many rows."""
 
 import doctest
 
+import bad_bottlenecks
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -154,3 +155,18 @@ def test_a_gradient_that_there_is_not_is_refused(backend, device):
         with pytest.raises((ValueError, RuntimeError), match=text):
             dy = torch.ones_like(arguments["residual"])
             backward(dy, arguments["x"], h, *rest, False, [j == i for j in range(9)])
+
+
+@pytest.mark.parametrize("backend,device", PLACES)
+def test_the_backward_takes_what_the_bad_inputs_are_made_from(backend, device):
+    gradients = testing.operators(backend, OP)[1](*bad_bottlenecks.good(device).values())
+    assert all(gradient.numel() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("backend", backends.linked(OP.name, "cpu"))
+@pytest.mark.parametrize("changes,text", [pytest.param(*case[1:], id=case[0]) for case in bad_bottlenecks.cases()])
+def test_bad_inputs_of_the_backward_are_refused_in_words(changes, text, backend):
+    """A tensor on another device meets the operator's fake, which checks too."""
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
+        testing.operators(backend, OP)[1](*(bad_bottlenecks.good() | changes).values())
+    assert str(caught.value).startswith("bottleneck_adapter") and text in str(caught.value)

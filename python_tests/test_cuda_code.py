@@ -32,6 +32,7 @@ BUDGET = {
     "batched_lora_forward_pool_shrink_kernel": 128,
     "batched_lora_forward_pool_expand_kernel": 160,
     "batched_lora_forward_pool_*_plain_kernel": 160,
+    "bottleneck_adapter_forward_fused_kernel": 128,
     "bottleneck_adapter_*_kernel": 88,
 }
 # Instructions of every instance: tensor cores, and ldmatrix where operands go through shared memory
@@ -43,9 +44,10 @@ MEANT = {
     "backward_x_pass": "HMMA LDSM",
     "pool_shrink": "HMMA",
     "pool_expand": "HMMA LDSM",
+    "forward_fused": "HMMA LDSM",
 }
 # By cp.async, but for the instances that take rows without 16-byte alignment
-COPIED = ("forward_shrink", "backward_dy_pass", "backward_x_pass", "pool_expand")
+COPIED = ("forward_shrink", "backward_dy_pass", "backward_x_pass", "pool_expand", "forward_fused")
 MOST_SECONDS = 8 * 60  # of nvcc, on two cores: half of the processor time
 
 

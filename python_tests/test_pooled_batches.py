@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from pools import BACKENDS, BF16, F16, F32, OP, POOL_LISTS, SITES, adapter, arguments, needs_cpu, run, same
+from pools import BACKENDS, BF16, F16, F32, OP, POOL_LISTS, SITES, adapter, arguments, needs_cpu, partly_over, run, same
 
 from peft_kernels import AdapterPool, Site, testing
 from peft_kernels.ops.batched_lora import route
@@ -194,6 +194,23 @@ def test_x_may_be_y(backend, pair):
         for layout in layouts:
             for got, want in zip(in_place(forward, arguments, layout), wanted, strict=True):
                 assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("shift", [(0, 8), (0, 3), (1, 0), (5, 16)], ids=str)
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_x_may_lie_partly_over_y(backend, pair, shift):
+    forward = testing.operators(backend, OP)[0]
+    for rows in (37, 150):
+        sizes = dict(N=(72, 24), ranks=((5, 3), (0, 20), (9, 1)), activations=("gelu", "identity"))
+        arguments = problem("cpu", *pair, rows=rows, K=64, ids=[i % 3 for i in range(rows)], **sizes)
+        results = []
+        for together in (False, True):
+            (x, y), (apart, _) = (partly_over(arguments["x"], arguments["y"][0], *shift) for _ in range(2))
+            got = [y, arguments["y"][1].clone()]
+            forward(*(arguments | {"x": x if together else apart, "y": got}).values())
+            results.append(got)
+        assert all(torch.equal(*both) for both in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

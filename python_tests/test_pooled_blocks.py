@@ -143,23 +143,58 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     tensors = load_file(file)
     key = "base_model.model.model.layers.1.mlp.bottleneck."
     for changed, text in (
-        ({k: t for k, t in tensors.items() if not k.startswith(key)}, "has an adapter at model.layers.1.mlp, of which"),
-        ({k: t for k, t in tensors.items() if k != f"{key}up_bias"}, "model.layers.1.mlp has no up_bias"),
-        (tensors | {"odd": torch.ones(1)}, "the tensor odd is not known to a pool"),
+        (
+            {k: t for k, t in tensors.items() if not k.startswith(key)},
+            r"has no .*layers\.1\.mlp.*, which its config",
+        ),
+        (
+            {k: t for k, t in tensors.items() if k != f"{key}up_bias"},
+            r"has no .*layers\.1\.mlp\.bottleneck\.up_bias",
+        ),
+        (tensors | {"odd": torch.ones(1)}, "the model has no place for odd"),
         (
             tensors | {f"{key}down_bias": torch.ones(3)},
-            r"down_bias of model.layers.1.mlp must have shape \[5\], got \[3\]",
+            r"mlp.bottleneck.down_bias must have shape \[5\] in this model, got \[3\]",
         ),
-        (tensors | {f"{key}scale": torch.ones(1)}, "model.layers.1.mlp has a scale, which its config has not"),
+        (tensors | {f"{key}scale": torch.ones(1)}, "the model has no place for .*mlp.bottleneck.scale"),
         (
             tensors | {k.replace("mlp", "self_attn"): t.clone() for k, t in tensors.items()},
-            "tensors at .*self_attn, where its config has no adapter",
+            "the model has no place for .*self_attn.bottleneck",
         ),
     ):
         save_file(changed, file)
         with pytest.raises(ValueError, match=text):
             pool.load("a", tmp_path / "a")
     assert pool_of(model) is pool and pool.names() == ["french"]
+
+
+def test_bitfit_and_folders_of_no_adapter_are_refused(tmp_path):
+    plain, model, _, pool = served("bert", tmp_path, ())
+    peft_kernels.attach(plain, peft_kernels.BitFitConfig(), "a")
+    peft_kernels.save_pretrained(plain, tmp_path / "a", "a")
+    with pytest.raises(ValueError, match=r"adapter 'a': BitFit trains biases .* peft_kernels.load.* serves it alone"):
+        pool.load("a", tmp_path / "a")
+    (tmp_path / "a" / "adapter_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"the peft_type in .* must be BOTTLENECK or BITFIT, got None"):
+        pool.load("a", tmp_path / "a")
+    with pytest.raises(ValueError, match=r"has no adapter_config.json that can be read"):
+        pool.load("a", tmp_path / "nowhere")
+    assert pool.names() == ["french"] and pool_of(model) is pool
+
+
+def test_numbers_that_are_not_finite_are_taken_where_that_is_said(tmp_path):
+    plain, model, _, pool = served("llama", tmp_path, ())
+    with_bottleneck(plain, tmp_path, "a", CONFIGS["behind"])
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.model.layers.1.mlp.bottleneck.up_bias"][0] = torch.nan
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="allow_nonfinite=True takes them"):
+        pool.load("a", tmp_path / "a")
+    before = logits(model, ["french", None])
+    pool.load("a", tmp_path / "a", allow_nonfinite=True)
+    found = logits(model, ["french", "a"])
+    assert found[0].equal(before[0]) and found[1].isnan().any()
 
 
 def test_adapters_of_the_model_and_of_its_pool(tmp_path):
@@ -180,3 +215,13 @@ def test_adapters_of_the_model_and_of_its_pool(tmp_path):
     with pytest.raises(ValueError, match="cannot take adapters: the model has bottleneck adapters of its own"):
         pool.load("heads", tmp_path / "heads")
     assert pool_of(other) is pool
+
+
+def test_the_widest_bottleneck(tmp_path):
+    plain, model, alone, pool = served("llama", tmp_path, ())
+    alone["wide"] = with_bottleneck(plain, tmp_path, "wide", BottleneckConfig.pfeiffer(r=1024))
+    pool.load("wide", tmp_path / "wide")
+    rows, exact = ["french", "wide", None], {n: in_double(m) for n, m in alone.items()}
+    expected, batch = each_alone(plain, alone, rows, inputs(3)), inputs(3)
+    found = {"logits": logits(model, rows)}
+    assert_as_close_as_peft(found, expected, each_alone(in_double(plain), exact, rows, batch))

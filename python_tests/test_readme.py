@@ -97,8 +97,9 @@ def test_serving_many_adapters(tmp_path, monkeypatch):
     assert all(output.error is None and output.generated_tokens for output in names["outputs"])
 
 
-def test_bottleneck_adapters_of_the_readme(tmp_path, capsys):
-    names = {"folder": tmp_path / "news"}
+def test_bottleneck_adapters_of_the_readme(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
     *before, last = example("Bottleneck adapters").body
     run(before, names)
     model, tokens = names["model"], names["tokens"]

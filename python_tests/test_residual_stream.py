@@ -1,6 +1,7 @@
 """Adapters that read the residual stream, in every type of model: against hooks that compute them in plain torch."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -13,10 +14,17 @@ import peft_kernels
 from peft_kernels import BottleneckConfig
 from peft_kernels.integrations.attachments import NOTE
 
-# representation -> within a layer: among whose inputs the stream is, its place there, whose output the block's is, and
-# the norm of their sum where one follows
+# representation -> within a layer: among whose inputs the stream is, its place there, whose output the block's is, the
+# norm of their sum where one follows, and what the output goes through before it is added: a norm or a factor
 _LLAMA = {"ffn": ("post_attention_layernorm", 0, "mlp", ""), "attention": ("input_layernorm", 0, "self_attn", "")}
-_GEMMA2 = _LLAMA | {"ffn": ("pre_feedforward_layernorm", 0, "mlp", "")}
+_GEMMA2 = {
+    "ffn": ("pre_feedforward_layernorm", 0, "mlp", "", "post_feedforward_layernorm"),
+    "attention": ("input_layernorm", 0, "self_attn", "", "post_attention_layernorm"),
+}
+_GLM4 = {
+    "ffn": ("post_attention_layernorm", 0, "mlp", "", "post_mlp_layernorm"),
+    "attention": ("input_layernorm", 0, "self_attn", "", "post_self_attn_layernorm"),
+}
 _BERT = {
     "ffn": ("intermediate", 0, "output.dense", "output.LayerNorm"),
     "attention": ("attention.output", 1, "attention.output.dense", "attention.output.LayerNorm"),
@@ -24,6 +32,7 @@ _BERT = {
 PLACES = {
     "gemma2": _GEMMA2,
     "gemma3": _GEMMA2,
+    "glm4": _GLM4,
     "gpt2": {"ffn": ("ln_2", 0, "mlp", ""), "attention": ("ln_1", 0, "attn", "")},
     "opt": {"ffn": ("final_layer_norm", 0, "fc2", ""), "attention": ("self_attn_layer_norm", 0, "self_attn", "")},
     "bart": {
@@ -42,9 +51,21 @@ FORMS = {"sum": (SUM,), "stream": (STREAM,), "together": (OUTPUT, SUM, STREAM)}
 ACTIVATIONS = {"silu": silu, "tanh": torch.tanh, "relu": torch.relu}
 
 
+def plain_model(name: str) -> nn.Module:
+    """One whose norms and factors before the sum are not 1."""
+    if name not in ("glm4", "granite"):
+        return base_model(name).eval()
+    torch.manual_seed(0)
+    if name == "glm4":
+        model = hf.Glm4ForCausalLM(hf.Glm4Config(**_DECODER, head_dim=8))
+    else:
+        model = hf.GraniteForCausalLM(hf.GraniteConfig(**_DECODER, residual_multiplier=0.3))
+    return model.eval()
+
+
 def adapted(name: str, configs, **attach) -> nn.Module:
     """A model with these adapters, all active, of weights whose part of the output is as large as the base's."""
-    model = base_model(name).eval()
+    model = plain_model(name)
     for i, config in enumerate(configs):
         peft_kernels.attach(model, config, f"number{i}", **attach)
     peft_kernels.set_active(model, [f"number{i}" for i in range(len(configs))])
@@ -59,8 +80,10 @@ def adapted(name: str, configs, **attach) -> nn.Module:
 
 def hooked(layer: nn.Module, place: tuple, adapters: list) -> None:
     """Puts adapters, each a config and its four weights, around a block of a layer that has none."""
-    at, argument, block, norm = place
+    at, argument, block, norm, *added = place
     norm = layer.get_submodule(norm) if norm else nn.Identity()
+    added = getattr(layer, *added) if added else getattr(layer, "residual_multiplier", 1)
+    added = added.forward if isinstance(added, nn.Module) else functools.partial(torch.mul, other=added)
     cell = {}
 
     def note(module, args, kwargs):
@@ -72,7 +95,7 @@ def hooked(layer: nn.Module, place: tuple, adapters: list) -> None:
         for reads in ("stream", "output", "sum"):
             for config, (a, c, b, d) in adapters:
                 if config.reads == reads:
-                    x = stream if reads == "stream" else y if reads == "output" else norm.forward(y + stream)
+                    x = stream if reads == "stream" else y if reads == "output" else norm.forward(added(y) + stream)
                     y = y + config.scaling * linear(ACTIVATIONS[config.activation](linear(x, a, c)), b, d)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
@@ -82,7 +105,7 @@ def hooked(layer: nn.Module, place: tuple, adapters: list) -> None:
 
 def by_hooks(name: str, model: nn.Module, configs) -> dict:
     """The results of the plain model in double with the adapters of `model` in hooks."""
-    plain = base_model(name).eval().double()
+    plain = plain_model(name).double()
     weights = {key: p.detach().double() for key, p in model.named_parameters() if ".bottleneck." in key}
     weights = {key: weight.clone().requires_grad_() for key, weight in weights.items()}
     for layer_name, layer in list(plain.named_modules()):
@@ -103,7 +126,7 @@ def by_hooks(name: str, model: nn.Module, configs) -> dict:
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    [(name, form) for name in MODELS for form in ("sum", "stream")]
+    [(name, form) for name in (*MODELS, "glm4", "granite") for form in ("sum", "stream")]
     + [(n, "together") for n in ("llama", "bart", "bert")],
 )
 def test_outputs_and_gradients_are_those_of_plain_torch(name, form):
@@ -159,7 +182,7 @@ def test_the_layer_is_what_it_was_once_no_adapter_needs_it():
     assert type(layer) is kind
 
 
-@pytest.mark.parametrize("name", ["llama", "bart", "bert"])
+@pytest.mark.parametrize("name", ["llama", "bart", "bert", "gemma2", "granite"])
 def test_compile_is_one_graph(name):
     model, graphs = adapted(name, (SUM, STREAM)), []
     peft_kernels.set_active(model, ["number0", "number1"])

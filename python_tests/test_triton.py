@@ -237,6 +237,7 @@ def test_compiled_ahead_of_time(arch):
         large = _compile(arch, 8192, case)
     text = "".join(kernel.ptx for kernel in large if kernel.name == "_concat_gemm_kernel")
     assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch] in text
+    assert all("cp.async" in kernel.ptx for kernel in large if kernel.name == "_shrink_kernel")
     _compile(arch, 1, TRAINING[0])
     _compile_pool(arch, (BF16, BF16))
     _compile_adapter(arch, (BF16, BF16), *ADAPTERS[1])

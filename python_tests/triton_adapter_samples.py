@@ -6,8 +6,8 @@ before triton is imported.
 """
 
 import math
-from itertools import cycle
 
+import interpreted_samples
 import pytest
 import torch
 import triton_interpreter
@@ -22,19 +22,7 @@ from peft_kernels.ops.common.activations import NAMES  # noqa: E402
 OP = registry.ops()["bottleneck_adapter"]
 FORWARD, BACKWARD = (triton_kernel.FUNCTIONS[function.name] for function in OP.functions)
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
-PLACES = cycle(range(12))
 ALL = {"norm": "layer_norm", "scale": "channel", "gated": True, "p": 0.1}
-
-
-def _runs():
-    """Every sample in every pair of dtypes; by default in one of them, another for each sample."""
-    for sample in OP.samples():
-        if sample.busy:  # hours of interpretation
-            continue
-        chosen = sample.dtypes[next(PLACES) % len(sample.dtypes)]
-        for pair in sample.dtypes:
-            name = "/".join(str(d).removeprefix("torch.") for d in pair)
-            yield pytest.param(sample, pair, id=f"{sample.id}-{name}", marks=[pytest.mark.slow] * (pair != chosen))
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +35,7 @@ def check(arguments):
         testing.assert_matches_oracle(OP, arguments, FORWARD, BACKWARD)
 
 
-@pytest.mark.parametrize("sample,pair", _runs())
+@pytest.mark.parametrize("sample,pair", interpreted_samples.in_turns(OP))
 def test_matches_oracle(sample, pair):
     check(sample.make("cpu", *pair))
 

@@ -6,6 +6,7 @@ before triton is imported.
 
 import math
 
+import interpreted_samples
 import pytest
 import torch
 import triton_interpreter
@@ -21,12 +22,6 @@ OP = registry.ops()["batched_lora_"]
 FORWARD = triton_kernel.FUNCTIONS[OP.forward.name]
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 F = dict(activations=("gelu", "identity", "sigmoid"), down_biased=True)
-RUNS = [
-    pytest.param(sample, pair, id=f"{sample.id}-" + "/".join(str(d).removeprefix("torch.") for d in pair))
-    for sample in OP.samples()
-    if not sample.busy  # hours of interpretation
-    for pair in sample.dtypes
-]
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +35,7 @@ def run(arguments):
         return list(OP.evaluate(FORWARD, None, arguments, []).values())
 
 
-@pytest.mark.parametrize("sample,pair", RUNS)
+@pytest.mark.parametrize("sample,pair", interpreted_samples.in_all_dtypes(OP))
 def test_matches_oracle(sample, pair):
     with testing.poisoned_memory():
         testing.assert_matches_oracle(OP, sample.make("cpu", *pair), FORWARD, None)

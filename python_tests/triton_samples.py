@@ -7,6 +7,7 @@ before triton is imported.
 import math
 import re
 
+import interpreted_samples
 import pytest
 import torch
 import triton
@@ -23,12 +24,6 @@ from peft_kernels.ops.lora_linear.triton_kernel import FUNCTIONS  # noqa: E402
 OP = registry.ops()["lora_linear"]
 FORWARD, BACKWARD, MASK = (FUNCTIONS[function.name] for function in OP.functions)
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-RUNS = [
-    pytest.param(sample, pair, id=f"{sample.id}-" + "/".join(str(d).removeprefix("torch.") for d in pair))
-    for sample in OP.samples()
-    if not sample.busy  # hours of interpretation
-    for pair in sample.dtypes
-]
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +36,7 @@ def check(arguments):
         testing.assert_matches_oracle(OP, arguments, FORWARD, BACKWARD)
 
 
-@pytest.mark.parametrize("sample,pair", RUNS)
+@pytest.mark.parametrize("sample,pair", interpreted_samples.in_all_dtypes(OP))
 def test_matches_oracle(sample, pair):
     check(sample.make("cpu", *pair))
 

@@ -6,8 +6,8 @@ before triton is imported.
 
 import math
 from dataclasses import replace
-from itertools import cycle
 
+import interpreted_samples
 import pytest
 import torch
 import triton_interpreter
@@ -23,21 +23,6 @@ OP = registry.ops()["batched_lora"]
 FORWARD, BACKWARD = (triton_training.FUNCTIONS[function.name] for function in OP.functions)
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 LONG = ("tiles", "row", "distinct", "zipf", "interleaved", "sites")  # many seconds in each pair of dtypes
-PLACES = cycle(range(12))
-
-
-def _runs():
-    """Every sample in every pair of dtypes; by default in one of them, another for each sample."""
-    for sample in OP.samples():
-        if sample.busy:  # hours of interpretation
-            continue
-        chosen = sample.dtypes[next(PLACES) % len(sample.dtypes)]
-        for pair in sample.dtypes:
-            name = "/".join(str(d).removeprefix("torch.") for d in pair)
-            later = sample.id in LONG or pair != chosen
-            yield pytest.param(sample, pair, id=f"{sample.id}-{name}", marks=[pytest.mark.slow] if later else [])
-
-
 triton_interpreter.follow(triton_entries, "address")
 
 
@@ -52,7 +37,7 @@ def check(arguments):
         testing.assert_matches_oracle(OP, arguments, FORWARD, BACKWARD)
 
 
-@pytest.mark.parametrize("sample,pair", _runs())
+@pytest.mark.parametrize("sample,pair", interpreted_samples.in_turns(OP, LONG))
 def test_matches_oracle(sample, pair):
     check(sample.make("cpu", *pair))
 

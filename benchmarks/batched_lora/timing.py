@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gate, limits, measure, record, roofline
+from benchmarks import gate, limits, measure, record, roofline, runs
 from benchmarks.batched_lora import arms as contenders
 from benchmarks.batched_lora.arms import Arm
 from benchmarks.batched_lora.cells import Cell
@@ -55,14 +55,14 @@ class Row(record.Origin):
 
 
 @dataclass(frozen=True)
-class Run:
-    """What holds for every cell of a run."""
+class Run(runs.Run):
+    """The same with the read rate of the machine."""
 
-    device: torch.device
-    rounds: int
-    seconds: float
-    bytes_per_s: float  # read rate of the machine
-    origin: dict[str, str | int]
+    bytes_per_s: float
+
+    @classmethod
+    def here(cls, device: torch.device, rounds: int, seconds: float) -> "Run":
+        return cls(device, rounds, seconds, record.provenance(device), roofline.read_rate(device))
 
 
 def last_cache() -> int:
@@ -168,14 +168,3 @@ def described(cell: Cell, rows: list[Row], seconds: float) -> str:
             outcome = f"{row.ratio_p50:.3f} {spread}  {row.ms_p50:.3f} ms, {row.gbs:.1f} GB/s, {row.read_share:.0%}"
         lines.append(f"  {row.arm + ' ' + row.backend:24s} {outcome}")
     return "\n".join(lines)
-
-
-def start(device: torch.device, grid: str, rounds: int, seconds: float) -> Run:
-    """A run with the grid's own rounds and seconds where none are asked for (0 and below 0)."""
-    return Run(
-        device,
-        rounds or LEAST_ROUNDS[grid],
-        SECONDS[grid] if seconds < 0 else seconds,
-        roofline.read_rate(device),
-        record.provenance(device),
-    )

@@ -71,18 +71,10 @@ __device__ __forceinline__ void load_low(Low& low, const Pool& call, const Slice
   }
 }
 
-// Two neighbouring ranks of one column as bf16 parts.
-__device__ __forceinline__ void as_parts(uint32_t (&parts)[1], uint32_t pair, bf16) {
-  parts[0] = pair;
-}
-__device__ __forceinline__ void as_parts(uint32_t (&parts)[2], uint32_t pair, fp16) {
-  cut_pair(to_float(fp16{static_cast<uint16_t>(pair)}), to_float(fp16{static_cast<uint16_t>(pair >> 16)}), parts);
-}
-
 // sums += h B^T of 16 ranks for the warp's columns; `low` points to the ranks' first column of the first part.
 template <class T>
 __device__ __forceinline__ void multiply(float (&sums)[kTiles][4], const uint16_t* low, const T* factor) {
-  constexpr int kParts = std::is_same_v<T, fp16> ? 2 : 1;
+  constexpr int kParts = kBf16Parts<T>;
   const int lane = lane_index();
   uint32_t left[kLowParts][4];
 #pragma unroll
@@ -96,7 +88,7 @@ __device__ __forceinline__ void multiply(float (&sums)[kTiles][4], const uint16_
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       uint32_t parts[kParts];
-      as_parts(parts, pairs[e], T{});
+      as_bf16(parts, pairs[e], T{});
 #pragma unroll
       for (int q = 0; q < kParts; ++q) right[e / 2][q][e % 2] = parts[q];
     }

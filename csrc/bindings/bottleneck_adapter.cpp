@@ -1,16 +1,29 @@
-// bottleneck_adapter for CPU tensors: check, allocate, fill the Problem, run its steps.
+// bottleneck_adapter for CPU tensors: allocate, fill the Problem, run its steps, which are lent torch's GEMM.
 #include "bindings/bottleneck_adapter.h"
 
-#include <tuple>
-
-#include "bindings/bottleneck_adapter_check.h"
+#include "bindings/bottleneck_adapter_call.h"
 #include "bottleneck_adapter/bottleneck_adapter.h"
 
 namespace pk {
 namespace {
 
+using bottleneck_adapter::Matrix;
 using bottleneck_adapter::Norm;
 using bottleneck_adapter::Problem;
+
+Tensor tensor_of(const Matrix& m) {
+  const int64_t sizes[2] = {m.rows, m.cols}, strides[2] = {m.row_stride, m.col_stride};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+      m.data, 2, sizes, strides, 0, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+void library_gemm(const Matrix& c, const Matrix& a, const Matrix& b, float alpha, bool accumulate) {
+  const Tensor out = tensor_of(c);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), tensor_of(a).get(), tensor_of(b).get(),
+                                                         accumulate ? 1.0 : 0.0, alpha));
+}
 
 // A Problem filled from tensors, and the tensors that keep the memory alive.
 class BottleneckCall {
@@ -18,6 +31,7 @@ class BottleneckCall {
   Problem problem{};
 
   explicit BottleneckCall(const BottleneckArguments& a) {
+    alive_.reserve(kMostTensors);
     Problem& p = problem;
     p.type = *dtype_of(dtype_code(a.x));
     p.factors = *dtype_of(dtype_code(a.down_weight));
@@ -55,6 +69,7 @@ class BottleneckCall {
   }
 
   void run(bool backward) {
+    if (suits_gemm(problem)) problem.gemm = library_gemm;
     const Tensor scratch = empty({bottleneck_adapter::scratch_floats(problem, backward)}, aoti_torch_dtype_float32());
     set_scratch(problem, backward, static_cast<float*>(scratch.mutable_data_ptr()));
     for (const bottleneck_adapter::Step& step : backward ? backward_steps(problem) : forward_steps(problem)) {
@@ -69,28 +84,20 @@ class BottleneckCall {
   }
   const void* data(const OptionalTensor& tensor) { return tensor ? data(*tensor) : nullptr; }
 
+  static constexpr size_t kMostTensors = 10;
+
   std::vector<Tensor> alive_;
 };
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& residual, const Tensor& down_weight,
-                                   const OptionalTensor& down_bias, const Tensor& up_weight,
-                                   const OptionalTensor& up_bias, const OptionalTensor& scale,
-                                   const OptionalTensor& gate, const OptionalTensor& norm_weight,
-                                   const OptionalTensor& norm_bias, const std::string& activation, double scaling,
-                                   const std::string& norm, double eps, double dropout_p, const std::string& dropout_on,
-                                   const OptionalTensor& seed) {
-  const BottleneckArguments arguments{x,     residual, down_weight, down_bias,  up_weight,  up_bias,
-                                      scale, gate,     norm_weight, norm_bias,  activation, scaling,
-                                      norm,  eps,      dropout_p,   dropout_on, seed};
-  BottleneckCheck(arguments).run();
-  BottleneckCall call(arguments);
+std::tuple<Tensor, Tensor> forward(const BottleneckArguments& a) {
+  BottleneckCall call(a);
   Problem& p = call.problem;
-  const Tensor y = empty_rows(x, p.N, dtype_code(x));
+  const Tensor y = empty_rows(a.x, p.N, dtype_code(a.x));
   const Tensor h = empty({p.M, p.E}, call.is_double() ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
   if (p.M == 0) return {y, h};
   p.y = y.mutable_data_ptr();
   p.h = h.mutable_data_ptr();
-  p.residual = call.rows(residual ? *residual : x, p.M, p.residual_stride);
+  p.residual = call.rows(a.residual ? *a.residual : a.x, p.M, p.residual_stride);
   if (call.is_double()) {
     bottleneck_adapter::forward_double(p);
   } else {
@@ -108,41 +115,25 @@ void set_outputs(Problem& p, const std::vector<Tensor>& gradients, const std::ve
   }
 }
 
-std::vector<Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& h, const Tensor& down_weight,
-                             const Tensor& up_weight, const OptionalTensor& up_bias, const OptionalTensor& scale,
-                             const OptionalTensor& gate, const OptionalTensor& norm_weight,
-                             const OptionalTensor& norm_bias, const std::string& activation, double scaling,
-                             const std::string& norm, double eps, double dropout_p, const std::string& dropout_on,
-                             const OptionalTensor& seed, bool serial, const std::vector<bool>& needs) {
-  const OptionalTensor residual = serial ? OptionalTensor() : OptionalTensor(dy), no_bias;
-  const BottleneckArguments arguments{x,     residual, down_weight, no_bias,    up_weight,  up_bias,
-                                      scale, gate,     norm_weight, norm_bias,  activation, scaling,
-                                      norm,  eps,      dropout_p,   dropout_on, seed};
-  check_bottleneck_backward(dy, h, arguments, serial, needs);
-  BottleneckCall call(arguments);
+void backward(const BottleneckGradients& b) {
+  BottleneckCall call(b.arguments);
   Problem& p = call.problem;
-  const std::vector<Tensor> gradients = new_bottleneck_gradients(arguments, needs);
-  if (p.M == 0) {
-    for (Tensor gradient : gradients) torch::stable::zero_(gradient);
-    return gradients;
-  }
-  p.dy = call.rows(dy, p.M, p.dy_stride);
-  p.h = const_cast<void*>(h.const_data_ptr());  // read only
-  p.serial = serial;
-  set_outputs(p, gradients, needs);
+  p.dy = call.rows(b.dy, p.M, p.dy_stride);
+  p.h = const_cast<void*>(b.h.const_data_ptr());  // read only
+  p.serial = b.serial;
+  set_outputs(p, b.gradients, b.needs);
   if (call.is_double()) {
     bottleneck_adapter::backward_double(p);
   } else {
     call.run(true);
   }
-  return gradients;
 }
 
 }  // namespace
 
 void bind_bottleneck_adapter_cpu(torch::stable::detail::StableLibrary& library) {
-  library.impl("bottleneck_adapter", TORCH_BOX(&forward));
-  library.impl("bottleneck_adapter_backward", TORCH_BOX(&backward));
+  library.impl("bottleneck_adapter", TORCH_BOX(&call_bottleneck<forward>));
+  library.impl("bottleneck_adapter_backward", TORCH_BOX(&call_bottleneck_backward<backward>));
 }
 
 }  // namespace pk

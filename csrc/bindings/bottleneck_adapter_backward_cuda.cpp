@@ -333,25 +333,9 @@ void run(const Backward& w) {
 
 }  // namespace
 
-std::vector<Tensor> bottleneck_adapter_backward_cuda(
-    const Tensor& dy, const Tensor& x, const Tensor& h, const Tensor& down_weight, const Tensor& up_weight,
-    const OptionalTensor& up_bias, const OptionalTensor& scale, const OptionalTensor& gate,
-    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const std::string& activation, double scaling,
-    const std::string& norm, double eps, double dropout_p, const std::string& dropout_on, const OptionalTensor& seed,
-    bool serial, const std::vector<bool>& needs) {
-  const OptionalTensor residual = serial ? OptionalTensor() : OptionalTensor(dy), no_bias;
-  const BottleneckArguments arguments{x,     residual, down_weight, no_bias,    up_weight,  up_bias,
-                                      scale, gate,     norm_weight, norm_bias,  activation, scaling,
-                                      norm,  eps,      dropout_p,   dropout_on, seed};
-  check_bottleneck_backward(dy, h, arguments, serial, needs);
-  const std::vector<Tensor> gradients = new_bottleneck_gradients(arguments, needs);
-  const BottleneckCall b("bottleneck_adapter_backward", arguments);
-  if (b.M == 0) {
-    for (Tensor gradient : gradients) torch::stable::zero_(gradient);
-    return gradients;
-  }
-  run({b, as_rows(dy), h, serial, needs, gradients});
-  return gradients;
+void bottleneck_adapter_backward_cuda(const BottleneckGradients& call) {
+  const BottleneckCall b("bottleneck_adapter_backward", call.arguments);
+  run({b, as_rows(call.dy), call.h, call.serial, call.needs, call.gradients});
 }
 
 }  // namespace pk

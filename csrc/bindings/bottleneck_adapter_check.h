@@ -43,10 +43,17 @@ class BottleneckCheck {
   explicit BottleneckCheck(const BottleneckArguments& arguments) : a_(arguments), device_(device_of(arguments.x)) {}
 
   void run() const {
-    weights();
-    numbers();
-    vectors();
-    residual();
+    adapter();
+    if (a_.residual) {
+      rows("residual", *a_.residual);
+    } else {
+      serial();
+    }
+  }
+  void run_backward(const Tensor& dy, bool is_serial) const {
+    adapter();
+    rows("dy", dy);
+    if (is_serial) serial();
   }
 
  private:
@@ -86,6 +93,12 @@ class BottleneckCheck {
     }
   }
 
+  void adapter() const {
+    weights();
+    numbers();
+    vectors();
+  }
+
   void weights() const {
     const Tensor &x = a_.x, &A = a_.down_weight, &B = a_.up_weight;
     const std::optional<Dtype> type = dtype_of(dtype_code(x)), factors = dtype_of(dtype_code(A));
@@ -112,11 +125,11 @@ class BottleneckCheck {
 
   template <size_t kCount>
   static void one_of(const char* name, const std::string& value, const char* const (&allowed)[kCount]) {
-    std::string words;
     for (const char* one : allowed) {
       if (value == one) return;
-      words += (words.empty() ? "" : ", ") + std::string(one);
     }
+    std::string words;
+    for (const char* one : allowed) words += (words.empty() ? "" : ", ") + std::string(one);
     refuse(name, " must be one of ", words, ", got '", value, "'");
   }
 
@@ -180,20 +193,21 @@ class BottleneckCheck {
     if (a_.norm == "rms_norm" && a_.norm_bias) refuse("norm_bias must be None where norm is 'rms_norm'");
   }
 
-  void residual() const {
+  void serial() const {
     const int64_t K = a_.down_weight.size(1), N = a_.up_weight.size(0);
-    if (!a_.residual) {
-      if (N != K) {
-        refuse("residual must be given where out_features=", N, " is not in_features=", K, ": x cannot stand for it");
-      }
-      return;
+    if (N != K) {
+      refuse("residual must be given where out_features=", N, " is not in_features=", K, ": x cannot stand for it");
     }
-    const Tensor& r = *a_.residual;
-    tensor("residual", r, dtype_code(a_.x), "x");
-    if (!has_rows_of_x(r, 1) || r.size(r.dim() - 1) != N) {
-      const std::string rows = shape_of(a_.x, 1), more = rows == "[]" ? "" : ", ";
-      refuse("residual must have shape ", rows.substr(0, rows.size() - 1), more, N, "], as x with out_features=", N,
-             ", got ", shape_of(r));
+  }
+
+  // t is of y's shape and x's dtype.
+  void rows(const char* name, const Tensor& t) const {
+    const int64_t N = a_.up_weight.size(0);
+    tensor(name, t, dtype_code(a_.x), "x");
+    if (!has_rows_of_x(t, 1) || t.size(t.dim() - 1) != N) {
+      const std::string batch = shape_of(a_.x, 1), more = batch == "[]" ? "" : ", ";
+      refuse(name, " must have shape ", batch.substr(0, batch.size() - 1), more, N, "], as x with out_features=", N,
+             ", got ", shape_of(t));
     }
   }
 
@@ -215,23 +229,17 @@ enum class BottleneckGradient : size_t {
 };
 constexpr size_t kBottleneckGradients = 9;
 
-// `a` as the backward has it: no residual but, where x is not the residual, dy in its place; no down_bias.
+// `a` as the backward has it: no residual, no down_bias.
 inline void check_bottleneck_backward(const Tensor& dy, const Tensor& h, const BottleneckArguments& a, bool serial,
                                       const std::vector<bool>& needs) {
   constexpr const char* kOp = "bottleneck_adapter_backward: ";
   STD_TORCH_CHECK(needs.size() == kBottleneckGradients, kOp, "needs must have ", kBottleneckGradients, " entries, got ",
                   needs.size());
-  BottleneckCheck(a).run();
-  const Device device = device_of(a.x);
-  const int64_t dims = a.x.dim(), N = a.up_weight.size(0), E = a.down_weight.size(0);
-  bool fits = dy.dim() == dims && dy.size(dims - 1) == N && dtype_code(dy) == dtype_code(a.x) &&
-              device_of(dy) == device && (!serial || N == a.x.size(dims - 1));
-  for (int64_t i = 0; fits && i + 1 < dims; ++i) fits = dy.size(i) == a.x.size(i);
-  STD_TORCH_CHECK(fits, kOp, "dy must be of y's shape, dtype and device");
+  BottleneckCheck(a).run_backward(dy, serial);
   const bool wide = dtype_of(dtype_code(a.x)) == Dtype::kFloat64;
-  const int64_t M = a.x.numel() / a.x.size(dims - 1);
-  fits = device_of(h) == device && h.is_contiguous() && h.dim() == 2 && h.size(0) == M && h.size(1) == E &&
-         dtype_code(h) == (wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  const int64_t M = a.x.numel() / a.x.size(a.x.dim() - 1), E = a.down_weight.size(0);
+  const bool fits = device_of(h) == device_of(a.x) && h.is_contiguous() && h.dim() == 2 && h.size(0) == M &&
+                    h.size(1) == E && dtype_code(h) == (wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
   STD_TORCH_CHECK(fits, kOp, "h must be the contiguous [M, bottleneck] that the forward returned");
   const auto wants = [&](BottleneckGradient which) { return needs[static_cast<size_t>(which)]; };
   STD_TORCH_CHECK(a.scale || !wants(BottleneckGradient::kScale), kOp, "scale must be given for its gradient");

@@ -1,8 +1,6 @@
-// bottleneck_adapter on a GPU: check, allocate, launch. Three launches where tensor cores serve the dtypes and there is
-// no norm: shrink, activate, expand, which reads the residual and writes y. Nothing here waits for the device or reads
-// from it.
-#include <tuple>
-
+// bottleneck_adapter on a GPU: allocate, launch. Where tensor cores serve the dtypes and there is no norm: three
+// launches, shrink, activate and expand, which reads the residual and writes y; or, up to E = 256 and in 16 bits, one
+// for many rows, `fused`, and two for few, shrink and `fused`. Nothing here waits for the device or reads from it.
 #include "bindings/bottleneck_adapter.h"
 #include "bindings/bottleneck_adapter_cuda_call.h"
 
@@ -12,6 +10,30 @@ namespace {
 using bottleneck_adapter::Activate;
 using lora_linear::Gated;
 
+Gated gated_of(const BottleneckCall& b) {
+  return {BottleneckCall::data_of(b.gate),
+          BottleneckCall::data_of(b.scale),
+          BottleneckCall::data_of(b.up_bias),
+          b.per_channel,
+          b.a.scaling,
+          BottleneckCall::scale_of(b.keep_inside),
+          b.keep_output};
+}
+
+void run_shrink(const BottleneckCall& b, int splits, const Tensor& parts) {
+  const CudaCall& call = b.call;
+  const lora_linear::Shrink shrink{b.x.data(),
+                                   b.x.stride,
+                                   b.M,
+                                   b.K,
+                                   static_cast<float*>(parts.mutable_data_ptr()),
+                                   b.E,
+                                   splits,
+                                   nullptr,
+                                   BottleneckCall::adapter_of(b.A().const_data_ptr(), b.E, 1)};
+  call.launched("shrink", lora_linear::shrink(call.type, call.factors, shrink, b.stream()));
+}
+
 // Writes h and returns u = drop(f(h)) without the dropout's scale.
 Tensor run_down(const BottleneckCall& b, const Tensor& h) {
   const CudaCall& call = b.call;
@@ -20,16 +42,7 @@ Tensor run_down(const BottleneckCall& b, const Tensor& h) {
       tensor_cores ? lora_linear::shrink_splits(b.M, b.K, b.E) : lora_linear::product_splits(b.M, b.E, b.K);
   const Tensor parts = splits > 1 ? call.scratch({splits, b.M, b.E}) : h;
   if (tensor_cores) {
-    const lora_linear::Shrink shrink{b.x.data(),
-                                     b.x.stride,
-                                     b.M,
-                                     b.K,
-                                     static_cast<float*>(parts.mutable_data_ptr()),
-                                     b.E,
-                                     splits,
-                                     nullptr,
-                                     BottleneckCall::adapter_of(b.A().const_data_ptr(), b.E, 1)};
-    call.launched("shrink", lora_linear::shrink(call.type, call.factors, shrink, b.stream()));
+    run_shrink(b, splits, parts);
   } else {
     OptionalTensor normed;
     if (b.has_norm) normed = b.normalized(true, std::nullopt);
@@ -57,13 +70,7 @@ Tensor run_down(const BottleneckCall& b, const Tensor& h) {
 // y = residual + scaling gate scale drop(u B^T + bias).
 void run_up(const BottleneckCall& b, const Tensor& u, const Rows& residual, const Tensor& y) {
   const CudaCall& call = b.call;
-  const Gated gated{BottleneckCall::data_of(b.gate),
-                    BottleneckCall::data_of(b.scale),
-                    BottleneckCall::data_of(b.up_bias),
-                    b.per_channel,
-                    b.a.scaling,
-                    BottleneckCall::scale_of(b.keep_inside),
-                    b.keep_output};
+  const Gated gated = gated_of(b);
   if (call.tensor_cores) {
     const lora_linear::Expand expand{y.mutable_data_ptr(),
                                      b.M,
@@ -91,30 +98,57 @@ void run_up(const BottleneckCall& b, const Tensor& u, const Rows& residual, cons
   call.launched("finish", bottleneck_adapter::finish(call.type, call.factors, finish, b.stream()));
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& residual, const Tensor& down_weight,
-                                   const OptionalTensor& down_bias, const Tensor& up_weight,
-                                   const OptionalTensor& up_bias, const OptionalTensor& scale,
-                                   const OptionalTensor& gate, const OptionalTensor& norm_weight,
-                                   const OptionalTensor& norm_bias, const std::string& activation, double scaling,
-                                   const std::string& norm, double eps, double dropout_p, const std::string& dropout_on,
-                                   const OptionalTensor& seed) {
-  const BottleneckArguments arguments{x,     residual, down_weight, down_bias,  up_weight,  up_bias,
-                                      scale, gate,     norm_weight, norm_bias,  activation, scaling,
-                                      norm,  eps,      dropout_p,   dropout_on, seed};
-  BottleneckCheck(arguments).run();
-  const BottleneckCall b("bottleneck_adapter", arguments);
-  const Tensor y = empty_rows(x, b.N, dtype_code(x)), h = b.call.scratch({b.M, b.E});
+// Everything in one launch; with parts of x A^T, all that follows.
+void run_fused(const BottleneckCall& b, const Rows& residual, const Tensor& y, const Tensor& h,
+               const OptionalTensor& parts, int splits) {
+  const bottleneck_adapter::Fused fused{b.x.data(),
+                                        b.x.stride,
+                                        b.M,
+                                        b.K,
+                                        b.A().const_data_ptr(),
+                                        BottleneckCall::data_of(b.down_bias),
+                                        b.E,
+                                        b.B().const_data_ptr(),
+                                        b.N,
+                                        residual.data(),
+                                        residual.stride,
+                                        static_cast<float*>(h.mutable_data_ptr()),
+                                        y.mutable_data_ptr(),
+                                        b.activation,
+                                        b.keep_inside,
+                                        gated_of(b),
+                                        b.seed,
+                                        parts ? static_cast<const float*>(parts->const_data_ptr()) : nullptr,
+                                        splits};
+  b.call.launched("fused", bottleneck_adapter::fused(b.call.type, fused, b.stream()));
+}
+
+std::tuple<Tensor, Tensor> forward(const BottleneckArguments& a) {
+  const BottleneckCall b("bottleneck_adapter", a);
+  const Tensor y = empty_rows(a.x, b.N, dtype_code(a.x)), h = b.call.scratch({b.M, b.E});
   if (b.M == 0) return {y, h};
+  const Rows onto = a.residual ? as_rows(*a.residual) : b.x;
+  if (!b.has_norm && bottleneck_adapter::has_fused_kernel(b.call.type, b.call.factors, b.M, b.E)) {
+    run_fused(b, onto, y, h, std::nullopt, 0);
+    return {y, h};
+  }
+  if (!b.has_norm && bottleneck_adapter::has_few_rows_kernel(b.call.type, b.call.factors, b.M, b.N, b.E)) {
+    const int splits = lora_linear::shrink_splits(b.M, b.K, b.E);
+    const Tensor parts = b.call.scratch({splits, b.M, b.E});
+    run_shrink(b, splits, parts);
+    run_fused(b, onto, y, h, parts, splits);
+    return {y, h};
+  }
   const Tensor u = run_down(b, h);
-  run_up(b, u, residual ? as_rows(*residual) : b.x, y);
+  run_up(b, u, onto, y);
   return {y, h};
 }
 
 }  // namespace
 
 void bind_bottleneck_adapter_cuda(torch::stable::detail::StableLibrary& library) {
-  library.impl("bottleneck_adapter", TORCH_BOX(&forward));
-  library.impl("bottleneck_adapter_backward", TORCH_BOX(&bottleneck_adapter_backward_cuda));
+  library.impl("bottleneck_adapter", TORCH_BOX(&call_bottleneck<forward>));
+  library.impl("bottleneck_adapter_backward", TORCH_BOX(&call_bottleneck_backward<bottleneck_adapter_backward_cuda>));
 }
 
 }  // namespace pk

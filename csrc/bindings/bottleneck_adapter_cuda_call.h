@@ -2,7 +2,7 @@
 // adapter, whose A and B are the down and the up projection, and the rest of the arguments as the kernels take them.
 #pragma once
 
-#include "bindings/bottleneck_adapter_check.h"
+#include "bindings/bottleneck_adapter_call.h"
 #include "bindings/lora_linear_cuda_call.h"
 #include "bottleneck_adapter/bottleneck_adapter_cuda.h"
 
@@ -101,11 +101,6 @@ class BottleneckCall {
   }
 };
 
-std::vector<Tensor> bottleneck_adapter_backward_cuda(
-    const Tensor& dy, const Tensor& x, const Tensor& h, const Tensor& down_weight, const Tensor& up_weight,
-    const OptionalTensor& up_bias, const OptionalTensor& scale, const OptionalTensor& gate,
-    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const std::string& activation, double scaling,
-    const std::string& norm, double eps, double dropout_p, const std::string& dropout_on, const OptionalTensor& seed,
-    bool serial, const std::vector<bool>& needs);
+void bottleneck_adapter_backward_cuda(const BottleneckGradients& call);
 
 }  // namespace pk

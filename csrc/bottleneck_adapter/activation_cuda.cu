@@ -10,48 +10,6 @@
 namespace pk::bottleneck_adapter {
 namespace {
 
-constexpr double kHalfRoot = 0.70710678118654752440, kDensity = 0.39894228040143267794;  // 1 / sqrt(2), 1 / sqrt(2 pi)
-constexpr double kTanhFactor = 0.79788456080286535588, kTanhCube = 0.044715;             // gelu_tanh's
-constexpr double kLeak = 0.01;
-
-template <class Acc>
-__device__ __forceinline__ Acc sigmoid(Acc h) {
-  return Acc(1) / (Acc(1) + exp(-h));
-}
-
-// f'(h); NaN where h is.
-template <class Acc>
-__device__ __forceinline__ Acc slope_of(int activation, Acc h) {
-  switch (activation) {
-    case kRelu:
-      return h > 0 ? Acc(1) : h <= 0 ? Acc(0) : h;
-    case kGelu:
-      return erfc(-h * Acc(kHalfRoot)) / 2 + h * Acc(kDensity) * exp(-h * h / 2);
-    case kGeluTanh: {
-      constexpr Acc kFar = 64;  // past it nothing changes, and squares would overflow
-      const Acc c = h > kFar ? kFar : h < -kFar ? -kFar : h;
-      const Acc z = 2 * Acc(kTanhFactor) * (c + Acc(kTanhCube) * c * c * c), s = sigmoid(z);
-      return s + c * s * sigmoid(-z) * 2 * Acc(kTanhFactor) * (1 + 3 * Acc(kTanhCube) * c * c);
-    }
-    case kSilu: {
-      const Acc s = sigmoid(h);
-      return s * (1 + h * (1 - s));
-    }
-    case kTanh: {
-      const Acc t = tanh(h);
-      return 1 - t * t;
-    }
-    case kSigmoid: {
-      const Acc s = sigmoid(h);
-      return s * (1 - s);
-    }
-    case kLeakyRelu:
-      return h > 0 ? Acc(1) : h <= 0 ? Acc(kLeak) : h;
-    default:
-      return Acc(1);
-  }
-}
-
 template <class Acc>
 __global__ void __launch_bounds__(kThreads, 2)
     bottleneck_adapter_forward_activate_kernel(const Activate call, Dtype factors) {

@@ -38,7 +38,11 @@ static void add_v(const Problem& p, WideTile& v, int64_t row0, int64_t rows, int
         if (of_bias) gate_sums[i] += first_of(scaled * load(bias + j), cols - j);
       }
     }
-    product(v.at[0], kWidePitch, rows, width, d.at[0], 1, kPitch, B + n0 * p.E + e0, p.E, cols);
+    const int64_t strip = few(p) ? kStrip : cols;
+    for (int64_t n = 0; n < cols; n += strip) {
+      product(v.at[0], kWidePitch, rows, width, d.at[0] + n, 1, kPitch, B + (n0 + n) * p.E + e0, p.E,
+              min(strip, cols - n));
+    }
   }
   const int64_t parts = bottleneck_units(p);
   for (int64_t i = 0; p.dgate && e0 == 0 && i < rows; ++i) {
@@ -56,12 +60,14 @@ PK_INLINE float slope_row(const Problem& p, const float* v, int64_t m, int64_t e
   const float* h = static_cast<const float*>(p.h) + m * p.E + e0;
   vf gate_sum{};
   for (int64_t e = 0; e < width; e += kLanes) {
-    vf slope, u = activated<kActivation>(load_n(h + e, width - e), &slope), gated = load(v + e) * gate;
+    vf slope, u = activated<kActivation>(load_n(h + e, width - e), &slope);
+    const vf reached = load_n(v + e, width - e);
+    vf gated = reached * gate;
     if (drops) {
       u = keep(u, words[e / 32] >> (e % 32)) * p.dropout.scale;
       gated = keep(gated, words[e / 32] >> (e % 32)) * p.dropout.scale;
     }
-    if (p.dgate) gate_sum += first_of(load(v + e) * u, width - e);
+    if (p.dgate) gate_sum += first_of(reached * u, width - e);
     if (wants_up(p)) store_n(p.u + m * p.E + e0 + e, u * gate, width - e);
     if (wants_dh(p)) store_n(p.dh + m * p.E + e0 + e, slope * gated, width - e);
   }
@@ -72,13 +78,7 @@ static void slope_unit(const Problem& p, int64_t row0, int64_t e0) {
   const int64_t rows = min(unit_rows(p), p.M - row0), width = min(bottleneck_width(p), p.E - e0);
   const int64_t parts = bottleneck_units(p);
   WideTile v;
-  for (int64_t i = 0; i < rows; ++i) {
-    fill(v.at[i], width, 0.f);
-    if (p.norm == Norm::kNone || e0 > 0) continue;
-    const Statistics s = statistics_of(p, row0 + i);
-    p.statistics[2 * (row0 + i)] = s.mean;
-    p.statistics[2 * (row0 + i) + 1] = s.reciprocal;
-  }
+  for (int64_t i = 0; i < rows; ++i) fill(v.at[i], width, 0.f);
   if (wants_dh(p) || p.dgate) add_v(p, v, row0, rows, e0, width);
   with_activation(p.activation, [&](auto activation) {
     for (int64_t i = 0; i < rows; ++i) {
@@ -115,7 +115,9 @@ static void scale_gradient(const Problem& p, float* out, const float* up, int64_
   }
 }
 
-static void store_up(const Problem& p, const float* column_sums, float* up, int64_t ld, int64_t unit, int64_t cols) {
+// scaled: dB is done.
+static void store_up(const Problem& p, const float* column_sums, float* up, int64_t ld, int64_t unit, int64_t cols,
+                     bool scaled) {
   const int64_t n0 = unit * kColumns;
   float row[kPitch], scale[kPitch];
   if (p.dscale) {
@@ -133,7 +135,7 @@ static void store_up(const Problem& p, const float* column_sums, float* up, int6
     for (int64_t j = 0; j < cols; j += kLanes) store(row + j, load(column_sums + j) * load(scale + j));
     narrow_row(p.db, p.factors, n0, row, cols);
   }
-  for (int64_t n = 0; p.dB && n < cols; ++n) {
+  for (int64_t n = 0; p.dB && !scaled && n < cols; ++n) {
     float* const to = up + n * ld;
     for (int64_t e = 0; e < p.E; e += kLanes) store_n(to + e, load_n(to + e, p.E - e) * scale[n], p.E - e);
     if (to != static_cast<float*>(p.dB) + (n0 + n) * p.E) narrow_row(p.dB, p.factors, (n0 + n) * p.E, to, p.E);
@@ -148,21 +150,29 @@ static void up_unit(const Problem& p, int64_t unit, float* sums) {
   const bool in_place = few(p) && p.dB && p.factors == Dtype::kFloat32 && p.E % (2 * kLanes) == 0;
   float* const up = in_place ? static_cast<float*>(p.dB) + n0 * p.E : sums + kPitch;
   const int64_t ld = in_place ? p.E : pitch(p.E), strip = in_place ? kStrip : cols;
+  const bool scaled = in_place ? !p.dscale : gemm_ends_dB(p);
+  float scale[kPitch];
+  scale_row(p, scale, n0, cols);
   fill(sums, cols, 0.f);
-  for (int64_t n = 0; wants_up(p) && n < cols; ++n) fill(up + n * ld, p.E, 0.f);
-  for (int64_t row0 = 0; row0 < p.M; row0 += kRows) {
+  const bool adds = wants_up(p) && !p.gemm;
+  for (int64_t row0 = 0; (adds || wants_sums) && row0 < p.M; row0 += kRows) {
     const int64_t rows = min(kRows, p.M - row0);
     Tile d;
     load_dy(p, d, row0, rows, n0, cols);
-    for (int64_t n = 0; wants_up(p) && n < cols; n += strip) {
-      product(up + n * ld, ld, min(strip, cols - n), p.E, d.at[0] + n, kPitch, 1, p.u + row0 * p.E, p.E, rows);
+    for (int64_t n = 0; adds && n < cols; n += strip) {
+      const int64_t last = min(n + strip, cols);
+      for (int64_t i = n; row0 == 0 && i < last; ++i) fill(up + i * ld, p.E, 0.f);
+      product(up + n * ld, ld, last - n, p.E, d.at[0] + n, kPitch, 1, p.u + row0 * p.E, p.E, rows);
+      for (int64_t i = n; scaled && i < last; ++i) {
+        for (int64_t e = 0; e < p.E; e += kLanes) store(up + i * ld + e, load(up + i * ld + e) * scale[i]);
+      }
     }
     for (int64_t i = 0; wants_sums && i < rows; ++i) {
       const float gate = p.gate ? number_at(p, p.gate, row0 + i) : 1.f;
       for (int64_t j = 0; j < cols; j += kLanes) store(sums + j, load(sums + j) + load(d.at[i] + j) * gate);
     }
   }
-  store_up(p, sums, up, ld, unit, cols);
+  store_up(p, sums, up, ld, unit, cols, scaled);
 }
 
 static void up(const Problem& p, int64_t begin, int64_t end) {
@@ -208,8 +218,7 @@ static void store_out(const Problem& p, Tile& out, const Tile& x, float* norm_su
 static void load_x(const Problem& p, Tile& x, int64_t row0, int64_t rows, int64_t k0, int64_t cols, bool plain) {
   widen_tile(x, p.type, p.x, p.x_stride, row0, rows, k0, cols);
   for (int64_t i = 0; p.norm != Norm::kNone && i < rows; ++i) {
-    const float* s = p.statistics + 2 * (row0 + i);
-    normalise(p, x.at[i], {s[0], s[1]}, k0, cols, plain);
+    normalise(p, x.at[i], statistics_at(p, row0 + i), k0, cols, plain);
   }
 }
 
@@ -226,7 +235,6 @@ static void down_unit(const Problem& p, int64_t k0, float* sums) {
     widen_row(packed + e * kPitch, p.factors, p.A, e * p.K + k0, cols);
   }
   fill(norm_sums, 2 * kPitch, 0.f);
-  for (int64_t e = 0; p.dA && e < p.E; ++e) fill(dA + e * ld, cols, 0.f);
   for (int64_t row0 = 0; row0 < p.M; row0 += kRows) {
     const int64_t rows = min(kRows, p.M - row0);
     const float* const dh = p.dh + row0 * p.E;
@@ -243,7 +251,9 @@ static void down_unit(const Problem& p, int64_t k0, float* sums) {
     if (p.dA) {
       load_x(p, x, row0, rows, k0, cols, false);
       for (int64_t e = 0; e < p.E; e += strip) {
-        product(dA + e * ld, ld, min(strip, p.E - e), cols, dh + e, p.E, 1, x.at[0], kPitch, rows);
+        const int64_t last = min(e + strip, p.E);
+        for (int64_t i = e; row0 == 0 && i < last; ++i) fill(dA + i * ld, cols, 0.f);
+        product(dA + e * ld, ld, last - e, cols, dh + e, p.E, 1, x.at[0], kPitch, rows);
       }
     }
   }
@@ -260,7 +270,7 @@ static void down(const Problem& p, int64_t begin, int64_t end) {
 
 // dx = (o - mean(o) - n mean(o n)) / deviation [+ dy] of one row; o: raw, n: x normalised; no mean(o) for an rms_norm.
 static void norm_dx_row(const Problem& p, int64_t m) {
-  const Statistics s{p.statistics[2 * m], p.statistics[2 * m + 1]};
+  const Statistics s = statistics_at(p, m);
   const float* const raw = p.raw + m * p.K;
   float x[kPitch], out[kPitch];
   vf sums{}, products{};

@@ -5,7 +5,8 @@
 //
 // A call is a list of steps; a step is one phase over work units, which depend on the shape alone, never on the number
 // of threads, so results are the same bit for bit however many there are. Few rows (M <= kFewRows) use the factors
-// where they lie; more rows are worth packing them.
+// where they lie; more rows are worth packing them; where the caller lends a library's GEMM (suits_gemm()), the units
+// call it and do the rest between two calls, while their rows are in the cache.
 #pragma once
 
 #include <cstdint>
@@ -22,12 +23,24 @@ constexpr int64_t kColumns = 128;          // columns of a tile, and how much of
 constexpr int64_t kPitch = kColumns + 16;  // floats from row to row: off the powers of two, which thrash L1
 constexpr int64_t kWide = 256;             // bottlenecks of one unit where there are many rows
 constexpr int64_t kWidePitch = kWide + 16;
-constexpr int64_t kNarrow = 32;  // and where there are few, so that there is work for all threads
+constexpr int64_t kNarrow = 32;          // and where there are few, so that there is work for all threads
+constexpr int64_t kOneThread = 1 << 19;  // multiplications below which one thread does them
 constexpr int64_t kFewRows = 32;
 constexpr int64_t kMostBottlenecks = 1024;
 constexpr int64_t kLeastPanel = 8 * kRows;
+constexpr int64_t kGemmRows = 256;  // rows and columns that a GEMM of one unit makes
+constexpr int64_t kGemmColumns = 256;
+constexpr int64_t kLowColumns = 32;     // its bottlenecks come in multiples of this, as dropout's mask does
+constexpr int64_t kGemmWork = 1 << 20;  // multiplications from which a GEMM is worth its call
 
 enum class Norm { kNone, kLayer, kRms };
+
+struct Matrix {  // of fp32
+  float* data;
+  int64_t rows, cols, row_stride, col_stride;
+};
+// c = alpha a b, or c += alpha a b. Called by many threads at once.
+using Gemm = void (*)(const Matrix& c, const Matrix& a, const Matrix& b, float alpha, bool accumulate);
 
 struct Problem {
   int64_t M, K, N, E;
@@ -56,8 +69,11 @@ struct Problem {
   bool serial;                                                                // dx has dy as well
   void *dx, *dA, *da, *dB, *db, *dscale, *dgate, *dnorm_weight, *dnorm_bias;  // null: not wanted
 
+  Gemm gemm;  // null: none
+
   // Room of the steps, see set_scratch().
-  float *packed_A, *packed_B;  // forward: A^T [K][pitch(E)]; backward: B in fp32, or null where it is
+  float *packed_A, *packed_B;  // forward: A^T [K][pitch(E)]; backward: B in fp32, or null where it is;
+                               // with a GEMM: s B where s is a vector
   float* u;                    // [M, E]; in the backward times g
   float* dh;                   // [M, E]
   float* statistics;           // [M][2], mean and reciprocal deviation
@@ -69,16 +85,25 @@ struct Problem {
 using Phase = void (*)(const Problem&, int64_t begin, int64_t end);
 
 struct Table {    // everything of one instruction set
+  Phase measure;  // unit: kRows rows                      -> statistics
   Phase pack;     // unit: kColumns columns of A           -> packed_A
   Phase shrink;   // unit: unit_rows(), some bottlenecks   -> h, u
   Phase expand;   // unit: kColumns columns, panel_rows()  -> y
   Phase widen;    // unit: kColumns rows of B              -> packed_B
-  Phase slope;    // unit: unit_rows(), some bottlenecks   -> u, dh, parts of dg, statistics
+  Phase slope;    // unit: unit_rows(), some bottlenecks   -> u, dh, parts of dg
   Phase up;       // unit: kColumns columns of dy          -> dB, db, ds or its part
   Phase down;     // unit: kColumns columns of x           -> dA, the norm's gradients, dx or what it is made of
   Phase norm_dx;  // unit: kRows rows                      -> dx
   Phase sums;     // unit: kColumns bottlenecks            -> da
   Phase gather;   // one unit                              -> dg and ds of their parts
+  // With a GEMM.
+  Phase scale_B;      // unit: kColumns rows of B         -> packed_B
+  Phase gemm_shrink;  // unit: low_rows(), low_columns()  -> h, u
+  Phase gemm_expand;  // unit: kGemmRows, kGemmColumns    -> y
+  Phase gemm_slope;   // unit: low_rows(), low_columns()  -> u, dh
+  Phase gemm_dB;      // unit: kGemmColumns columns of dy -> dB, or what `up` makes it of
+  Phase gemm_dx;      // unit: kGemmRows, kGemmColumns    -> dx
+  Phase gemm_dA;      // unit: kGemmColumns columns of x  -> dA
 };
 
 struct Step {
@@ -117,7 +142,8 @@ inline int64_t row_units(const Problem& p) {
   return blocks(p.M, unit_rows(p));
 }
 inline int64_t bottleneck_width(const Problem& p) {
-  return few(p) ? kNarrow : kWide;
+  const int64_t longest = p.K > p.N ? p.K : p.N;
+  return few(p) && p.M * p.E * longest >= kOneThread ? kNarrow : kWide;
 }
 inline int64_t bottleneck_units(const Problem& p) {
   return blocks(p.E, bottleneck_width(p));
@@ -130,6 +156,33 @@ inline int64_t panel_rows(const Problem& p) {
 }
 inline int64_t expand_units(const Problem& p) {
   return blocks(p.N, kColumns) * blocks(p.M, panel_rows(p));
+}
+
+// Does a GEMM suit a problem whose arguments are set? Every step has several units then and work for several threads,
+// so that the GEMM is called where the threads are taken already, and its sums do not depend on how many there are.
+inline bool suits_gemm(const Problem& p) {
+  const bool plain = p.type == Dtype::kFloat32 && p.factors == Dtype::kFloat32 && p.norm == Norm::kNone && !p.dgate;
+  const int64_t narrow = p.K < p.N ? p.K : p.N;
+  return plain && !(p.drops_output && p.dropout.active()) && !few(p) && p.E > kLowColumns && narrow > kGemmColumns &&
+         p.M * p.E * narrow >= kGemmWork;
+}
+
+// Rows and bottlenecks of one unit that makes h or dh with a GEMM: few rows are not cut, since each cut packs A anew.
+inline int64_t low_rows(const Problem& p) {
+  return p.M < kGemmRows ? p.M : kGemmRows / 2;
+}
+inline int64_t low_columns(const Problem& p) {
+  return p.M < kGemmRows ? blocks(blocks(p.E, 2), kLowColumns) * kLowColumns : p.E;
+}
+inline int64_t low_units(const Problem& p) {
+  return blocks(p.M, low_rows(p)) * blocks(p.E, low_columns(p));
+}
+inline int64_t wide_units(const Problem& p, int64_t columns) {
+  return blocks(p.M, kGemmRows) * blocks(columns, kGemmColumns);
+}
+// Does the GEMM leave nothing to do for dB?
+inline bool gemm_ends_dB(const Problem& p) {
+  return p.gemm && p.dB && p.scales <= 1 && !p.dscale;
 }
 
 // Room of one unit, see `sums`.

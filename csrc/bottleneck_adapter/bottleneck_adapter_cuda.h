@@ -10,7 +10,7 @@
 //   [x pass]:   dh^T n(x), which is dA without a norm; with one, down_gradients: dA and the norm's gradients
 //   [expand]:   dh A [+ dy], which is dx without a norm; with one, norm_slope
 // b is one more column of B here, with g for its column of g u: column E of v is then d (s b), of d^T (g u) db.
-// The scales of both dropouts are factors of what the products give, so that u stays small enough for fp16.
+// The scales of both dropouts are factors of what the products give.
 // Acc is fp64 where the factors are, else fp32; "factors" is the dtype of every parameter of the adapter. A launcher
 // launches one kernel on `stream`. Every sum has one fixed order.
 #pragma once
@@ -52,6 +52,32 @@ struct Slope {
   const uint64_t* seed;
 };
 cudaError_t slope(Dtype factors, const Slope& call, cudaStream_t stream);
+
+// The whole forward in one launch, of 16-bit x and factors of the same type and E <= 256; or, with `parts`, what comes
+// behind the shrink that wrote them, which it may overlap: then x and A are not read. Both for any M; has_fused_kernel
+// and has_few_rows_kernel say for which they are meant, by shape and types alone. x, residual: rows a stride apart,
+// unit stride along them.
+struct Fused {
+  const void* x;
+  int64_t x_stride, M, K;
+  const void *A, *down_bias;  // [E, K]; [E] or null
+  int64_t E;
+  const void* B;  // [N, E]
+  int64_t N;
+  const void* residual;
+  int64_t residual_stride;
+  float* h;        // [M][E]: x A^T + down_bias
+  void* y;         // [M][N]
+  int activation;  // of common/activation.h
+  Keep keep;       // of the bottleneck; its scale is a factor of gated.sum_scale
+  Gated gated;
+  const uint64_t* seed;
+  const float* parts = nullptr;  // [splits][M][E], of x A^T
+  int splits = 0;
+};
+bool has_fused_kernel(Dtype x, Dtype factors, int64_t M, int64_t E);
+bool has_few_rows_kernel(Dtype x, Dtype factors, int64_t M, int64_t N, int64_t E);
+cudaError_t fused(Dtype x, const Fused& call, cudaStream_t stream);
 
 // With D and d the sums of their parts and s[n] = scale[n or 0]:
 //   up_weight_grad[n, e] = weight_factor s D[n, e]            up_bias_grad[n] = bias_factor s d[n]

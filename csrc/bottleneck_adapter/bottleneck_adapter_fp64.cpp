@@ -18,31 +18,6 @@ double entry(const void* numbers, int64_t i, double otherwise) {
   return numbers ? doubles(numbers)[i] : otherwise;
 }
 
-double slope_of(int activation, double h) {
-  const double normal = std::exp(-h * h / 2) / std::sqrt(2 * M_PI), t = std::tanh(h), share = 1 / (1 + std::exp(-h));
-  switch (activation) {
-    case kRelu:
-      return std::isnan(h) ? h : h > 0;
-    case kLeakyRelu:
-      return std::isnan(h) ? h : h > 0 ? 1 : 0.01;
-    case kGelu:
-      return std::erfc(-h / std::sqrt(2)) / 2 + h * normal;
-    case kGeluTanh: {
-      const double twice = 2 * std::sqrt(2 / M_PI), b = 0.044715, c = h > 64 ? 64 : h < -64 ? -64 : h;
-      const double z = twice * (c + b * c * c * c), near = 1 / (1 + std::exp(-z)), far = 1 / (1 + std::exp(z));
-      return near + c * near * far * twice * (1 + 3 * b * c * c);
-    }
-    case kSilu:
-      return share * (1 + h * (1 - share));
-    case kTanh:
-      return 1 - t * t;
-    case kSigmoid:
-      return share * (1 - share);
-    default:
-      return 1;
-  }
-}
-
 // drop(value) of element (m, i) of the masked matrix: not a product, a dropped NaN is gone.
 double dropped(const Problem& p, bool here, int64_t m, int64_t i, double value) {
   if (!here || !p.dropout.active()) return value;

@@ -20,6 +20,14 @@ static void transpose_rows(const Problem& p, const void* from, int64_t columns, 
   }
 }
 
+static void measure(const Problem& p, int64_t begin, int64_t end) {
+  for (int64_t m = begin * kRows; m < min(end * kRows, p.M); ++m) {
+    const Statistics s = statistics_of(p, m);
+    p.statistics[2 * m] = s.mean;
+    p.statistics[2 * m + 1] = s.reciprocal;
+  }
+}
+
 // A^T in fp32, kColumns columns of A a unit.
 static void pack(const Problem& p, int64_t begin, int64_t end) {
   const int64_t ld = pitch(p.E);
@@ -28,26 +36,65 @@ static void pack(const Problem& p, int64_t begin, int64_t end) {
   }
 }
 
+// c[i][j] += sum_k x[i][k] w[j][k] for few rows, of which the last three at most are taken eight columns at a time:
+// four would wait for each other's sums.
+static void few_dots(const Problem& p, float* c, int64_t ldc, int64_t rows, int64_t cols, const float* x, int64_t ldx,
+                     const void* factor, int64_t at, int64_t ld, int64_t n) {
+  constexpr int kAcross = 8;
+  with_type(p.factors, [&](auto number) {
+    const auto* w = static_cast<const decltype(number)*>(factor) + at;
+    const int64_t tall = rows / 4 * 4, wide = cols / kAcross * kAcross;
+    if (tall > 0) dots<false>(c, ldc, tall, cols, x, ldx, w, ld, n, 1.f);
+    for (int64_t i = tall; i < rows; ++i) {
+      for (int64_t j = 0; j < wide; j += kAcross) {
+        float sums[kAcross];
+        dots_tile<1, kAcross, false>(x + i * ldx, ldx, w + j * ld, ld, n, nullptr, sums);
+        for (int64_t a = 0; a < kAcross; ++a) c[i * ldc + j + a] += sums[a];
+      }
+    }
+    if (tall < rows && wide < cols) {
+      dots<false>(c + tall * ldc + wide, ldc, rows - tall, cols - wide, x + tall * ldx, ldx, w + wide * ld, ld, n, 1.f);
+    }
+  });
+}
+
 // The rows' products with A, bottlenecks e0 ... e0 + width, a tile of n(x) at a time.
 static void add_down(const Problem& p, WideTile& sums, int64_t row0, int64_t rows, int64_t e0, int64_t width) {
-  Statistics statistics[kRows];
-  for (int64_t i = 0; p.norm != Norm::kNone && i < rows; ++i) statistics[i] = statistics_of(p, row0 + i);
+  if (few(p) && p.type == Dtype::kFloat32 && p.norm == Norm::kNone) {
+    const float* const x = static_cast<const float*>(p.x) + row0 * p.x_stride;
+    return few_dots(p, sums.at[0], kWidePitch, rows, width, x, p.x_stride, p.A, e0 * p.K, p.K, p.K);
+  }
   for (int64_t k0 = 0; k0 < p.K; k0 += kColumns) {
     const int64_t cols = min(kColumns, p.K - k0);
     Tile x;
     widen_tile(x, p.type, p.x, p.x_stride, row0, rows, k0, cols);
     for (int64_t i = 0; p.norm != Norm::kNone && i < rows; ++i) {
-      normalise(p, x.at[i], statistics[i], k0, cols, false);
+      normalise(p, x.at[i], statistics_at(p, row0 + i), k0, cols, false);
     }
     if (few(p)) {
-      with_type(p.factors, [&](auto number) {
-        dots<false>(sums.at[0], kWidePitch, rows, width, x.at[0], kPitch,
-                    static_cast<const decltype(number)*>(p.A) + e0 * p.K + k0, p.K, cols, 1.f);
-      });
+      few_dots(p, sums.at[0], kWidePitch, rows, width, x.at[0], kPitch, p.A, e0 * p.K + k0, p.K, cols);
     } else {
       product(sums.at[0], kWidePitch, rows, width, x.at[0], 1, kPitch, p.packed_A + k0 * pitch(p.E) + e0, pitch(p.E),
               cols);
     }
+  }
+}
+
+// From one row of n(x) A^T, bottlenecks e0 ... e0 + width: h = that + a and u = drop_b(f(h)). `sums` may lie in h.
+template <int kActivation>
+PK_INLINE void store_h_and_u(const Problem& p, const float* sums, const float* bias, int64_t m, int64_t e0,
+                             int64_t width, float gate) {
+  const bool drops = !p.drops_output && p.dropout.active();
+  float* const h = static_cast<float*>(p.h) + m * p.E + e0;
+  float* const u = p.u + m * p.E + e0;
+  uint32_t words[kMaskWords];
+  if (drops) keep_words(words, p.dropout, m, e0 / 32, (width + 31) / 32);
+  for (int64_t e = 0; e < width; e += kLanes) {
+    const vf sum = load_n(sums + e, width - e) + load(bias + e);
+    store_n(h + e, sum, width - e);
+    vf value = activated<kActivation>(sum, nullptr);
+    if (drops) value = keep(value, words[e / 32] >> (e % 32)) * p.dropout.scale;
+    store_n(u + e, value * gate, width - e);
   }
 }
 
@@ -62,19 +109,9 @@ static void shrink_unit(const Problem& p, int64_t row0, int64_t e0) {
   add_down(p, sums, row0, rows, e0, width);
   with_activation(p.activation, [&](auto activation) {
     for (int64_t i = 0; i < rows; ++i) {
-      float* const row = sums.at[i];
-      float* const h = static_cast<float*>(p.h) + (row0 + i) * p.E + e0;
-      for (int64_t e = 0; e < width; e += kLanes) {
-        const vf sum = load(row + e) + load(bias + e);
-        store_n(h + e, sum, width - e);
-        store(row + e, activated<decltype(activation)::value>(sum, nullptr));
-      }
+      store_h_and_u<decltype(activation)::value>(p, sums.at[i], bias, row0 + i, e0, width, 1.f);
     }
   });
-  for (int64_t i = 0; i < rows; ++i) {
-    if (!p.drops_output && p.dropout.active()) drop_row(p, sums.at[i], row0 + i, e0, width);
-    narrow_row(p.u, Dtype::kFloat32, (row0 + i) * p.E + e0, sums.at[i], width);
-  }
 }
 
 static void shrink(const Problem& p, int64_t begin, int64_t end) {
@@ -118,10 +155,7 @@ static void expand_unit(const Problem& p, int64_t n0, int64_t first, int64_t las
       for (int64_t j = 0; j < cols; j += kLanes) store(tile.at[i] + j, load(bias + j));
     }
     if (few(p)) {
-      with_type(p.factors, [&](auto number) {
-        dots<false>(tile.at[0], kPitch, rows, cols, u, p.E, static_cast<const decltype(number)*>(p.B) + n0 * p.E, p.E,
-                    p.E, 1.f);
-      });
+      few_dots(p, tile.at[0], kPitch, rows, cols, u, p.E, p.B, n0 * p.E, p.E, p.E);
     } else {
       product(tile.at[0], kPitch, rows, cols, u, 1, p.E, b_t, kPitch, p.E);
     }

@@ -95,6 +95,10 @@ static Statistics statistics_of(const Problem& p, int64_t m) {
   return {mean, static_cast<float>(1 / __builtin_sqrt(static_cast<double>(square) + p.eps))};
 }
 
+PK_INLINE Statistics statistics_at(const Problem& p, int64_t m) {
+  return {p.statistics[2 * m], p.statistics[2 * m + 1]};
+}
+
 // A row of n(x), columns k0 ... k0 + cols, without the norm's weight and bias if `plain`.
 PK_INLINE void normalise(const Problem& p, float* row, Statistics s, int64_t k0, int64_t cols, bool plain) {
   float weight[kPitch], bias[kPitch];
@@ -116,10 +120,16 @@ static void widen_tile(Tile& tile, Dtype type, const void* from, int64_t stride,
   for (int64_t i = 0; i < rows; ++i) widen_row(tile.at[i], type, from, (row0 + i) * stride + col0, cols);
 }
 
+// What is one number in s.
+PK_INLINE float factor_of_scale(const Problem& p) {
+  const float scaling = static_cast<float>(p.scaling);
+  return p.scales == 1 ? scaling * number_at(p, p.scale, 0) : scaling;
+}
+
 // s of the columns n0 ... n0 + cols.
 PK_INLINE void scale_row(const Problem& p, float* row, int64_t n0, int64_t cols) {
   const float scaling = static_cast<float>(p.scaling);
-  if (p.scales <= 1) return fill(row, cols, p.scales ? scaling * number_at(p, p.scale, 0) : scaling);
+  if (p.scales <= 1) return fill(row, cols, factor_of_scale(p));
   widen_row(row, p.factors, p.scale, n0, cols);
   for (int64_t j = 0; j < cols; j += kLanes) store(row + j, load(row + j) * scaling);
 }

@@ -8,8 +8,6 @@
 
 namespace pk::PK_ISA {
 
-constexpr float kLeak = 0.01f;
-
 // f(h); `slope`, where it is not null, receives f'(h). relu's and leaky_relu's slopes at 0 are those of PyTorch.
 template <int kActivation>
 PK_INLINE vf activated(vf h, vf* slope) {
@@ -18,15 +16,16 @@ PK_INLINE vf activated(vf h, vf* slope) {
     if (slope) *slope = h <= 0.f ? vf{} : (h == h ? one : h);
     return h <= 0.f ? vf{} : h;
   } else if constexpr (kActivation == kLeakyRelu) {
-    if (slope) *slope = h <= 0.f ? vf{} + kLeak : (h == h ? one : h);
-    return h <= 0.f ? h * kLeak : h;
+    constexpr float kLow = static_cast<float>(kLeak);
+    if (slope) *slope = h <= 0.f ? vf{} + kLow : (h == h ? one : h);
+    return h <= 0.f ? h * kLow : h;
   } else if constexpr (kActivation == kGelu) {
     vf density;
     const vf share = normal(h, density);
     if (slope) *slope = share + h * density;
     return h * share;
   } else if constexpr (kActivation == kGeluTanh) {  // (1 + tanh z) / 2 is the logistic function of 2 z
-    constexpr float kTwice = 1.5957691216f, kCube = 0.044715f, kFar = 64.f;
+    constexpr float kTwice = static_cast<float>(2 * kTanhFactor), kCube = static_cast<float>(kTanhCube), kFar = 64.f;
     vf c = h > kFar ? vf{} + kFar : h;  // past it nothing changes, and squares would overflow
     c = c < -kFar ? vf{} - kFar : c;
     vf rest;

@@ -6,6 +6,8 @@
 #include <cuda_fp16.h>
 #include <math.h>
 
+#include <type_traits>
+
 #include "common/dtype.h"
 #include "common/launch.h"
 
@@ -81,6 +83,18 @@ __device__ __forceinline__ void cut_pair(float first, float second, uint32_t (&p
     first = fabsf(first) == INFINITY ? 0.f : first - __uint_as_float(low);
     second = fabsf(second) == INFINITY ? 0.f : second - __uint_as_float(high);
   }
+}
+
+// Two neighbours of 16 bits as bf16 parts, which are all of them. Beside fp32 values, which bf16 parts hold at any size
+// and fp16 ones do not, fp16 enters a product like this: the types of one mma.sync are the same.
+template <class T>
+constexpr int kBf16Parts = std::is_same_v<T, bf16> ? 1 : 2;
+
+__device__ __forceinline__ void as_bf16(uint32_t (&parts)[1], uint32_t pair, bf16) {
+  parts[0] = pair;
+}
+__device__ __forceinline__ void as_bf16(uint32_t (&parts)[2], uint32_t pair, fp16) {
+  cut_pair(to_float(fp16{static_cast<uint16_t>(pair)}), to_float(fp16{static_cast<uint16_t>(pair >> 16)}), parts);
 }
 
 }  // namespace pk

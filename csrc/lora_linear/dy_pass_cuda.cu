@@ -5,8 +5,9 @@
 // Grid: (ranks in blocks of 16 or 32, all adapters side by side; 512 columns of dy; chunk of rows). Blocks of the same
 // dy with other ranks are neighbours in the grid and find it in the L2 cache. A warp has 64 of the columns: its part of
 // B stays in registers, as does its dB over the whole chunk; ds of a tile of 16 rows is summed over the block's warps,
-// in their order, by way of shared memory. fp32 accumulation. h enters as two 16-bit parts; three, which are all of it,
-// where dB is fp32; and so does an fp32 B, as ds is always fp32.
+// in their order, by way of shared memory. fp32 accumulation. h enters as two bf16 parts; three, which are all of it,
+// where dB is fp32, and so does an fp32 B, as ds is always fp32; fp16 dy meets h as two bf16 parts, and fp16 B as it
+// is.
 #include "lora_linear/pass_tiles.h"
 
 namespace pk::lora_linear {
@@ -20,7 +21,7 @@ template <class T, class F, int kRanks>
 struct Shape {
   static constexpr int kFactorParts = sizeof(F) == 4 ? 3 : 1, kLowParts = sizeof(F) == 4 ? 3 : 2;
   static constexpr int kGroups = kRanks / 8;
-  using Low = LowRows<T, kThreads, kRanks, kLowParts>;
+  using Low = LowRows<kThreads, kRanks, kLowParts>;
   static constexpr int kSumPitch = kRanks + 8, kSum = kWarps * kTileRows * kSumPitch;  // ds of each warp
   static constexpr size_t kBytes =
       kStages * kTileSize * sizeof(T) + 2 * Low::kSize * sizeof(T) + 2 * kSum * sizeof(float);
@@ -93,7 +94,7 @@ __device__ __forceinline__ void multiply_ds(float* sum, const T* tile,
 
 // dB += dy^T h over 16 rows, for the warp's columns.
 template <class T, int kGroups, int kParts>
-__device__ __forceinline__ void multiply_dB(float (&dB)[kSteps][kGroups][4], const T* tile, const T* low) {
+__device__ __forceinline__ void multiply_dB(float (&dB)[kSteps][kGroups][4], const T* tile, const bf16* low) {
   constexpr int kPitch = tile_pitch(8 * kGroups);
   const int lane = lane_index();
   uint32_t right[kParts][kGroups][2];
@@ -109,19 +110,31 @@ __device__ __forceinline__ void multiply_dB(float (&dB)[kSteps][kGroups][4], con
   }
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
-    uint32_t left[4];
-    ldmatrix_trans(left, tile + (lane % 8 + lane / 16 * 8) * kTilePitch + 16 * s + lane / 8 % 2 * 8);
+    uint32_t pairs[4], left[kBf16Parts<T>][4];
+    ldmatrix_trans(pairs, tile + (lane % 8 + lane / 16 * 8) * kTilePitch + 16 * s + lane / 8 % 2 * 8);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      uint32_t parts[kBf16Parts<T>];
+      as_bf16(parts, pairs[e], T{});
+#pragma unroll
+      for (int q = 0; q < kBf16Parts<T>; ++q) left[q][e] = parts[q];
+    }
 #pragma unroll
     for (int p = 0; p < kParts; ++p) {
 #pragma unroll
-      for (int j = 0; j < kGroups; ++j) mma_m16n8k16<T>(dB[s][j], left, right[p][j]);
+      for (int j = 0; j < kGroups; ++j) {
+        mma_m16n8k16<bf16>(dB[s][j], left[0], right[p][j]);
+        if constexpr (kBf16Parts<T> == 2) {
+          if (p == 0) mma_m16n8k16<bf16>(dB[s][j], left[1], right[0][j]);  // the small parts' product would not show
+        }
+      }
     }
   }
 }
 
-template <class T, int kGroups>
+template <int kGroups>
 __device__ __forceinline__ void write_dB(const DyPass& call, const float (&dB)[kSteps][kGroups][4], int rank0,
-                                         int64_t col0, int64_t chunk, const LowScale& scale) {
+                                         int64_t col0, int64_t chunk) {
   const int lane = lane_index();
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
@@ -134,7 +147,7 @@ __device__ __forceinline__ void write_dB(const DyPass& call, const float (&dB)[k
 #pragma unroll
       for (int i = 0; i < 2 * kSteps; ++i) {
         const int64_t n = col0 + 8 * i + lane / 4;
-        if (n < call.N) to[(chunk * call.N + n) * R + rank.r] = rescaled<T>(dB[i / 2][j][i % 2 * 2 + e], scale.up);
+        if (n < call.N) to[(chunk * call.N + n) * R + rank.r] = dB[i / 2][j][i % 2 * 2 + e];
       }
     }
   }
@@ -142,12 +155,11 @@ __device__ __forceinline__ void write_dB(const DyPass& call, const float (&dB)[k
 
 template <class T, class F, int kRanks>
 __global__ void __launch_bounds__(kThreads, kRanks == 16 && sizeof(F) == 2 ? 2 : 1)
-    lora_linear_backward_dy_pass_kernel(const __grid_constant__ DyPass call, int64_t rows_each, bool vector,
-                                        const __grid_constant__ LowScale scale) {
+    lora_linear_backward_dy_pass_kernel(const __grid_constant__ DyPass call, int64_t rows_each, bool vector) {
   using S = Shape<T, F, kRanks>;
   using Low = typename S::Low;
   PK_DYNAMIC_SHARED(T, stages);
-  T* const lows = stages + kStages * kTileSize;
+  bf16* const lows = reinterpret_cast<bf16*>(stages + kStages * kTileSize);
   float* const sums = reinterpret_cast<float*>(lows + 2 * Low::kSize);
   const int rank0 = blockIdx.x * kRanks, warp = warp_index();
   const int64_t block_col = static_cast<int64_t>(blockIdx.y) * kTileCols, col0 = block_col + warp * kWarpCols;
@@ -190,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, kRanks == 16 && sizeof(F) == 2 ? 2 :
   Low::clear(lows, 2);
   low.fetch(rows);
   __syncthreads();
-  low.store(lows, scale);
+  low.store(lows);
   low.fetch(rows - kTileRows);
   for (int i = 0; i < tiles; ++i) {
     cp_async_wait<kStages - 2>();
@@ -203,13 +215,13 @@ __global__ void __launch_bounds__(kThreads, kRanks == 16 && sizeof(F) == 2 ? 2 :
     }
     if (call.h) {
       multiply_dB<T, S::kGroups, S::kLowParts>(dB, tile, lows + i % 2 * Low::kSize);
-      low.store(lows + (i + 1) % 2 * Low::kSize, scale);
+      low.store(lows + (i + 1) % 2 * Low::kSize);
       low.fetch(rows - (i + 2) * kTileRows);
     }
   }
   __syncthreads();
   if (call.ds && tiles > 0) write_ds(tiles - 1);
-  write_dB<T>(call, dB, rank0, col0, blockIdx.z, scale);
+  write_dB(call, dB, rank0, col0, blockIdx.z);
 }
 
 template <class T, class F, int kRanks>
@@ -218,7 +230,7 @@ cudaError_t launch_ranks(const DyPass& call, int ranks, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(ranks, kRanks)), dy_column_blocks(call.N), chunks.count);
   const bool vector = vector_rows(call.dy, call.dy_stride, sizeof(T));
   return PK_LAUNCH((lora_linear_backward_dy_pass_kernel<T, F, kRanks>), grid, dim3(kThreads),
-                   (Shape<T, F, kRanks>::kBytes), stream, call, chunks.rows, vector, low_scale<T>(call.adapters));
+                   (Shape<T, F, kRanks>::kBytes), stream, call, chunks.rows, vector);
 }
 
 template <class T, class F>

@@ -4,8 +4,8 @@
 // out, bias [N]: T, bf16 or fp16; low [M, R] fp32; F_l: the factors' dtype, B_l [N, R_l] for y, A_l [R_l, N] for dx.
 // Grid: one block of 8 warps for each 64 x 128 tile of out, a warp 32 x 32 of it; neighbours in the grid are neighbours
 // along n. The block goes through the adapters in steps of 16 ranks; the values of the next step are fetched into
-// registers while this one is multiplied. low enters as two 16-bit parts, fp32 factors too: 16 bits are more than the
-// result holds, so the product of the two small parts is left out. fp32 accumulation, rounded once.
+// registers while this one is multiplied. low enters as two bf16 parts, fp32 and fp16 factors too: 16 bits are more
+// than the result holds, so the product of the two small parts is left out. fp32 accumulation, rounded once.
 #include "lora_linear/mma_tiles.h"
 
 namespace pk::lora_linear {
@@ -17,7 +17,7 @@ constexpr int kLowPart = kRows * tile_pitch(kStep), kOutPitch = tile_pitch(kCols
 
 template <class F, bool kAcross>
 struct Shape {
-  static constexpr int kFactorParts = sizeof(F) == 4 ? 2 : 1;
+  static constexpr int kFactorParts = std::is_same_v<F, bf16> ? 1 : 2;
   static constexpr int kPitch = tile_pitch(kAcross ? kCols : kStep);
   static constexpr int kFactorPart = (kAcross ? kStep : kCols) * kPitch;
   static constexpr int kBuffer = kLowParts * kLowPart + kFactorParts * kFactorPart;
@@ -52,17 +52,17 @@ __device__ __forceinline__ void load_run(E (&to)[kCount], const E* from, int val
   }
 }
 
-// Writes neighbours as 16-bit parts, one tile per part. `to` is aligned to the run.
-template <class T, int kParts, int kCount, class E>
-__device__ __forceinline__ void store_run(T* to, int part_size, const E (&from)[kCount]) {
+// Writes neighbours as bf16 parts, one tile per part. `to` is aligned to the run.
+template <int kParts, int kCount, class E>
+__device__ __forceinline__ void store_run(bf16* to, int part_size, const E (&from)[kCount]) {
   uint32_t pairs[kParts][kCount / 2];
 #pragma unroll
   for (int i = 0; i < kCount; i += 2) {
     uint32_t parts[kParts];
     if constexpr (sizeof(E) == 4) {
-      split_pair<T>(from[i], from[i + 1], parts);
+      split_pair<bf16>(from[i], from[i + 1], parts);
     } else {
-      parts[0] = pack(from[i], from[i + 1]);
+      as_bf16(parts, pack(from[i], from[i + 1]), E{});
     }
 #pragma unroll
     for (int p = 0; p < kParts; ++p) pairs[p][i / 2] = parts[p];
@@ -78,7 +78,7 @@ __device__ __forceinline__ void store_run(T* to, int part_size, const E (&from)[
 }
 
 // What one thread brings of a step: 4 ranks of a row of low, and 8 neighbours of the factor.
-template <class T, class F, bool kAcross>
+template <class F, bool kAcross>
 struct Operands {
   using S = Shape<F, kAcross>;
   float low[4];
@@ -100,27 +100,24 @@ struct Operands {
     }
   }
 
-  __device__ __forceinline__ void store(T* buffer, const LowScale& scale) const {
+  __device__ __forceinline__ void store(bf16* buffer) const {
     const int thread = threadIdx.x;
-    float scaled[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) scaled[i] = rescaled<T>(low[i], scale.down);
-    store_run<T, kLowParts>(buffer + thread / 4 * tile_pitch(kStep) + thread % 4 * 4, kLowPart, scaled);
-    T* const to = buffer + kLowParts * kLowPart +
-                  (kAcross ? thread / 16 * S::kPitch + thread % 16 * 8 : thread / 2 * S::kPitch + thread % 2 * 8);
-    store_run<T, S::kFactorParts>(to, S::kFactorPart, factor);
+    store_run<kLowParts>(buffer + thread / 4 * tile_pitch(kStep) + thread % 4 * 4, kLowPart, low);
+    bf16* const to = buffer + kLowParts * kLowPart +
+                     (kAcross ? thread / 16 * S::kPitch + thread % 16 * 8 : thread / 2 * S::kPitch + thread % 2 * 8);
+    store_run<S::kFactorParts>(to, S::kFactorPart, factor);
   }
 };
 
 // sum += low F of 16 ranks, for the warp's 32 x 32.
-template <class T, class F, bool kAcross>
-__device__ __forceinline__ void multiply(float (&sum)[2][4][4], const T* buffer) {
+template <class F, bool kAcross>
+__device__ __forceinline__ void multiply(float (&sum)[2][4][4], const bf16* buffer) {
   using S = Shape<F, kAcross>;
   const int lane = lane_index(), row0 = warp_index() / 4 * 32, col0 = warp_index() % 4 * 32;
   uint32_t right[S::kFactorParts][4][2];
 #pragma unroll
   for (int p = 0; p < S::kFactorParts; ++p) {
-    const T* const tile = buffer + kLowParts * kLowPart + p * S::kFactorPart;
+    const bf16* const tile = buffer + kLowParts * kLowPart + p * S::kFactorPart;
 #pragma unroll
     for (int j = 0; j < 4; j += 2) {
       uint32_t pair[4];
@@ -141,17 +138,17 @@ __device__ __forceinline__ void multiply(float (&sum)[2][4][4], const T* buffer)
       ldmatrix(left, buffer + p * kLowPart + (row0 + 16 * i + lane % 16) * tile_pitch(kStep) + lane / 16 * 8);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        mma_m16n8k16<T>(sum[i][j], left, right[0][j]);
+        mma_m16n8k16<bf16>(sum[i][j], left, right[0][j]);
         if constexpr (S::kFactorParts == 2) {
-          if (p == 0) mma_m16n8k16<T>(sum[i][j], left, right[1][j]);
+          if (p == 0) mma_m16n8k16<bf16>(sum[i][j], left, right[1][j]);
         }
       }
     }
   }
 }
 
-// sum += factor mask own, and own = 0. The warp's columns are one group of 32: a call of Philox serves a row of it.
-__device__ __forceinline__ void add_kept(float (&sum)[2][4][4], float (&own)[2][4][4], const Keep& keep, float factor,
+// sum += keep.scale mask own, and own = 0. The warp's columns are one group of 32: a call of Philox serves a row of it.
+__device__ __forceinline__ void add_kept(float (&sum)[2][4][4], float (&own)[2][4][4], const Keep& keep,
                                          const uint64_t* seed_at, int64_t row, int64_t col) {
   const bool drops = keep.threshold != kKeepAll;
   const uint64_t seed = drops ? *seed_at : 0;
@@ -167,7 +164,7 @@ __device__ __forceinline__ void add_kept(float (&sum)[2][4][4], float (&own)[2][
       for (int e = 0; e < 2; ++e) {
         float &to = sum[i / 2][j][i % 2 * 2 + e], &from = own[i / 2][j][i % 2 * 2 + e];
         const bool kept = (e ? words.word[j] : words.word[j] << 16) < threshold;
-        to = kept ? fmaf(from, factor, to) : to;
+        to = kept ? fmaf(from, keep.scale, to) : to;
         from = 0.f;
       }
     }
@@ -282,10 +279,10 @@ __device__ __forceinline__ void write_out(const Expand& call, const T* tile, int
 // kGated: the forward of bottleneck_adapter.
 template <class T, class F, bool kAcross, bool kGated>
 __global__ void __launch_bounds__(kThreads, 2)
-    lora_linear_forward_expand_kernel(const __grid_constant__ Expand call, unsigned col_tiles,
-                                      const __grid_constant__ LowScale scale) {
+    lora_linear_forward_expand_kernel(const __grid_constant__ Expand call, unsigned col_tiles) {
   using S = Shape<F, kAcross>;
   __shared__ __align__(16) T shared[S::kElements];
+  bf16* const operand_tiles = reinterpret_cast<bf16*>(shared);
   __shared__ __align__(16) float bias[kCols], scales[kGated ? kCols : 1];
   const int64_t m0 = static_cast<int64_t>(blockIdx.x / col_tiles) * kRows;
   const int64_t n0 = static_cast<int64_t>(blockIdx.x % col_tiles) * kCols;
@@ -301,32 +298,28 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
 
-  Operands<T, F, kAcross> operands;
+  Operands<F, kAcross> operands;
   Step step = {0, 0};
   step.skip_empty(call.adapters);
   if (step.adapter < call.adapters.count) operands.fetch(call, step, m0, n0, rows, cols);
   for (int parity = 0; step.adapter < call.adapters.count; parity ^= 1) {
-    T* const buffer = shared + parity * S::kBuffer;  // last read before the barrier of the step before this one
-    operands.store(buffer, scale);
+    bf16* const buffer =
+        operand_tiles + parity * S::kBuffer;  // last read before the barrier of the step before this one
+    operands.store(buffer);
     const int adapter = step.adapter;
     step.rank += kStep;
     step.skip_empty(call.adapters);
     if (step.adapter < call.adapters.count) operands.fetch(call, step, m0, n0, rows, cols);
     __syncthreads();
     if constexpr (kAcross) {
-      multiply<T, F, kAcross>(own, buffer);
+      multiply<F, kAcross>(own, buffer);
       const Keep& keep = call.adapters.at[adapter].keep;
-      const float factor = rescaled<T>(keep.scale, scale.up);
-      if (step.adapter != adapter) add_kept(sum, own, keep, factor, call.seed, m0 + row, n0 + col0);
+      if (step.adapter != adapter) add_kept(sum, own, keep, call.seed, m0 + row, n0 + col0);
     } else {
-      multiply<T, F, kAcross>(sum, buffer);
+      multiply<F, kAcross>(sum, buffer);
     }
   }
 
-  if constexpr (!kAcross) {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) sum[i / 16][i / 4 % 4][i % 4] = rescaled<T>(sum[i / 16][i / 4 % 4][i % 4], scale.up);
-  }
   const int col = col0 + lane % 4 * 2;
   if constexpr (kGated) {
     __syncthreads();  // without adapters there was none, and bias and scales must be there
@@ -363,17 +356,16 @@ cudaError_t run(Expand call, cudaStream_t stream) {
   if (row_tiles * col_tiles > INT32_MAX) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<unsigned>(row_tiles * col_tiles)), block(kThreads);
   const unsigned cols = static_cast<unsigned>(col_tiles);
-  const LowScale scale = low_scale<T>(call.adapters);
   if (call.across) {
-    return PK_LAUNCH((lora_linear_forward_expand_kernel<T, F, true, false>), grid, block, 0, stream, call, cols, scale);
+    return PK_LAUNCH((lora_linear_forward_expand_kernel<T, F, true, false>), grid, block, 0, stream, call, cols);
   }
   for (int l = 0; l < call.adapters.count; ++l) {
     if (call.adapters.at[l].keep.threshold != kKeepAll) return cudaErrorInvalidValue;  // y has no masks
   }
   if (call.is_gated) {
-    return PK_LAUNCH((lora_linear_forward_expand_kernel<T, F, false, true>), grid, block, 0, stream, call, cols, scale);
+    return PK_LAUNCH((lora_linear_forward_expand_kernel<T, F, false, true>), grid, block, 0, stream, call, cols);
   }
-  return PK_LAUNCH((lora_linear_forward_expand_kernel<T, F, false, false>), grid, block, 0, stream, call, cols, scale);
+  return PK_LAUNCH((lora_linear_forward_expand_kernel<T, F, false, false>), grid, block, 0, stream, call, cols);
 }
 
 }  // namespace

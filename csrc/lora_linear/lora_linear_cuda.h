@@ -8,7 +8,7 @@
 //   x pass:  dA_l = ds_l^T drop_l(x)                                x read once, masks replayed
 // Those five are tensor-core kernels (mma.sync, ldmatrix, cp.async) for the pairs of `has_mma_kernels`; `product`, on
 // the plain cores, computes every one of these formulas for all dtypes. h and ds are fp32 (fp64 for fp64) and enter a
-// product as 16-bit parts, as fp32 factors do: rounded once they would be the largest error of the layer. Split work
+// product as bf16 parts, as fp32 factors do: rounded once they would be the largest error of the layer. Split work
 // writes partial results, which `sum` adds in a fixed order: no atomics. How work is split depends on the shape alone.
 // A launcher launches one kernel on `stream`, and touches nothing else of the device's state.
 #pragma once

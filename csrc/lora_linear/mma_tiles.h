@@ -2,9 +2,6 @@
 // fragments. Lanes are named as in common/mma.h: lane l = 4 g + t.
 #pragma once
 
-#include <cmath>
-#include <type_traits>
-
 #include "common/dropout.h"
 #include "common/mma.h"
 #include "common/parts.h"
@@ -12,31 +9,6 @@
 #include "lora_linear/lora_linear_cuda.h"
 
 namespace pk::lora_linear {
-
-// h and ds carry s, and the largest fp16 is 65504: they are cut into parts of fp16 after a multiplication by `down`,
-// and the sums of their products are multiplied by `up`. Powers of two round nothing; bf16 reaches as far as fp32.
-struct LowScale {
-  float down = 1.f, up = 1.f;
-};
-
-template <class T>
-LowScale low_scale(const Adapters& adapters) {
-  LowScale scale;
-  if constexpr (std::is_same_v<T, fp16>) {
-    float largest = 1.f;
-    for (int l = 0; l < adapters.count; ++l) largest = fmaxf(largest, fabsf(adapters.at[l].scaling));
-    while (scale.up < largest && scale.up < 0x1p126f) scale.up *= 2;
-    scale.down = 1 / scale.up;
-  }
-  return scale;
-}
-
-// value * factor, of a LowScale, where T has one.
-template <class T>
-__device__ __forceinline__ float rescaled(float value, float factor) {
-  if constexpr (std::is_same_v<T, fp16>) return value * factor;
-  return value;
-}
 
 // -- tiles in shared memory -------------------------------------------------------------------------------------------
 

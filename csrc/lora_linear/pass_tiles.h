@@ -1,6 +1,6 @@
 // What the two passes of lora_linear's backward share. A block takes 512 columns of a matrix (dy or x) and walks a
 // chunk of its rows in tiles of 16, through a ring of stages that cp.async fills. Beside each tile stand the same rows
-// of a low-rank fp32 matrix [M][R] (h or ds), as 16-bit parts.
+// of a low-rank fp32 matrix [M][R] (h or ds), as bf16 parts: it reaches as far as fp32, and h and ds may.
 #pragma once
 
 #include "lora_linear/mma_tiles.h"
@@ -65,7 +65,7 @@ struct WideRows {
 // One thread's share of the low-rank rows beside the tiles: kEach elements of one column, `next` (null: zeros) being
 // the first of them in the next tile. fetch() runs a tile ahead of store(), so that the reads are over when the values
 // are needed.
-template <class T, int kThreads, int kRanks, int kParts>
+template <int kThreads, int kRanks, int kParts>
 struct LowRows {
   static constexpr int kPitch = tile_pitch(kRanks), kPart = kTileRows * kPitch, kSize = kParts * kPart;
   static constexpr int kRowStep = kThreads / kRanks < kTileRows ? kThreads / kRanks : kTileRows;
@@ -88,20 +88,20 @@ struct LowRows {
     next += kTileRows * ld;
   }
 
-  __device__ __forceinline__ void store(T* tile, const LowScale& scale) const {
+  __device__ __forceinline__ void store(bf16* tile) const {
     if (!next) return;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      T parts[kParts];
-      split(rescaled<T>(value[i], scale.down), parts);
+      bf16 parts[kParts];
+      split(value[i], parts);
 #pragma unroll
       for (int p = 0; p < kParts; ++p) tile[p * kPart + (row() + i * kRowStep) * kPitch + rank()] = parts[p];
     }
   }
 
   // Zeroes the columns that are nobody's, once for all tiles.
-  static __device__ __forceinline__ void clear(T* tiles, int count) {
-    for (int i = threadIdx.x; i < count * kSize; i += kThreads) tiles[i] = T{};
+  static __device__ __forceinline__ void clear(bf16* tiles, int count) {
+    for (int i = threadIdx.x; i < count * kSize; i += kThreads) tiles[i] = bf16{};
   }
 };
 

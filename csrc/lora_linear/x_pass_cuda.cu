@@ -5,7 +5,7 @@
 // Blocks of the same x with other ranks are neighbours in the grid and find it in the L2 cache. A warp has 32 of the
 // columns, and its dA stays in registers over the whole chunk. Where an adapter drops, each warp makes its own masked
 // copy of its 16 x 32 elements (one Philox call for eight of them) and multiplies that. fp32 accumulation. ds enters as
-// two 16-bit parts; three, which are all of it, where dA is fp32.
+// two bf16 parts; three, which are all of it, where dA is fp32; fp16 x as two, the product of the small ones left out.
 #include "lora_linear/pass_tiles.h"
 
 namespace pk::lora_linear {
@@ -19,7 +19,7 @@ static_assert(kWarpCols == 32, "a warp's columns are one group of the mask");
 
 template <class T, int kParts, int kRankTiles>
 struct Shape {
-  using Low = LowRows<T, kThreads, 16 * kRankTiles, kParts>;
+  using Low = LowRows<kThreads, 16 * kRankTiles, kParts>;
   static constexpr size_t kBytes = (kStages * kTileSize + 2 * Low::kSize + kWarps * kCopySize) * sizeof(T);
 };
 
@@ -56,38 +56,48 @@ __device__ __forceinline__ void copy_kept(T* copy, const T* tile, const Keep& ke
   __syncwarp();
 }
 
-// 16 x 32 elements as right operands of ds^T x.
+// 16 x 32 elements as right operands of ds^T x, in bf16 parts.
 template <class T>
-__device__ __forceinline__ void load_right(uint32_t (&right)[4][2], const T* tile, int pitch) {
+__device__ __forceinline__ void load_right(uint32_t (&right)[kBf16Parts<T>][4][2], const T* tile, int pitch) {
   const int lane = lane_index();
 #pragma unroll
   for (int j = 0; j < 4; j += 2) {
     uint32_t pair[4];
     ldmatrix_trans(pair, tile + lane % 16 * pitch + 8 * j + lane / 16 * 8);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) right[j + e / 2][e % 2] = pair[e];
+    for (int e = 0; e < 4; ++e) {
+      uint32_t parts[kBf16Parts<T>];
+      as_bf16(parts, pair[e], T{});
+#pragma unroll
+      for (int q = 0; q < kBf16Parts<T>; ++q) right[q][j + e / 2][e % 2] = parts[q];
+    }
   }
 }
 
 // dA += ds^T x over 16 rows, for one tile of ranks and the warp's columns.
-template <class T, int kParts, int kPitch>
-__device__ __forceinline__ void multiply(float (&dA)[4][4], const T* low, const uint32_t (&right)[4][2]) {
+template <int kParts, int kPitch, int kRightParts>
+__device__ __forceinline__ void multiply(float (&dA)[4][4], const bf16* low,
+                                         const uint32_t (&right)[kRightParts][4][2]) {
   const int lane = lane_index();
 #pragma unroll
   for (int p = 0; p < kParts; ++p) {
     uint32_t left[4];
     ldmatrix_trans(left, low + (p * kTileRows + lane % 8 + lane / 16 * 8) * kPitch + lane / 8 % 2 * 8);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) mma_m16n8k16<T>(dA[j], left, right[j]);
+    for (int j = 0; j < 4; ++j) {
+      mma_m16n8k16<bf16>(dA[j], left, right[0][j]);
+      if constexpr (kRightParts == 2) {
+        if (p == 0) mma_m16n8k16<bf16>(dA[j], left, right[1][j]);
+      }
+    }
   }
 }
 
-template <class T>
 __device__ __forceinline__ void write_dA(const XPass& call, const float (&dA)[4][4], const RankTile& tile, int64_t col0,
-                                         int64_t chunk, const LowScale& scale) {
+                                         int64_t chunk) {
   const int lane = lane_index();
   const CudaAdapter& adapter = call.adapters.at[tile.adapter];
-  const float factor = rescaled<T>(adapter.keep.scale, scale.up);
+  const float factor = adapter.keep.scale;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t r = tile.rank + lane / 4 + 8 * half;
@@ -109,13 +119,12 @@ __device__ __forceinline__ void write_dA(const XPass& call, const float (&dA)[4]
 
 template <class T, int kParts, int kRankTiles>
 __global__ void __launch_bounds__(kThreads)
-    lora_linear_backward_x_pass_kernel(const __grid_constant__ XPass call, int64_t rows_each, bool vector,
-                                       const __grid_constant__ LowScale scale) {
+    lora_linear_backward_x_pass_kernel(const __grid_constant__ XPass call, int64_t rows_each, bool vector) {
   using Low = typename Shape<T, kParts, kRankTiles>::Low;
   PK_DYNAMIC_SHARED(T, stages);
-  T* const lows = stages + kStages * kTileSize;
+  bf16* const lows = reinterpret_cast<bf16*>(stages + kStages * kTileSize);
   const int warp = warp_index();
-  T* const copy = lows + 2 * Low::kSize + warp * kCopySize;
+  T* const copy = stages + kStages * kTileSize + 2 * Low::kSize + warp * kCopySize;
   const int64_t block_col = static_cast<int64_t>(blockIdx.y) * kTileCols, col0 = block_col + warp * kWarpCols;
   const int64_t first = blockIdx.z * rows_each, end = first + rows_each < call.M ? first + rows_each : call.M;
   const int rows = first < end ? static_cast<int>(end - first) : 0, tiles = (rows + kTileRows - 1) / kTileRows;
@@ -142,16 +151,16 @@ __global__ void __launch_bounds__(kThreads)
   Low::clear(lows, 2);
   low.fetch(rows);
   __syncthreads();
-  low.store(lows, scale);
+  low.store(lows);
   low.fetch(rows - kTileRows);
   for (int i = 0; i < tiles; ++i) {
     cp_async_wait<kStages - 2>();
     __syncthreads();  // tile i and its rows of ds are there; of what follows, nobody reads any more what is overwritten
     bring(i + kStages - 1);
-    low.store(lows + (i + 1) % 2 * Low::kSize, scale);
+    low.store(lows + (i + 1) % 2 * Low::kSize);
     low.fetch(rows - (i + 2) * kTileRows);
     const T* const tile = stages + i % kStages * kTileSize + warp * kWarpCols;
-    uint32_t right[4][2];
+    uint32_t right[kBf16Parts<T>][4][2];
 #pragma unroll
     for (int j = 0; j < kRankTiles; ++j) {
       if (ranks[j].adapter < 0) continue;
@@ -164,12 +173,12 @@ __global__ void __launch_bounds__(kThreads)
           load_right(right, tile, kTilePitch);
         }
       }
-      multiply<T, kParts, Low::kPitch>(dA[j], lows + i % 2 * Low::kSize + 16 * j, right);
+      multiply<kParts, Low::kPitch>(dA[j], lows + i % 2 * Low::kSize + 16 * j, right);
     }
   }
 #pragma unroll
   for (int j = 0; j < kRankTiles; ++j) {
-    if (ranks[j].adapter >= 0) write_dA<T>(call, dA[j], ranks[j], col0, blockIdx.z, scale);
+    if (ranks[j].adapter >= 0) write_dA(call, dA[j], ranks[j], col0, blockIdx.z);
   }
 }
 
@@ -180,8 +189,7 @@ cudaError_t launch_tiles(const XPass& call, int64_t rank_tiles, cudaStream_t str
                   static_cast<unsigned>(ceil_div(call.K, kTileCols)), chunks.count);
   const bool vector = vector_rows(call.x, call.x_stride, sizeof(T));
   return PK_LAUNCH((lora_linear_backward_x_pass_kernel<T, kParts, kRankTiles>), grid, dim3(kThreads),
-                   (Shape<T, kParts, kRankTiles>::kBytes), stream, call, chunks.rows, vector,
-                   low_scale<T>(call.adapters));
+                   (Shape<T, kParts, kRankTiles>::kBytes), stream, call, chunks.rows, vector);
 }
 
 template <class T, int kParts>

@@ -1,6 +1,6 @@
 // The CPU kernels of bottleneck_adapter against its fp64 loops, for every instruction set that this processor has:
-// ragged sizes, few and many rows, every pair of types, norms, gates, scales, both dropouts; and the activations and
-// their slopes against the C library's in fp64.
+// ragged sizes, few and many rows, with a GEMM and without, every pair of types, norms, gates, scales, both dropouts;
+// and the activations and their slopes against the C library's in fp64.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -83,6 +83,20 @@ class Array {
   std::vector<char> bytes_;
 };
 
+void plain_gemm(const Matrix& c, const Matrix& a, const Matrix& b, float alpha, bool accumulate) {
+  for (int64_t i = 0; i < c.rows; ++i) {
+    for (int64_t j = 0; j < c.cols; ++j) {
+      double sum = 0;
+      for (int64_t k = 0; k < a.cols; ++k) {
+        const float x = a.data[i * a.row_stride + k * a.col_stride];
+        sum += double(x) * b.data[k * b.row_stride + j * b.col_stride];
+      }
+      float& out = c.data[i * c.row_stride + j * c.col_stride];
+      out = static_cast<float>(alpha * sum + (accumulate ? out : 0));
+    }
+  }
+}
+
 struct Case {
   int64_t M, K, N, E;
   int activation = kRelu;
@@ -144,6 +158,7 @@ struct Bench {
 
   void run(bool backward) {
     if (problem.type == Dtype::kFloat64) return backward ? backward_double(problem) : forward_double(problem);
+    problem.gemm = suits_gemm(problem) ? plain_gemm : nullptr;
     std::vector<float> scratch(scratch_floats(problem, backward), NAN);
     set_scratch(problem, backward, scratch.data());
     for (const Step& step : backward ? backward_steps(problem) : forward_steps(problem)) {
@@ -212,6 +227,9 @@ void test_kernels() {
       {49, 67, 67, 16, kGeluTanh, Norm::kLayer, 1, true, false, true, 0.3},
       {3, 331, 70, 32, kSigmoid, Norm::kRms, 0, true, true, false, 0.3},
       {70, 131, 300, 24, kLeakyRelu, Norm::kLayer, 300, true, true, false, 0.3},
+      {70, 300, 283, 70, kGelu, Norm::kNone, 1, false, false, false, 0.3},
+      {260, 270, 270, 40, kSilu, Norm::kNone, 270, false, false, true},
+      {70, 300, 300, 70, kTanh, Norm::kNone, 0, true, false, true},
       {8, 256, 256, 48, kIdentity, Norm::kNone, 0, false, false, true},
   };
   const Dtype narrow[] = {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16};

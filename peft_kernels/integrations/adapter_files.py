@@ -1,31 +1,27 @@
-"""Adapters in files, PEFT's two: adapter_config.json, with a peft_type of our own, and adapter_model.safetensors."""
+"""Adapters saved and loaded, in PEFT's two files: adapter_config.json and adapter_model.safetensors."""
 
 import json
 from os import PathLike
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers.utils import cached_file
 
-from peft_kernels.integrations import adapterhub
+from peft_kernels.integrations.adapter_folders import CONFIG, WEIGHTS, about, check_tensors, read, shapes
 from peft_kernels.integrations.attach import set_active
 from peft_kernels.integrations.attachments import (
-    Config,
     add,
     freeze_base,
     note_of,
     plan,
     require_attached,
     root_of,
-    shapes,
     tensors_of,
 )
-from peft_kernels.methods import CONFIGS
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+from peft_kernels.integrations.biases import own_parameters
+from peft_kernels.integrations.checkpoints import PREFIX
+from peft_kernels.methods import BottleneckConfig
 
 
 def save_pretrained(model: nn.Module, folder: str | PathLike, name: str = "default") -> None:
@@ -40,12 +36,12 @@ def save_pretrained(model: nn.Module, folder: str | PathLike, name: str = "defau
     root = root_of(model)
     require_attached(root, name, "save_pretrained")
     base = getattr(getattr(root, "config", None), "_name_or_path", None)
-    about = note_of(root).configs[name].to_dict() | {"base_model_name_or_path": base or None}
+    said = note_of(root).configs[name].to_dict() | {"base_model_name_or_path": base or None}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: _whole(t.detach()).cpu().contiguous() for key, t in tensors_of(root, name).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(said, indent=2) + "\n")
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -75,52 +71,14 @@ def load(
         >>> peft_kernels.load(model, "checkpoints/task", "task")
     """
     root = root_of(model)
-    config, tensors = _read(root, source)
+    config, tensors = read(root, source, about(source))
     places = plan(root, config, name)
-    _check_tensors(shapes(config, places), tensors, source)
+    expected = {PREFIX + key: list(p.shape) for key, p in own_parameters(root, config).items()}
+    if isinstance(config, BottleneckConfig):
+        expected |= shapes(config, places.values())
+    check_tensors(expected, tensors, source)
     add(root, config, name, places, tensors)
     if freeze:
         freeze_base(root)
     set_active(root, name, trainable=trainable)
     return tuple(places)
-
-
-def _read(root: nn.Module, source: str | PathLike) -> tuple[Config, dict[str, Tensor]]:
-    try:
-        about = json.loads(Path(cached_file(source, CONFIG)).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"load: {source} has no {CONFIG} that can be read: {str(error).splitlines()[0]}") from error
-    if adapterhub.is_adapterhubs(about):
-        config = adapterhub.config_of(about, root, source)
-        tensors = _read_tensors(source, adapterhub.WEIGHTS, adapterhub.REMEDY)
-        return config, adapterhub.renamed(tensors, about, root, source)
-    kind = about.get("peft_type") if isinstance(about, dict) else None
-    if not isinstance(kind, str) or kind not in CONFIGS:
-        raise ValueError(
-            f"load: the peft_type in {source} must be {' or '.join(CONFIGS)}, got {kind}; what PEFT has saved is "
-            "loaded by PeftModel.from_pretrained"
-        )
-    about.pop("base_model_name_or_path", None)
-    return CONFIGS[kind].from_dict(about), _read_tensors(source, WEIGHTS, "save it again as .safetensors")
-
-
-def _read_tensors(source: str | PathLike, file: str, remedy: str) -> dict[str, Tensor]:
-    try:
-        return load_file(cached_file(source, file))
-    except OSError as error:
-        raise ValueError(f"load: {source} has no {file}; a .bin file is a pickle and is not read: {remedy}") from error
-    except SafetensorError as error:
-        raise ValueError(f"load: {file} in {source} cannot be read: {error}") from error
-
-
-def _check_tensors(expected: dict[str, list[int]], tensors: dict[str, Tensor], source: str | PathLike) -> None:
-    if strangers := sorted(tensors.keys() - expected.keys()):
-        raise ValueError(f"load: the model has no place for {strangers[0]} of {source} ({len(strangers)} such tensors)")
-    if missing := sorted(expected.keys() - tensors.keys()):
-        raise ValueError(f"load: {source} has no {missing[0]}, which its config needs ({len(missing)} such tensors)")
-    for key, shape in expected.items():
-        if list(tensors[key].shape) != shape:
-            raise ValueError(f"load: {key} must have shape {shape} in this model, got {list(tensors[key].shape)}")
-        if not tensors[key].is_floating_point() or not tensors[key].isfinite().all():
-            got = tensors[key].dtype if not tensors[key].is_floating_point() else "infinities or NaN"
-            raise ValueError(f"load: {key} of {source} must hold finite numbers of a floating-point dtype, got {got}")

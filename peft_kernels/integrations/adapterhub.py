@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_kernels.integrations.attachments import file_key
-from peft_kernels.integrations.blocks import Site, sites_of
+from peft_kernels.integrations.blocks import Site, file_key, sites_of
 from peft_kernels.methods import ALIASES, BottleneckConfig
 from peft_kernels.ops.bottleneck_adapter.reference import ACTIVATIONS
 
@@ -67,7 +66,7 @@ def is_adapterhubs(about: Any) -> bool:
 
 def config_of(about: dict[str, Any], root: nn.Module, source: str | PathLike) -> BottleneckConfig:
     """What AdapterHub's adapter_config.json says. Raises ValueError for what there is no equal for in this model."""
-    model_type = root.config.model_type
+    model_type = getattr(getattr(root, "config", None), "model_type", None)
     if model_type not in MODEL_TYPES or about.get("model_type") != model_type:
         raise ValueError(
             f"load: {source} is an adapter of AdapterHub for a model of type {about.get('model_type')}, this one is a "

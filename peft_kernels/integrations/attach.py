@@ -9,7 +9,6 @@ from peft_kernels.integrations.attachments import (
     Config,
     adapters_in,
     add,
-    check_layers,
     freeze_base,
     note_of,
     plan,
@@ -17,8 +16,8 @@ from peft_kernels.integrations.attachments import (
     root_of,
     unfreeze_base,
 )
-from peft_kernels.integrations.biases import activate, biases_of, deactivate
-from peft_kernels.integrations.blocks import CHILD, sites_of, stream_owner, unfit
+from peft_kernels.integrations.biases import activate, deactivate, own_parameters
+from peft_kernels.integrations.blocks import CHILD, check_layers, sites_of, stream_owner, unfit
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.integrations.widened import require_unwidened
 from peft_kernels.methods import BitFitConfig
@@ -37,8 +36,8 @@ def attach(model: nn.Module, config: Config, name: str = "default", *, freeze: b
             adapters, and the model under them, keep what PEFT has set.
 
     The owners of the blocks change class (instances only); no key of the model's state dict changes. Adapters are
-    float32 (float64 in a float64 model) on the device of their block, whatever the base is stored in. Heads are frozen
-    with the rest and are not saved with an adapter: set `requires_grad_` on a new one afterwards, and save it yourself.
+    float32 (float64 in a float64 model) on the device of their block, whatever the base is stored in. A new head is
+    frozen with the rest unless the config's `modules_to_save` names it: then it is trained, and saved with the adapter.
     After `get_peft_model`, which freezes what it does not know, `set_active` makes the adapters trainable again. BitFit
     trains the model's own biases: while its adapter is active, they have its values.
 
@@ -72,13 +71,14 @@ def set_active(
     """Says which adapters run; the others stop being trained.
 
     Args:
-        names: serial ones run in this order, each on what the one before gave; parallel ones are summed; of BitFit's
-            there may be one. [] stands for the model without adapters.
+        names: serial ones run in this order, each on what the one before gave; parallel ones are summed; of BitFit's,
+            and of those with modules_to_save, there may be one. [] stands for the model without adapters.
         skip_layers: layers that go without adapters from now on (AdapterDrop, arXiv:2010.11918).
         trainable: whether the active ones are trained, or the names of those that are trained.
 
     Raises:
-        ValueError: the model has no adapter of a name, or no layer of an index; a name comes twice; two are BitFit's.
+        ValueError: the model has no adapter of a name, or no layer of an index; a name comes twice; two are BitFit's
+            or have modules_to_save.
 
     Example:
         >>> peft_kernels.set_active(model, ["language", "task"], trainable=["task"])
@@ -98,15 +98,16 @@ def set_active(
     if NOTE not in root.__dict__:
         return
     note, sites = note_of(root), sites_of(root)
-    fits = [name for name in names if isinstance(note.configs[name], BitFitConfig)]
+    fits = [name for name in names if own_parameters(root, note.configs[name])]
     if len(fits) > 1:
-        raise ValueError(f"set_active: the model's biases have the values of one adapter, got {' and '.join(fits)}")
+        what = "biases" if all(isinstance(note.configs[name], BitFitConfig) for name in fits) else "modules_to_save"
+        raise ValueError(f"set_active: the model's {what} have the values of one adapter, got {' and '.join(fits)}")
     if skip_layers:
         check_layers("set_active: skip_layers", skip_layers, sites)
     if note.biases.active is not None:
-        deactivate(note.biases, biases_of(root, note.configs[note.biases.active]))
+        deactivate(note.biases, own_parameters(root, note.configs[note.biases.active]))
     for name in fits:
-        activate(note.biases, name, biases_of(root, note.configs[name]), name in trained)
+        activate(note.biases, name, own_parameters(root, note.configs[name]), name in trained)
     for site in sites:
         adapters = root.get_submodule(site.name)._modules.get(CHILD)
         if isinstance(adapters, BottleneckAdapters):
@@ -154,7 +155,7 @@ def detach(model: nn.Module, name: str = "default") -> None:
     swap(unfit(root))
     note = note_of(root)
     if name == note.biases.active:
-        deactivate(note.biases, biases_of(root, note.configs[name]))
+        deactivate(note.biases, own_parameters(root, note.configs[name]))
     note.biases.kept.pop(name, None)
     del note.configs[name]
     if not note.configs:

@@ -5,7 +5,7 @@ its state dict stay. BitFit adapters are values of its biases (`biases.py`). The
 model itself, as PEFT does.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from peft_kernels.integrations.biases import Biases, biases_of, keep, values_of
-from peft_kernels.integrations.blocks import CHILD, Site, sites_of, stream_owner, unfit
+from peft_kernels.integrations.biases import Biases, biases_of, keep, own_parameters, values_of
+from peft_kernels.integrations.blocks import CHILD, Site, chosen_sites, file_key, stream_owner, unfit
+from peft_kernels.integrations.checkpoints import PREFIX
 from peft_kernels.integrations.pooled import PooledBlock
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.integrations.widened import require_unwidened
@@ -27,13 +28,13 @@ Config = BottleneckConfig | BitFitConfig
 Places = dict[str, Site | nn.Parameter]  # blocks by the names of their owners, or biases by their own
 
 NOTE = "attached_adapters"
-PREFIX = "base_model.model."  # of every key in PEFT's files
 MADE = "FSDP or a parametrization has made its class, or its forward was replaced"
 
 
 @dataclass
 class Attached:
-    """What a model has: configs by name, the names of the parameters that `attach` has frozen, and BitFit's values."""
+    """What a model has: configs by name, the names of the parameters that `attach` has frozen, and the values that
+    BitFit and modules_to_save have."""
 
     configs: dict[str, Config] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
@@ -72,10 +73,10 @@ def adapters_in(root: nn.Module) -> list[tuple[str, BottleneckAdapters]]:
 def tensors_of(root: nn.Module, name: str) -> dict[str, Tensor]:
     """The parameters of an adapter, by their keys in the file."""
     note = note_of(root)
-    if isinstance(config := note.configs[name], BitFitConfig):
-        values = values_of(note.biases, name, biases_of(root, config))
-        return {PREFIX + key: tensor for key, tensor in values.items()}
-    return {
+    values = {}
+    if own := own_parameters(root, note.configs[name]):
+        values = {PREFIX + key: tensor for key, tensor in values_of(note.biases, name, own).items()}
+    return values | {
         f"{PREFIX}{owner}.{CHILD}.{key}": parameter
         for owner, adapters in adapters_in(root)
         if name in adapters
@@ -97,30 +98,18 @@ def plan(root: nn.Module, config: Config, name: str) -> Places:
     if NOTE in root.__dict__ and name in root.__dict__[NOTE].configs:
         raise ValueError(f"attach: the model has an adapter {name!r}; choose another name, or detach(model, {name!r})")
     require_unwidened(root, "attach")
+    own_parameters(root, config)  # raises where there are none of a name
     return biases_of(root, config) if isinstance(config, BitFitConfig) else plan_blocks(root, config)
 
 
 def plan_blocks(root: nn.Module, config: BottleneckConfig) -> dict[str, Site]:
     """The blocks that get an adapter."""
-    every = sites_of(root)
-    for representation in config.representations:
-        if not any(site.block.representation == representation for site in every):
-            raise ValueError(
-                f"attach: no {representation} block is known in a {type(root).__name__}; those that are have the "
-                "children that peft_kernels/integrations/targets.py lists"
-            )
-    check_layers("attach: layers", config.layers or (), every)
-    sites = {site.name: site for site in every if site.block.representation in config.representations}
-    if config.layers is not None:
-        sites = {name: site for name, site in sites.items() if site.layer in config.layers}
-        if not sites:
-            raise ValueError(f"attach: there is no {config.representation} block in the layers {list(config.layers)}")
-    for name, site in sites.items():
+    sites = {site.name: site for site in chosen_sites(root, config)}
+    for name in sites:
         if reason := _obstacle(root.get_submodule(name)):
             raise ValueError(f"attach: {name} cannot have an adapter: {reason}")
         if config.reads in OF_STREAM:
             _check_stream(root, name, config.reads)
-        config.bottleneck(site.width)  # raises where it is too wide
     return sites
 
 
@@ -144,31 +133,14 @@ def _check_stream(root: nn.Module, block: str, reads: str) -> None:
         raise ValueError(f"attach: {layer} has to hand on its residual stream and cannot change class: {MADE}")
 
 
-def check_layers(what: str, layers: Sequence[int], sites: list[Site]) -> None:
-    count = 1 + max(site.layer for site in sites) if sites else 0
-    if outside := [layer for layer in layers if not 0 <= layer < count]:
-        raise ValueError(f"{what} must lie in [0, {count}), the layers of this model, got {outside[0]}")
-
-
-def shapes(config: Config, places: Places) -> dict[str, list[int]]:
-    """Of the tensors in a file, by their keys."""
-    if isinstance(config, BitFitConfig):
-        return {PREFIX + key: list(bias.shape) for key, bias in places.items()}
-    return {
-        file_key(site, key): list(parameter.shape)
-        for site in places.values()
-        for key, parameter in config.adapter(site.width, "meta").named_parameters()
-    }
-
-
 def add(root: nn.Module, config: Config, name: str, places: Places, tensors: dict[str, Tensor] | None = None) -> None:
     """Puts an adapter in, a new one or that of a file; it does not run yet."""
     note = note_of(root)
-    if isinstance(config, BitFitConfig):
-        values = tensors and {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-        keep(note.biases, name, places, values)
-    else:
+    own = own_parameters(root, config)
+    if isinstance(config, BottleneckConfig):
         _add_to_blocks(root, config, name, places.values(), tensors)
+    if own:
+        keep(note.biases, name, own, tensors and {key: tensors[PREFIX + key] for key in own})
     note.configs[name] = config
 
 
@@ -220,8 +192,3 @@ def unfreeze_base(root: nn.Module) -> None:
 
 def _has_peft(root: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in root.modules())
-
-
-def file_key(site: Site, parameter: str) -> str:
-    """Of a tensor in the file."""
-    return f"{PREFIX}{site.name}.{CHILD}.{parameter}"

@@ -1,16 +1,19 @@
-"""BitFit on a model: its biases, and whose values they have.
+"""Parameters of the model that an adapter trains, and whose values they have: BitFit's biases, and modules_to_save.
 
-What is trained are the model's own parameters, so an adapter of this kind is a set of values. Those of the active one
-are in the model; the base's, and those of the others, are kept beside it.
+They are the model's own, so such an adapter is, or has, a set of values. Those of the active one are in the model; the
+base's, and those of the others, are kept beside it.
 """
 
 from dataclasses import dataclass, field
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_kernels.methods import BitFitConfig
+from peft_kernels.integrations.blocks import CHILD, sites_of
+from peft_kernels.methods import BitFitConfig, BottleneckConfig
+from peft_kernels.methods.names import ends_with
 from peft_kernels.modules import BottleneckAdapter
 
 
@@ -22,6 +25,35 @@ class Biases:
     kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     base: dict[str, tuple[Tensor, bool]] = field(default_factory=dict)
     active: str | None = None
+
+
+def own_parameters(root: nn.Module, config: BitFitConfig | BottleneckConfig) -> dict[str, nn.Parameter]:
+    """The parameters of the model, by name, that an adapter has values for."""
+    biases = biases_of(root, config) if isinstance(config, BitFitConfig) else {}
+    return biases | _saved(root, config.modules_to_save or ())
+
+
+def _saved(root: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    """The parameters of modules that are trained whole."""
+    found, blocks = {}, [f"{site.name}." for site in sites_of(root)] if names else []
+    for end in names:
+        named = ((name, module) for name, module in root.named_modules() if CHILD not in name.split("."))
+        modules = {name: module for name, module in named if name and ends_with(name, end)}
+        if not any(True for module in modules.values() for _ in module.parameters()):
+            raise ValueError(f"attach: modules_to_save: a {type(root).__name__} has no parameters in a module {end!r}")
+        for name, module in modules.items():
+            if any(isinstance(inner, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for inner in module.modules()):
+                raise ValueError(f"attach: modules_to_save: {name} has adapters of PEFT's, which trains and saves it")
+            if any(block.startswith(f"{name}.") or name.startswith(block) for block in blocks):
+                raise ValueError(f"attach: modules_to_save: {name} has, or is in, a block for adapters; name a head")
+            if any(True for _ in module.buffers()):
+                raise ValueError(f"attach: modules_to_save: {name} has buffers, which are not kept for each adapter")
+            found |= {f"{name}.{key}": parameter for key, parameter in module.named_parameters()}
+    ours = {id(parameter) for parameter in found.values()}
+    for key, parameter in root.named_parameters(remove_duplicate=False) if found else ():
+        if id(parameter) in ours and key not in found:
+            raise ValueError(f"attach: modules_to_save: {key} is tied to one of its parameters and would change too")
+    return found
 
 
 def biases_of(root: nn.Module, config: BitFitConfig) -> dict[str, nn.Parameter]:

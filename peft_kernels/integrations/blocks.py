@@ -12,13 +12,17 @@ does: it too runs on a stand-in then, which sees the stream on its way into the 
 
 import functools
 import re
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from peft_kernels.integrations.checkpoints import PREFIX
 from peft_kernels.integrations.named import beneath, subclass
-from peft_kernels.integrations.targets import Block, Stream, block_of, stream_of
+from peft_kernels.integrations.targets import MULTIPLIERS, Block, Stream, block_of, stream_of
+from peft_kernels.methods import BottleneckConfig
 from peft_kernels.modules import OF_STREAM, BottleneckAdapters
 
 CHILD = "bottleneck"
@@ -26,31 +30,77 @@ CHILD = "bottleneck"
 
 @dataclass(frozen=True)
 class Site:
-    """A block in a model: `name` of its owner, `layer` in which it is, and the features of its input and output."""
+    """A block in a model: `name` of its owner, `layer` in which it is and the name of that, and the features of its
+    input and output."""
 
     name: str
     layer: int
     block: Block
     width: int
+    layer_name: str
 
 
 def sites_of(model: nn.Module) -> list[Site]:
     """All blocks, in the order of the model. Layers count from 0 through the whole model, an encoder's first."""
-    found, layers, inside = [], {}, {"ffn": (), "attention": ()}
+    found, inside = {}, {"ffn": (), "attention": ()}
     for name, owner in model.named_modules():
         block = block_of(name, owner._modules)
         if block is None or CHILD in name.split(".") or name.startswith(inside[block.representation]):
             continue  # what is inside of a block (the experts of a mixture) belongs to it
-        layer = layers.setdefault(layer_of(name), len(layers))
         inside[block.representation] += (f"{name}.",)
-        found.append(Site(name, layer, block, _width(model, owner, block)))
-    return found
+        found[name] = block
+    layers = _layers_of(model, found)
+    index = {layer: i for i, layer in enumerate(dict.fromkeys(layers.values()))}
+    return [
+        Site(name, index[layers[name]], block, _width(model, model.get_submodule(name), block), layers[name])
+        for name, block in found.items()
+    ]
 
 
-def layer_of(name: str) -> str:
-    """The name of the layer that a module is in: up to its first number."""
-    number = re.search(r"(?<![^.])\d+(?![^.])", name)
-    return name[: number.end()] if number else name
+def _layers_of(model: nn.Module, blocks: dict[str, Block]) -> dict[str, str]:
+    """The name of the layer that each block is in: what ends in a number, in the innermost of transformers' models, and
+    has one block of some representation (an encoder's layer two FFNs, but one attention). Where a model lies in
+    nn.Sequential or its layers in stages, what has more is no layer."""
+    models = [f"{name}." for name, module in model.named_modules() if name and isinstance(module, PreTrainedModel)]
+    starts, counts = {}, defaultdict(Counter)
+    for name, block in blocks.items():
+        ends = [number.end() for number in re.finditer(r"(?<![^.])\d+(?![^.])", name)]
+        within = max((len(inner) for inner in models if name.startswith(inner)), default=0)
+        starts[name] = [name[:end] for end in [end for end in ends if end > within] or ends] or [name]
+        for start in starts[name]:
+            counts[start][block.representation] += 1
+    return {name: next((s for s in parts if 1 in counts[s].values()), parts[-1]) for name, parts in starts.items()}
+
+
+def chosen_sites(model: nn.Module, config: BottleneckConfig) -> list[Site]:
+    """The blocks that a config means. Raises ValueError where the model has not what it names."""
+    every = sites_of(model)
+    for representation in config.representations:
+        if not any(site.block.representation == representation for site in every):
+            raise ValueError(
+                f"attach: no {representation} block is known in a {type(model).__name__}; those that are have the "
+                "children that peft_kernels/integrations/targets.py lists"
+            )
+    check_layers("attach: layers", config.layers or (), every)
+    sites = [site for site in every if site.block.representation in config.representations]
+    if config.layers is not None:
+        sites = [site for site in sites if site.layer in config.layers]
+        if not sites:
+            raise ValueError(f"attach: there is no {config.representation} block in the layers {list(config.layers)}")
+    for site in sites:
+        config.bottleneck(site.width)  # raises where it is too wide
+    return sites
+
+
+def check_layers(what: str, layers: Sequence[int], sites: list[Site]) -> None:
+    count = 1 + max(site.layer for site in sites) if sites else 0
+    if outside := [layer for layer in layers if not 0 <= layer < count]:
+        raise ValueError(f"{what} must lie in [0, {count}), the layers of this model, got {outside[0]}")
+
+
+def file_key(site: Site, parameter: str) -> str:
+    """Of a tensor of an adapter at a block, in the file."""
+    return f"{PREFIX}{site.name}.{CHILD}.{parameter}"
 
 
 def _width(model: nn.Module, owner: nn.Module, block: Block) -> int:
@@ -162,9 +212,16 @@ class StandIn:
         shape = y.shape if y.dim() > 2 else (self.samples, -1, y.shape[-1])
         return _like(self.owner._modules[CHILD], self.x, y, shape, beside)
 
-    def stream_beside(self, norm: str, x: Tensor) -> tuple[Tensor, nn.Module | None]:
-        """The residual stream beside a block with an input x, and the norm of the sum if that comes after the block."""
-        return (self.normed[norm], None) if norm in self.normed else (x, getattr(self.owner, norm))
+    def stream_beside(self, norm: str, x: Tensor, adds: str = "") -> tuple[Tensor, nn.Module | None, Callable | None]:
+        """The residual stream beside a block with an input x, the norm of the sum if that comes after the block, and
+        what makes of the block's output what is added to the stream, if it is not that itself."""
+        added = getattr(self.owner, adds) if adds else _multiplied(self.owner)
+        return (self.normed[norm], None, added) if norm in self.normed else (x, getattr(self.owner, norm), added)
+
+
+def _multiplied(layer: nn.Module) -> Callable | None:
+    factor = next((getattr(layer, name) for name in MULTIPLIERS if hasattr(layer, name)), None)
+    return None if factor is None else lambda y: y * factor
 
 
 def _like(adapters: nn.Module, x: Tensor, r: Tensor, shape: tuple[int, ...], beside: tuple) -> Tensor:
@@ -172,7 +229,7 @@ def _like(adapters: nn.Module, x: Tensor, r: Tensor, shape: tuple[int, ...], bes
     if r.shape == shape:  # a view of the result would be in the way of a model that adds to it in place
         return adapters(x, r, *beside)
     if beside:
-        beside = beside[0].reshape(shape), beside[1]
+        beside = beside[0].reshape(shape), *beside[1:]
     return adapters(x.reshape(shape), r.reshape(shape), *beside).reshape(r.shape)
 
 
@@ -184,11 +241,11 @@ def _noting(name: str) -> Callable:
     return norm
 
 
-def _handing_on(child: str, norm: str) -> Callable:
+def _handing_on(child: str, norm: str, adds: str) -> Callable:
     def call(self, *args, **kwargs):
         block = getattr(self.owner, child)
         if _reads_stream(block):
-            kwargs["residual_stream"] = self.stream_beside(norm, _input(0, args, kwargs))
+            kwargs["residual_stream"] = self.stream_beside(norm, _input(0, args, kwargs), adds)
         return block(*args, **kwargs)
 
     return call
@@ -197,7 +254,8 @@ def _handing_on(child: str, norm: str) -> Callable:
 def _stand_in_class(block: Block | None, streams: tuple[Stream, ...]) -> type:
     members = {"block": block}
     for stream in streams:
-        members |= {stream.norm: _noting(stream.norm), stream.child: _handing_on(stream.child, stream.norm)}
+        members[stream.norm] = _noting(stream.norm)
+        members[stream.child] = _handing_on(stream.child, stream.norm, stream.adds)  # torch.compile knows no Stream
     if block is not None:
         members[block.output] = StandIn.leave
         if isinstance(block.x, str):

@@ -19,12 +19,13 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from peft_kernels.integrations.adapter_folders import about, is_pefts
 from peft_kernels.integrations.blocks import CHILD, adapted_class, sites_of
 from peft_kernels.integrations.checkpoints import Source, read_adapter
 from peft_kernels.integrations.groups import grouped_class
 from peft_kernels.integrations.named import subclass
 from peft_kernels.integrations.peft import intercepted
-from peft_kernels.integrations.pooled_blocks import FORMS, bottleneck_config, read_bottleneck, site_name
+from peft_kernels.integrations.pooled_blocks import FORMS, read_bottleneck, site_name
 from peft_kernels.integrations.rows import OUTSIDE, Rows, outside_graph, rows_in_pool
 from peft_kernels.integrations.targets import Group, forward_is_known, group_of
 from peft_kernels.integrations.transformers import OWN_FORWARD, POOL_SITE, forward_was_replaced, made_by_fsdp, swap
@@ -241,8 +242,8 @@ class ModelPool(AdapterPool):
             replace, allow_nonfinite: as in `add`.
 
         LoRA, rsLoRA, lora_bias, DoRA, patterns of ranks and alphas; on linear layers, Conv1D, embeddings and lm_head.
-        Bottleneck adapters, serial and parallel, that `peft_kernels.save_pretrained` has written; without a norm of
-        what they read and without a gate.
+        Bottleneck adapters, serial and parallel, that `peft_kernels.save_pretrained` or AdapterHub has written (as in
+        `peft_kernels.load`); without a norm of what they read, without a gate, and not of the residual stream.
 
         Raises:
             ValueError: the adapter is more than that, or does not fit the model; it says where.
@@ -251,11 +252,11 @@ class ModelPool(AdapterPool):
             >>> pool = peft_kernels.attach_pool(model, adapters=64)
             >>> pool.load("french", "checkpoints/french")
         """
-        layers, about = _Layers(self), None if isinstance(source, nn.Module) else bottleneck_config(source)
-        if about is None:
+        layers, said = _Layers(self), None if isinstance(source, nn.Module) else about(source)
+        if said is None or is_pefts(said):
             found = read_adapter(source, adapter_name, layers, name)
         else:
-            found = read_bottleneck(source, about, sites_of(self._model()), layers, name)
+            found = read_bottleneck(self._model(), source, said, layers, name)
         return self.add(name, found, replace, allow_nonfinite)
 
 
@@ -281,7 +282,7 @@ class _Layers(Mapping):
 
 
 def attach_pool(
-    model: nn.Module, adapters: int = 256, *, dtype: torch.dtype | None = None, max_rank: int = 512
+    model: nn.Module, adapters: int = 256, *, dtype: torch.dtype | None = None, max_rank: int = 1024
 ) -> ModelPool:
     """Lets a model serve many adapters at once, each row of a batch its own; returns the pool that holds them.
 

@@ -68,8 +68,9 @@ class Rows:
         if not fits:
             raise ValueError(
                 f"{self.source}: there are ids for {list(sizes)}, which a layer's input of leading sizes "
-                f"{list(leading)} does not match. Give one per sequence or, to adapter_ids, one per token; beams and "
-                "returned sequences are known where generate is given num_beams and num_return_sequences"
+                f"{list(leading)} does not match. Give one per sequence or, to adapter_ids, one per token; where "
+                "generate repeats sequences (num_beams, num_return_sequences), adapter_ids(..., beams=n) says how "
+                "often, and adapter_names and Runner.generate know it"
             )
         flat = self.ids.reshape(-1)
         return flat.repeat_interleave(M // flat.numel()) if flat.numel() else flat
@@ -260,13 +261,15 @@ def expansion(kwargs: dict, model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def adapter_ids(ids: Tensor | Sequence, adapters: Sequence[str]) -> Iterator[None]:
+def adapter_ids(ids: Tensor | Sequence, adapters: Sequence[str], *, beams: int = 1) -> Iterator[None]:
     """Inside, each sequence or each token that a patched model is given has its own adapter, or none.
 
     Args:
         ids: `[B]`, one for each sequence, or `[B, S]`, one for each token; a tensor of integers or (nested) lists.
             i stands for `adapters[i]`, -1 for no adapter.
         adapters: names of adapters of the model. Which of them are active does not matter.
+        beams: how many times a generate inside repeats each sequence (num_beams, or num_return_sequences where that is
+            larger): with ids per sequence, an encoder then runs on B rows and the decoder on B * beams.
 
     It holds for calls by the thread that entered it, not for threads that it starts. In training too (dropout,
     gradients for every adapter named, zeros for those that no row has), and for backwards of checkpointed layers that
@@ -276,8 +279,9 @@ def adapter_ids(ids: Tensor | Sequence, adapters: Sequence[str]) -> Iterator[Non
 
     Raises:
         KeyError: the model's pool has no adapter of a name.
-        ValueError: an id is below -1 or not below len(adapters); adapters has a name twice; a layer's input does not
-            have the rows of the ids; at the end, if no layer that ran has an adapter of one of the names.
+        ValueError: an id is below -1 or not below len(adapters); adapters has a name twice; beams is below 1; a layer's
+            input does not have the rows of the ids; at the end, if no layer that ran has an adapter of one of the
+            names.
         RuntimeError: at the end, if no patched layer ran.
 
     Example:
@@ -285,7 +289,9 @@ def adapter_ids(ids: Tensor | Sequence, adapters: Sequence[str]) -> Iterator[Non
         >>> with peft_kernels.adapter_ids([0, -1, 1], adapters=["french", "german"]):
         ...     logits = model(input_ids=input_ids).logits  # the second of the three sequences by the base model
     """
-    rows = RowAdapters("adapter_ids", _checked(ids, adapters), tuple(adapters))
+    if isinstance(beams, bool) or not isinstance(beams, int) or beams < 1:
+        raise ValueError(f"adapter_ids: beams must be an integer of 1 or more, got {beams!r}")
+    rows = RowAdapters("adapter_ids", _checked(ids, adapters), tuple(adapters), beams)
     with entered(rows):
         yield
     if not rows.seen:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from peft_kernels.integrations.blocks import layer_of, sites_of
+from peft_kernels.integrations.blocks import sites_of
 
 
 def train_all(model: nn.Module) -> None:
@@ -27,7 +27,7 @@ def train_top_layers(model: nn.Module, k: int) -> tuple[str, ...]:
     Example:
         >>> peft_kernels.train_top_layers(model, 2)
     """
-    layers = tuple(dict.fromkeys(layer_of(site.name) for site in sites_of(model)))
+    layers = tuple(dict.fromkeys(site.layer_name for site in sites_of(model)))
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(layers):
         raise ValueError(f"train_top_layers: k must be from 1 to {len(layers)}, the layers that are known, got {k!r}")
     model.requires_grad_(False)

@@ -123,23 +123,35 @@ BLOCKS = (  # the first that fits counts
 @dataclass(frozen=True)
 class Stream:
     """A layer's residual stream around a block, which is its `child`: `norm` norms it before the block, or after the
-    block's output has been added to it; which of the two, the order of the calls shows. `lacks` is no child of it."""
+    block's output has been added to it; which of the two, the order of the calls shows. `adds` is the child that norms
+    the output before it is added. The layer has a child `has`, where one is named, and none `lacks`."""
 
     child: str
     norm: str
+    adds: str = ""
+    has: str = ""
     lacks: str = ""
+
+    def fits(self, child: str, children: Container[str]) -> bool:
+        needed = {self.norm, self.adds, self.has} - {""}
+        return self.child == child and all(name in children for name in needed) and self.lacks not in children
 
 
 STREAMS = (  # the first that fits counts
-    Stream("mlp", "pre_feedforward_layernorm"),  # Gemma 2 and 3
+    Stream("mlp", "pre_feedforward_layernorm", adds="post_feedforward_layernorm"),  # Gemma 2 and 3
+    Stream("mlp", "pre_feedforward_layernorm"),
+    Stream("mlp", "post_attention_layernorm", adds="post_mlp_layernorm"),  # GLM-4
     Stream("mlp", "post_attention_layernorm", lacks="post_feedforward_layernorm"),  # Llama, Qwen, Mistral, Gemma
     Stream("mlp", "ln_2"),  # GPT-2
     Stream("DenseReluDense", "layer_norm"),  # T5
+    Stream("self_attn", "input_layernorm", adds="post_self_attn_layernorm"),
+    Stream("self_attn", "input_layernorm", adds="post_attention_layernorm", has="pre_feedforward_layernorm"),
     Stream("self_attn", "input_layernorm"),
     Stream("self_attn", "self_attn_layer_norm"),  # BART, OPT
     Stream("attn", "ln_1"),
     Stream("SelfAttention", "layer_norm"),
 )
+MULTIPLIERS = ("residual_multiplier", "residual_scale")  # attributes by which a layer multiplies before it adds
 CROSS_ATTENTION = ("encoder_attn", "EncDecAttention", "crossattention")
 
 
@@ -153,7 +165,7 @@ def block_of(name: str, children: Container[str]) -> Block | None:
 
 def stream_of(child: str, children: Container[str]) -> Stream | None:
     """The residual stream around a layer's child, or None."""
-    return next((s for s in STREAMS if s.child == child and s.norm in children and s.lacks not in children), None)
+    return next((stream for stream in STREAMS if stream.fits(child, children)), None)
 
 
 def group_of(owner: type) -> Group | None:

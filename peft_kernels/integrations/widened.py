@@ -159,8 +159,8 @@ class Widened(nn.Module):
         self.hidden = _rows(held[up + 1][2])[1] if up else 0
         parts = *self.projections, *(adapters[n] for n in self.names)
         self.trained = tuple((m, key) for m in parts for key, p in m.named_parameters() if p.requires_grad)
-        self.watched: tuple[nn.Module, ...] = ()
-        self.seen: list = []
+        self.places: tuple | None = None
+        self.scalings = self.tensors = ()
 
     @property
     def adapters(self) -> BottleneckAdapters:
@@ -178,7 +178,7 @@ class Widened(nn.Module):
         """Before each call. A compiled one relies on `to`, `load_state_dict` and the like having come through here."""
         if self.training:
             raise RuntimeError(f"{self.name} is widened, for inference; peft_kernels.unwiden(model) before training")
-        if not is_compiling() and self._state() != self.seen:
+        if not is_compiling() and not self._unchanged():
             self.build()
 
     def require_intact(self) -> None:
@@ -190,18 +190,32 @@ class Widened(nn.Module):
                     "a pool, ...); undo that, or peft_kernels.unwiden(model) before it"
                 )
 
-    def _state(self) -> list:
-        """What changes with any change of what the wide tensors are made of."""
-        adapters = self.adapters
-        found = [adapters.active_names, *(adapters._modules[name].scaling for name in self.names)]
-        for around, name, _ in self.held:
-            module = around._modules.get(name)
-            found += (module, type(module))
-        for module in self.watched:
-            for tensor in module._parameters.values():
-                if tensor is not None:
-                    found += (tensor.data_ptr(), tensor._version)
-        return found
+    def _unchanged(self) -> bool:
+        """Whether all that the wide tensors are made of is as `build` found it. Asked by each call: plain loops."""
+        if self.places is None or self.adapters.active_names != self.names:
+            return False
+        for around, name, thing, kind in self.places:
+            if around.get(name) is not thing or type(thing) is not kind:
+                return False
+        for adapter, scaling in self.scalings:
+            if adapter.scaling != scaling:
+                return False
+        for around, name, tensor, address, version in self.tensors:
+            if around.get(name) is not tensor or tensor.data_ptr() != address or tensor._version != version:
+                return False
+        return True
+
+    def _look(self) -> None:
+        """Keeps what `_unchanged` compares. Modules with inference tensors never change, and have no version."""
+        adapters = [self.adapters[name] for name in self.names]
+        parts = [m for m in (*self.projections, *adapters) if not any(p.is_inference() for p in m.parameters())]
+        owned = [(m._parameters, key, tensor) for m in parts for key, tensor in m._parameters.items()]
+        places = [(around._modules, name, module) for around, name, module in self.held]
+        places += [(self.adapters._modules, name, adapter) for name, adapter in zip(self.names, adapters, strict=True)]
+        places += [entry for entry in owned if entry[2] is None]
+        self.places = tuple((*place, type(place[2])) for place in places)
+        self.scalings = tuple((adapter, adapter.scaling) for adapter in adapters)
+        self.tensors = tuple((*o, o[2].data_ptr(), o[2]._version) for o in owned if o[2] is not None)
 
     @torch.inference_mode(False)  # the buffers outlive the call
     @torch.no_grad()
@@ -227,11 +241,7 @@ class Widened(nn.Module):
             wide_bias[:N] = bias + sb
             wide_bias[N : N + e] = a if down.bias is None else A @ bias + a
             _wide(down, EXPAND, N, self.E)[:, :e] = sB
-        parts = (*self.projections, *(self.adapters[name] for name in self.names))
-        self.watched = tuple(
-            m for m in parts if not any(p.is_inference() for p in m.parameters())
-        )  # others never change
-        self.seen = self._state()
+        self._look()
 
     def _build_up(self, ups: list[nn.Module], A: Tensor, a: Tensor) -> None:
         rows = [_rows(projection)[0] for projection in ups]
@@ -280,7 +290,7 @@ class Widened(nn.Module):
             module.get_parameter(key).requires_grad_(True)
 
     def __getstate__(self) -> dict:  # a copy has memory of its own: what it has seen is not that of the original
-        return self.__dict__ | {"watched": (), "seen": []}
+        return self.__dict__ | {"places": None, "scalings": (), "tensors": ()}
 
     def extra_repr(self) -> str:
         return f"{', '.join(self.names)}: {self.E} hidden units"

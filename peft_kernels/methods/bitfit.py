@@ -1,21 +1,25 @@
 """BitFit: the biases of the model are trained, and nothing else (Ben Zaken et al. 2022, arXiv:2106.10199)."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
+
+from peft_kernels.methods.config import MethodConfig
+from peft_kernels.methods.names import checked, ends_with
 
 
 @dataclass(frozen=True)
-class BitFitConfig:
+class BitFitConfig(MethodConfig):
     """Which biases are trained.
 
     Args:
         target_modules: names of modules, or ends of names ("query", "intermediate.dense"), whose biases are trained;
             None: all parameters called `bias`. The paper's small variant is those of the query and of the FFN's first
             layer.
+        modules_to_save: as in `BottleneckConfig`: a head that is trained whole.
 
     Raises:
-        ValueError: target_modules is no list of names.
+        ValueError: one of them is no list of names.
 
     Example:
         >>> peft_kernels.attach(model, BitFitConfig())
@@ -24,32 +28,13 @@ class BitFitConfig:
     peft_type: ClassVar[str] = "BITFIT"
 
     target_modules: Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self):
-        names = self.target_modules
-        if names is None:
-            return
-        if isinstance(names, str) or not isinstance(names, Sequence) or not names:
-            raise ValueError(
-                f"BitFitConfig: target_modules must be a list of names of modules, or None for all, got {names!r}"
-            )
-        if not all(isinstance(name, str) and name for name in names):
-            raise ValueError(f"BitFitConfig: target_modules must hold names of modules, got {list(names)}")
-        object.__setattr__(self, "target_modules", tuple(names))
+        for field, none in (("target_modules", "all"), ("modules_to_save", "none")):
+            object.__setattr__(self, field, checked("BitFitConfig", field, getattr(self, field), none))
 
     def takes(self, module_name: str) -> bool:
         """Whether the bias of a module is trained."""
         ends = self.target_modules
-        return ends is None or any(f".{module_name}".endswith(f".{end}") for end in ends)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What adapter_config.json says of it."""
-        return {"peft_type": self.peft_type} | asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "BitFitConfig":
-        """From what `to_dict` gave. Raises ValueError for fields that there are not."""
-        names = [field.name for field in fields(cls)]
-        if strangers := sorted(values.keys() - {*names, "peft_type"}):
-            raise ValueError(f"BitFitConfig: there is no field {strangers[0]!r}; the fields are {', '.join(names)}")
-        return cls(**{name: value for name, value in values.items() if name != "peft_type"})
+        return ends is None or any(ends_with(module_name, end) for end in ends)

@@ -13,9 +13,11 @@ He et al. 2022, and Adapter+ (Steitz and Roth 2024, arXiv:2406.06820).
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from peft_kernels.methods.config import MethodConfig
+from peft_kernels.methods.names import checked
 from peft_kernels.modules import INITS, READS, BottleneckAdapter
 from peft_kernels.ops.bottleneck_adapter.op import DROPOUTS, NORMS
 from peft_kernels.ops.bottleneck_adapter.op import MAX_BOTTLENECK as MAX_R
@@ -35,7 +37,7 @@ REDUCTION = 16  # where neither r nor reduction_factor is given
 
 
 @dataclass(frozen=True)
-class BottleneckConfig:
+class BottleneckConfig(MethodConfig):
     """What bottleneck adapters are and where they go.
 
     Args:
@@ -45,10 +47,11 @@ class BottleneckConfig:
             transformers or AdapterHub has for one of them (gelu_new, gelu_pytorch_tanh, swish, leakyrelu, ...).
         insertion: "serial", the adapter reads and replaces the block's output; "parallel", it reads the block's input
             and adds to its output. Both are before dropout, residual and norm of the model.
-        reads: what the adapter reads where that is not the block's output or input. "sum" (serial): the output plus the
-            residual stream to which the model will add it, normed by the model's own norm where that comes next (BERT);
-            "stream" (parallel): that stream, before the norm in front of the block. Of models whose layers are known;
-            where the layer scales or norms the block's output before the sum (Granite, Gemma 2), the adapter does not.
+        reads: what the adapter reads where that is not the block's output or input. "sum" (serial): the sum that the
+            model will make of its residual stream and the output, which is scaled (Granite) or normed (Gemma 2, GLM-4)
+            in it where the model does that, and normed by the model's own norm where one comes next (BERT); "stream"
+            (parallel): that stream, before the norm in front of the block. Of models whose layers are known. What the
+            adapter gives is added to the block's output itself, before all of that.
         representation: "ffn", "attention" (self-attention), or "both".
         scaling: s: a number, "learned" (one trained number) or "channel" (one for each feature).
         gate: whether each token has a trained gate g = sigmoid(x w + c).
@@ -58,6 +61,9 @@ class BottleneckConfig:
         init: "mam" or "lora" (B = 0: the start is the base model, bit for bit), "bert" or "houlsby".
         layers: indices of the layers that get adapters, in the order of the model (those of an encoder come first);
             None: all.
+        modules_to_save: names of modules, or ends of names ("classifier"), that are trained whole and saved with the
+            adapter, as in PEFT: a head. Each adapter has values of its own for them, which the model has while the
+            adapter is active; of several active adapters one may have such modules.
 
     Raises:
         ValueError: a field is out of range; it says which, what is expected, and what came instead.
@@ -83,6 +89,7 @@ class BottleneckConfig:
     drop_path: float = 0.0
     init: str = "mam"
     layers: Sequence[int] | None = None
+    modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self):
         self._check_width()
@@ -110,6 +117,8 @@ class BottleneckConfig:
             expected = "a list or range of layer indices from 0, or None for all layers"
             _require(indices and len(self.layers) > 0, "layers", expected, self.layers)
             object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+        saved = checked("BottleneckConfig", "modules_to_save", self.modules_to_save, "none")
+        object.__setattr__(self, "modules_to_save", saved)
 
     def _check_width(self) -> None:
         r, factor = self.r, self.reduction_factor
@@ -157,7 +166,7 @@ class BottleneckConfig:
         width = {} if "r" in changes else {"reduction_factor": 96}
         return cls(**plus | width | changes)
 
-    # -- what it makes, and how it is written ---------------------------------------------------------------------
+    # -- what it makes --------------------------------------------------------------------------------------------
 
     @property
     def representations(self) -> tuple[str, ...]:
@@ -185,18 +194,6 @@ class BottleneckConfig:
             norm=self.norm, dropout_p=self.dropout_p, dropout_on=self.dropout_on, drop_path=self.drop_path,
             init=self.init, device=device, dtype=dtype,
         )  # fmt: skip
-
-    def to_dict(self) -> dict[str, Any]:
-        """What adapter_config.json says of it."""
-        return {"peft_type": self.peft_type} | asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "BottleneckConfig":
-        """From what `to_dict` gave. Raises ValueError for fields that there are not."""
-        names = [field.name for field in fields(cls)]
-        if strangers := sorted(values.keys() - {*names, "peft_type"}):
-            raise ValueError(f"BottleneckConfig: there is no field {strangers[0]!r}; the fields are {', '.join(names)}")
-        return cls(**{name: value for name, value in values.items() if name != "peft_type"})
 
 
 def _require(condition: bool, field: str, expected: str, got: Any, remedy: str = "") -> None:

@@ -8,6 +8,7 @@ generator.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -126,9 +127,10 @@ OF_STREAM = frozenset({"sum", "stream"})
 class BottleneckAdapters(nn.ModuleDict):
     """The adapters of one block by name. Those of `active_names` run; `reads_by_name` says of each what it reads.
 
-    y is the block's output, x its input; stream is the model's residual stream, to which y will be added. Parallel
-    adapters read x ("input") or the stream ("stream") and are summed on y; then the serial ones run, each on the y that
-    the one before it gave, and read that ("output") or y + stream ("sum"), normed where the model will norm the sum.
+    y is the block's output, x its input; stream is the model's residual stream, to which added(y) will be added: y, or
+    y scaled (Granite) or normed (Gemma 2). Parallel adapters read x ("input") or the stream ("stream") and are summed
+    on y; then the serial ones run, each on the y that the one before it gave, and read that ("output") or
+    added(y) + stream ("sum"), normed where the model will norm the sum.
     """
 
     def __init__(self):
@@ -141,7 +143,10 @@ class BottleneckAdapters(nn.ModuleDict):
         """Whether an active adapter reads the residual stream."""
         return any(self.reads_by_name[name] in OF_STREAM for name in self.active_names)
 
-    def forward(self, x: Tensor, y: Tensor, stream: Tensor | None = None, norm: nn.Module | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, y: Tensor, stream: Tensor | None = None, norm: nn.Module | None = None,
+        added: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         if stream is None and self.needs_stream:
             raise RuntimeError("bottleneck adapters: one reads the residual stream, which the layer has not handed on")
         for name in self.active_names:
@@ -151,5 +156,6 @@ class BottleneckAdapters(nn.ModuleDict):
             if (reads := self.reads_by_name[name]) == "output":
                 y = self[name](y)
             elif reads == "sum":
-                y = self[name](y + stream if norm is None else norm(y + stream), y)
+                both = (y if added is None else added(y)) + stream
+                y = self[name](both if norm is None else norm(both), y)
         return y

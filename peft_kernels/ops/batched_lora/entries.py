@@ -83,7 +83,8 @@ def check(site: str, K: int, N: int, entry: tuple, max_rank: int) -> SiteAdapter
     entry = SiteAdapter(*entry)
     _check_tensor(site, "lora_A", entry.lora_A, (None, K), f"r, in_features={K}")
     r = len(entry.lora_A)
-    require(1 <= r <= max_rank, f"lora_A of site '{site}' must have a rank r from 1 to {max_rank}, got {r}")
+    remedy = f"; a pool that is made with max_rank={r} takes it" if r else ""
+    require(1 <= r <= max_rank, f"lora_A of site '{site}' must have a rank r from 1 to {max_rank}, got {r}{remedy}")
     _check_tensor(site, "lora_B", entry.lora_B, (N, r), f"out_features={N}, r={r}")
     for name in ("lora_bias", "gain"):
         if getattr(entry, name) is not None:

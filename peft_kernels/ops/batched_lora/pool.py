@@ -67,7 +67,7 @@ class AdapterPool:
         adapters: the most names at a time. There is one slot more, so that a full pool can still replace.
         dtype: what factors are stored in: that of the activations, or float32.
         device: where they are stored.
-        max_rank: larger ranks are refused.
+        max_rank: larger ranks are refused; those of LoRA and widths of bottleneck adapters are ranks.
 
     An adapter takes `ceil(r / 8)` pages of 8 rows for each factor that it has (a bias and a gain are one more row of
     lora_B each), and nothing at sites that it does not touch. Pages are shared by all sites of one width and doubled
@@ -91,7 +91,7 @@ class AdapterPool:
         adapters: int = 256,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        max_rank: int = 512,
+        max_rank: int = 1024,
     ):
         _require(len(sites) >= 1, "sites must name at least one site, got none")
         for name, site in sites.items():

@@ -149,7 +149,7 @@ def samples() -> list[Sample]:
         ("rows-16", "the last row count of one tile", dict(rows=16, K=67, N=(131,), ranks=one, ids=[0] * 16)),
         ("rows-17", "the first of two", dict(rows=17, K=67, N=(131,), ranks=one, ids=[0] * 17)),
         ("rank-1", "the smallest rank", dict(rows=19, K=40, N=(24,), ranks=((1,), (1,)))),
-        ("rank-512", "the largest rank, larger than K and N", dict(rows=9, K=40, N=(24,), ranks=((512,), (4,)))),
+        ("rank-1024", "the largest rank, larger than K and N", dict(rows=9, K=40, N=(24,), ranks=((1024,), (4,)))),
         ("none", "no row has an adapter", dict(rows=9, ids=[-1] * 9)),
         ("untouched", "rank 0: a slot that does not touch the slice", dict(rows=9, ids=[5] * 9)),
         ("empty", "no rows", dict(rows=0)),

@@ -193,6 +193,7 @@ def forward(
     if tiles == 0:
         return
     double, narrow = x.dtype is torch.float64, pages_in.dtype.itemsize == 2
+    registers = 255 if double else 168  # as many as three blocks can have; fewer spill under Triton 3.6
     block = 128 if narrow and all(out.shape[1] % 16 == 0 for out in y) else 64
     columns, begin = [0], [0]
     for out, numbers in zip(y, table, strict=True):
@@ -209,7 +210,7 @@ def forward(
         _pool_expand_kernel[(tiles, begin[-1] // block)](
             h, route, slices, M, HEADER + 2 * M, h.shape[0], h.stride(1), h.stride(0),
             BLOCK_N=block, ACCUMULATOR=tl.float64 if double else tl.float32, NARROW=narrow,
-            num_warps=4, num_stages=2, maxnreg=136, enable_fp_fusion=True,
+            num_warps=4, num_stages=2, maxnreg=registers, enable_fp_fusion=True,
         )  # fmt: skip
 
 

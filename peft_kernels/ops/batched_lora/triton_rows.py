@@ -40,9 +40,12 @@ from peft_kernels.ops.common.triton_products import product_of_parts, rest_of
 
 
 @triton.jit
-def _row_numbers(route_ptr, M, positions, valid):
+def _row_numbers(route_ptr, M, positions, valid, ACCUMULATOR: tl.constexpr):
     """Rows of x that stand at some positions of the order; 0 where not valid."""
-    return tl.load(route_ptr + ORDER_AT + M + positions, mask=valid, other=0).to(tl.int64)
+    rows = tl.load(route_ptr + ORDER_AT + M + positions, mask=valid, other=0)
+    if tl.float64 == ACCUMULATOR:  # Triton 3.6 fails at fp64 products if it sees rows of 4 bytes come into their mask
+        rows = tl.sum(rows[:, None], 1)
+    return rows.to(tl.int64)
 
 
 @triton.jit
@@ -91,7 +94,7 @@ def _shrink_kernel(
             rank, column = _ranks(table_ptr, L, tl.maximum(entry, 0), EVEN_R)
             if (entry >= 0) & (start_r < rank):
                 offs_m = tl.arange(0, TILES * ROWS)
-                rows = _row_numbers(route_ptr, M, first + offs_m, offs_m < count)
+                rows = _row_numbers(route_ptr, M, first + offs_m, offs_m < count, ACCUMULATOR)
                 keep_below = field(table_ptr, L, entry, KEEP_BELOW).to(tl.int32)
                 acc = tl.zeros((TILES * ROWS, BLOCK_R), ACCUMULATOR)
                 f_ptr = factor(table_ptr, L, entry, A if OF_A else B, DTYPE, ALIGNMENT)
@@ -168,7 +171,7 @@ def _expand_kernel(
         positions = tl.where(own, first + offs_m, alone)
         valid = positions < tl.where(own, first + count, M)
         if tl.max(valid.to(tl.int32), 0) > 0:
-            rows = _row_numbers(route_ptr, M, positions, valid)
+            rows = _row_numbers(route_ptr, M, positions, valid, ACCUMULATOR)
             for start_n in range(begin, end, BLOCK_N):
                 offs_n = start_n + tl.arange(0, BLOCK_N)
                 total = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
@@ -222,7 +225,7 @@ def _gradient_kernel(
         for m in range(begin, end, BLOCK_M):
             offs_m = m + tl.arange(0, BLOCK_M)
             valid = offs_m < end
-            rows = _row_numbers(route_ptr, M, first + offs_m, valid)
+            rows = _row_numbers(route_ptr, M, first + offs_m, valid, ACCUMULATOR)
             wide_ptrs = wide_ptr + rows[:, None] * stride_wm + (start_n + offs_n)[None, :]
             wide = tl.load(wide_ptrs, mask=valid[:, None] & mask_n[None, :], other=0.0)
             if not OF_A:

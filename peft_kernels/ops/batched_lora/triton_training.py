@@ -114,8 +114,8 @@ class _Call:
             self.tiles_at, pieces, 1 / self.unit, self.unit, wide.stride(0), 0 if low is None else low.stride(0), sums,
             BLOCK_R=block_r, BLOCK_N=block_n, BLOCK_M=block_m, OF_A=of_a, DROPOUT=self.dropout and of_a,
             HAS_LOW=low is not None, PARTS=max(2, exact_parts(self.dtype, self.factor)) if self.narrow else 1,
-            DIRECT=pieces == 1, EVEN_R=self.layout["EVEN_R"], num_warps=4, num_stages=3 if size == 2 else 2,
-            **self.types,
+            DIRECT=pieces == 1, EVEN_R=self.layout["EVEN_R"], num_warps=8 if size == 8 else 4,
+            num_stages=3 if size == 2 else 2, **self.types,
         )  # fmt: skip
         if pieces > 1:
             largest = (max(self.ranks) + 1) * N

@@ -104,22 +104,40 @@ def _check_numbers(x, activation, scaling, norm, eps, dropout_p, dropout_on, see
     check_seed(NAME, x, seed, [dropout_p])
 
 
+def _check_adapter(
+    x, down_weight, down_bias, up_weight, up_bias, scale, gate, norm_weight, norm_bias,
+    activation, scaling, norm, eps, dropout_p, dropout_on, seed,
+) -> None:  # fmt: skip
+    _check_weights(x, down_weight, up_weight)
+    _check_numbers(x, activation, scaling, norm, eps, dropout_p, dropout_on, seed)
+    _check_vectors(x, down_weight, down_bias, up_weight, up_bias, scale, gate, norm_weight, norm_bias, norm)
+
+
+def _check_rows(name: str, tensor: Tensor, x: Tensor, N: int) -> None:
+    """What is of y's shape and x's dtype."""
+    check_tensor(NAME, name, tensor, x, (x.dtype,), f"{dtype_name(x.dtype)}, as x")
+    shape = (*x.shape[:-1], N)
+    check_shape(NAME, name, tensor, shape, f"{list(shape)}, as x with out_features={N}")
+
+
+def _check_serial(x: Tensor, N: int) -> None:
+    K = x.shape[-1]
+    text = f"residual must be given where out_features={N} is not in_features={K}: x cannot stand for it"
+    require(NAME, N == K, text)
+
+
 def check(
     x, residual, down_weight, down_bias, up_weight, up_bias, scale, gate, norm_weight, norm_bias,
     activation, scaling, norm, eps, dropout_p, dropout_on, seed,
 ) -> None:  # fmt: skip
     """Refuses what the op cannot take, in words. The C++ bindings repeat the rules and the texts."""
-    _check_weights(x, down_weight, up_weight)
-    K, N = x.shape[-1], up_weight.shape[0]
-    _check_numbers(x, activation, scaling, norm, eps, dropout_p, dropout_on, seed)
-    _check_vectors(x, down_weight, down_bias, up_weight, up_bias, scale, gate, norm_weight, norm_bias, norm)
+    optional = (up_bias, scale, gate, norm_weight, norm_bias)
+    numbers = (activation, scaling, norm, eps, dropout_p, dropout_on, seed)
+    _check_adapter(x, down_weight, down_bias, up_weight, *optional, *numbers)
     if residual is None:
-        text = f"residual must be given where out_features={N} is not in_features={K}: x cannot stand for it"
-        require(NAME, N == K, text)
+        _check_serial(x, up_weight.shape[0])
     else:
-        check_tensor(NAME, "residual", residual, x, (x.dtype,), f"{dtype_name(x.dtype)}, as x")
-        shape = (*x.shape[:-1], N)
-        check_shape(NAME, "residual", residual, shape, f"{list(shape)}, as x with out_features={N}")
+        _check_rows("residual", residual, x, up_weight.shape[0])
 
 
 def check_backward(
@@ -129,11 +147,12 @@ def check_backward(
     """The same for the backward."""
     op = f"{NAME}_backward"
     require(op, len(needs) == len(GRADIENTS), f"needs must have {len(GRADIENTS)} entries, got {len(needs)}")
-    rest = (up_bias, scale, gate, norm_weight, norm_bias)
+    optional = (up_bias, scale, gate, norm_weight, norm_bias)
     numbers = (activation, scaling, norm, eps, dropout_p, dropout_on, seed)
-    check(x, None if serial else dy, down_weight, None, up_weight, *rest, *numbers)
-    fits = dy.shape == (*x.shape[:-1], up_weight.shape[0]) and dy.dtype is x.dtype and dy.device == x.device
-    require(op, fits, "dy must be of y's shape, dtype and device")
+    _check_adapter(x, down_weight, None, up_weight, *optional, *numbers)
+    _check_rows("dy", dy, x, up_weight.shape[0])
+    if serial:
+        _check_serial(x, up_weight.shape[0])
     M = x.numel() // x.shape[-1]
     fits = h.device == x.device and h.dtype is accumulator(x.dtype) and h.is_contiguous()
     fits = fits and tuple(h.shape) == (M, down_weight.shape[0])
@@ -155,6 +174,7 @@ def fake(x, residual, down_weight, down_bias, up_weight, *rest):
 
 
 def backward_fake(dy, x, h, down_weight, up_weight, up_bias, scale, gate, norm_weight, norm_bias, *rest):
+    check_backward(dy, x, h, down_weight, up_weight, up_bias, scale, gate, norm_weight, norm_bias, *rest)
     (E, K), N = down_weight.shape, up_weight.shape[0]
     factor = down_weight.new_empty
     full = [x.new_empty(x.shape), factor((E, K)), factor(E), factor((N, E)), factor(N)]
@@ -204,13 +224,12 @@ def autograd(namespace):
                 grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
             return None, None, grads[0], dy if dresidual else None, *grads[1:]
 
-    def kernel(x, residual, *rest):
-        tensors, numbers, seed = (x, residual, *rest[:8]), rest[8:14], rest[14]
-        refuse_tangents(NAME, x, [tensors[1:]])
-        if torch.is_grad_enabled() and any_requires_grad(x, [tensors[1:]]):
-            return Bottleneck.apply(numbers, seed, *tensors)
+    def kernel(*arguments):  # ten tensors, six numbers, the seed
+        refuse_tangents(NAME, arguments[0], (arguments[1:10],))
+        if torch.is_grad_enabled() and any_requires_grad(arguments[0], (arguments[1:10],)):
+            return Bottleneck.apply(arguments[10:16], arguments[16], *arguments[:10])
         with below_autograd():
-            return forward_op(*tensors, *numbers, seed)
+            return forward_op(*arguments)
 
     return kernel
 

@@ -79,8 +79,50 @@ def _x_and_residual_inside(arguments):
     return {name: inside(arguments[name]) for name in ("x", "residual")}
 
 
+def _residual_over_x(arguments):
+    """Rows of one buffer, the residual's a few columns after x's."""
+    x, residual = arguments["x"], arguments["residual"]
+    shared = torch.cat((x, residual), 1)
+    return {"x": shared[:, : x.shape[1]], "residual": shared[:, 3 : 3 + residual.shape[1]]}
+
+
+def _times(**factors):
+    """A change: some arguments multiplied by a number."""
+    return lambda arguments: {name: arguments[name] * factor for name, factor in factors.items()}
+
+
 def _transposed_weights(arguments):
     return {name: arguments[name].t().contiguous().t() for name in ("down_weight", "up_weight")}
+
+
+def _far_from_one() -> list[Sample]:
+    """What lies between two products is fp32, and may leave the range of fp16 where neither inputs nor results do."""
+    return [
+        _changed("beyond-fp16-dh", "a learned scale takes dh past 65504",
+                 _times(x=1e-3, down_weight=1e-2, up_weight=8, scale=3e4), rows=(21,), biased=False, scale="scalar"),
+        _changed("beyond-fp16-u", "f(h) past 65504, dh next to nothing", _times(x=1e3, down_weight=1e3, scaling=1e-6),
+                 rows=(21,), K=40, gated=True),
+        _changed("beyond-fp16-small-b", "f(h) past 65504 before a small B",
+                 _times(x=1e3, down_weight=1e3, up_weight=1e-3, scaling=1e-3), rows=(37,), K=67, N=None, E=40),
+        _changed("scaling-large", "s past 65504, and f(h) small", _times(x=1e-3, down_weight=1e-3, scaling=1e5),
+                 rows=(21,), biased=False, activation="identity"),
+        _changed("gradients-tiny", "dh below the least fp16, x large", _times(x=1e4, down_weight=1e-4, scaling=1e-8),
+                 rows=(37,), E=20, activation="gelu"),
+        _changed("far", "squares and cubes of h past the largest fp32", _times(x=1e10, down_weight=1e10, scaling=1e-20),
+                 ((F32, F32), (BF16, BF16), (BF16, F32)), rows=(21,), E=20, activation="gelu_tanh"),
+    ]  # fmt: skip
+
+
+# More rows than 127 tiles of 64, which is where a backend for 16 bits may take the op in one launch
+HALVES = ((BF16, BF16), (F16, F16))
+FUSED = [
+    (8129, "the first count of them, one row in the last tile", dict(K=67, N=None, E=1, activation="identity")),
+    (8191, "a row less than whole tiles, ragged matrices",
+     dict(K=67, N=131, E=33, activation="gelu", scale="channel", gated=True, p=0.1)),
+    (8192, "whole tiles", dict(K=64, N=64, E=64, activation="silu", biased=False)),
+    (8193, "a row more than whole tiles", dict(K=136, N=72, E=65, scale="scalar", p=0.1, dropout_on="output")),
+    (8130, "the widest bottleneck of it", dict(K=72, N=None, E=256, activation="sigmoid", gated=True, p=0.1)),
+]  # fmt: skip
 
 
 def samples() -> list[Sample]:
@@ -117,11 +159,13 @@ def samples() -> list[Sample]:
         _plain("dropout-tiny", "p rounds to no dropout at 16 bits", p=1e-6),
         _plain("dropout-most", "nearly everything dropped", rows=(40,), p=0.9999, E=40),
         _changed("strided", "x and residual inside wider buffers", _x_and_residual_inside, rows=(4, 9), K=67, p=0.1),
+        _changed("residual-over-x", "x and residual share most of their memory", _residual_over_x, rows=(21,), K=67),
         _changed("transposed", "weights stored column by column", _transposed_weights, rows=(21,), K=67, gated=True),
         _changed(
             "x-expanded", "one row seen many times", lambda a: {"x": a["x"][:1].expand(19, -1)}, rows=(19,),
         ),
         # few features: on absolute values, as the oracle takes them, tanh' and sigmoid' of long sums would be next to 0
+        *_far_from_one(),
         *(_plain(name, "the activation and its slope", rows=(70,), K=7, N=40, E=20, activation=name, p=0.1)
           for name in NAMES),
         _plain("everything", "all options together", rows=(3, 11), K=67, N=131, E=19, activation="gelu", **everything),
@@ -130,6 +174,12 @@ def samples() -> list[Sample]:
             "busy", "work for several threads", ((BF16, BF16), (F32, F32)), busy=True, rows=(200,), K=1000, N=1024,
             E=70, activation="gelu_tanh", **everything,
         ),
+        _plain("busy-rows", "many rows of fp32, no norm, work for several threads", ((F32, F32),), busy=True,
+               rows=(300,), K=531, N=283, E=70, activation="silu", scale="channel", p=0.1),
+        _changed("busy-inside", "the same within wider buffers, x the residual", lambda a: {"x": inside(a["x"])},
+                 ((F32, F32),), rows=(70,), K=531, N=None, E=75),
+        *(_plain(f"rows-{rows}-bottleneck-{sizes['E']}", f"rows for one fused kernel, {why}", HALVES, busy=True,
+                 rows=(rows,), **sizes) for rows, why, sizes in FUSED),
         _plain("busy-row", "few rows, work for several threads", ((BF16, BF16),), busy=True, rows=(8,), K=1000, N=None,
                E=256, p=0.1),
     ]  # fmt: skip

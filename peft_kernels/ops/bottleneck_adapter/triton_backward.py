@@ -14,8 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from peft_kernels.ops.bottleneck_adapter.op import check_backward
-from peft_kernels.ops.bottleneck_adapter.triton_activations import activation as activate
-from peft_kernels.ops.bottleneck_adapter.triton_activations import slope
 from peft_kernels.ops.bottleneck_adapter.triton_gradients import down_gradients, up_gradients
 from peft_kernels.ops.bottleneck_adapter.triton_tiles import (
     OPTIONS,
@@ -30,7 +28,9 @@ from peft_kernels.ops.bottleneck_adapter.triton_tiles import (
     up_tile,
     vector,
 )
+from peft_kernels.ops.common.activations import NAMES
 from peft_kernels.ops.common.dropout import threshold
+from peft_kernels.ops.common.triton_activations import activated, slope
 from peft_kernels.ops.common.triton_dropout import keep_tile
 from peft_kernels.ops.common.triton_products import accumulator, product_of_splits, split, unit_rows
 
@@ -97,7 +97,7 @@ def _slope_kernel(
         mask = mask_m[:, None] & (offs_e < E)[None, :]
         where = rows[:, None] * E + offs_e[None, :]
         h = tl.load(h_ptr + where, mask=mask, other=0.0)
-        u = activate(h, F)
+        u = activated(h, F)
         if DROP:
             u = kept(u, seed_ptr, start_m, e, keep_below, BLOCK_M, BLOCK_E)
         if v_ptr is not None:
@@ -195,7 +195,7 @@ def _slopes(h, v, added, gate, gate_gradient, activation, dropped, seed, *, need
     group = block if gate_gradient is None else E
     _slope_kernel[(triton.cdiv(M, 16), triton.cdiv(E, group))](
         dh, low, gate_gradient, v, added, h, gate, seed, M, E, 1 if v is None else v.shape[0], group, dropped,
-        BLOCK_M=16, BLOCK_E=block, ACCUMULATOR=TYPES[h.dtype], F=activation, DROP=dropped < 65536,
+        BLOCK_M=16, BLOCK_E=block, ACCUMULATOR=TYPES[h.dtype], F=NAMES.index(activation), DROP=dropped < 65536,
         num_warps=4, **OPTIONS,
     )  # fmt: skip
     return dh, low

@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from peft_kernels.ops.bottleneck_adapter.op import check
-from peft_kernels.ops.bottleneck_adapter.triton_activations import activation
 from peft_kernels.ops.bottleneck_adapter.triton_backward import backward
 from peft_kernels.ops.bottleneck_adapter.triton_tiles import (
     OPTIONS,
@@ -28,7 +27,9 @@ from peft_kernels.ops.bottleneck_adapter.triton_tiles import (
     up_tile,
     vector,
 )
+from peft_kernels.ops.common.activations import NAMES
 from peft_kernels.ops.common.dropout import threshold
+from peft_kernels.ops.common.triton_activations import activated
 from peft_kernels.ops.common.triton_products import PROGRAMS, accumulator, product_of_splits, split, unit_rows
 
 
@@ -145,7 +146,7 @@ def _bottleneck(
         h = _biased(h, bias_ptr, offs_e, E)
         if first:
             tl.store(h_ptr + where, h, mask=mask)
-    u = activation(h, F)
+    u = activated(h, F)
     if DROP:
         u = kept(u, seed_ptr, start_m, start_e, keep_below, BLOCK_M, BLOCK_E)
     return u
@@ -202,7 +203,7 @@ def _fused_kernel(
     h = _biased(h, down_bias_ptr, offs_e, E)
     h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * E + offs_e[None, :]
     tl.store(h_ptrs, h, mask=(offs_m < M)[:, None] & (offs_e < E)[None, :])
-    u = activation(h, F)
+    u = activated(h, F)
     if DROP:
         u = kept(u, seed_ptr, start_m, 0, keep_below, BLOCK_M, BLOCK_E)
     for n in range(0, N, BLOCK_N):
@@ -249,7 +250,7 @@ def forward(
             out = y, r, vector(up_bias), vector(scale), vector(gate), r.stride(0)
             dropped = threshold(dropout_p) < 65536
             constants = {
-                "F": activation,
+                "F": NAMES.index(activation),
                 "DROP": dropped and dropout_on == "bottleneck",
                 "DROP_OUT": dropped and dropout_on == "output",
                 "CHANNELS": scale is not None and scale.shape[0] == N,

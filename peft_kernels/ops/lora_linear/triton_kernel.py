@@ -33,9 +33,9 @@ from peft_kernels.ops.lora_linear.triton_tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["first", "M", "K_piece"])
+@triton.jit(do_not_specialize=["first", "M", "K_blocks"])
 def _shrink_kernel(
-    h_ptr, parts_ptr, x_ptr, seed_ptr, adapters, first, M, K, K_piece, down,
+    h_ptr, parts_ptr, x_ptr, seed_ptr, adapters, first, M, K, K_blocks, down,
     stride_xm, stride_hm, stride_piece, stride_part,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, ACCUMULATOR: tl.constexpr,
     EVEN_K: tl.constexpr, DROPOUT: tl.constexpr, FACTOR: tl.constexpr, PARTS: tl.constexpr,
@@ -43,8 +43,8 @@ def _shrink_kernel(
     """h[:, offset : offset + R] = scaling drop(x) A^T for each adapter from `first` on; of one piece of K, if cut."""
     start_m = tl.program_id(0) * BLOCK_M
     start_r = tl.program_id(1) * BLOCK_R
-    begin = tl.program_id(2) * K_piece
-    end = min(begin + K_piece, K)
+    begin = tl.program_id(2) * K_blocks * BLOCK_K  # a multiple that the compiler knows: loads are 16 bytes wide
+    end = min(begin + K_blocks * BLOCK_K, K)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     rows = tl.minimum(offs_m, M - 1).to(tl.int64)
     offs_r = start_r + tl.arange(0, BLOCK_R)
@@ -100,7 +100,7 @@ def _shrink(
         )  # fmt: skip
         _shrink_kernel[(*grid, pieces)](
             out[..., columns], parts[..., columns] if direct and parts is not None else None, x, seed, adapters, first,
-            M, K, K_piece, 1 / unit, x.stride(0), R, M * R, M * R,
+            M, K, K_piece // tile.K, 1 / unit, x.stride(0), R, M * R, M * R,
             BLOCK_M=tile.M, BLOCK_R=tile.N, BLOCK_K=tile.K, ACCUMULATOR=tl.float64 if double else tl.float32,
             EVEN_K=K % tile.K == 0, DROPOUT=dropout, FACTOR=exact_parts(x.dtype, lora_A[0].dtype),
             PARTS=2 if direct and parts is not None else 0,

@@ -1,0 +1,82 @@
+"""Folders of adapters: adapter_config.json, with a peft_type of our own, and adapter_model.safetensors, or AdapterHub's
+two files. `load` and a pool's `load` read them here."""
+
+import json
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.utils import cached_file
+
+from peft_kernels.integrations import adapterhub
+from peft_kernels.integrations.blocks import Site, file_key
+from peft_kernels.methods import CONFIGS, BitFitConfig, BottleneckConfig
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def about(source: str | PathLike) -> Any:
+    """What adapter_config.json says."""
+    try:
+        return json.loads(Path(cached_file(source, CONFIG)).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"load: {source} has no {CONFIG} that can be read: {str(error).splitlines()[0]}") from error
+
+
+def is_pefts(said: Any) -> bool:
+    """Whether an adapter_config.json is one of HF PEFT: of a peft_type that is none of ours."""
+    return isinstance(said, dict) and isinstance(said.get("peft_type"), str) and said["peft_type"] not in CONFIGS
+
+
+def read(root: nn.Module, source: str | PathLike, said: Any) -> tuple[BottleneckConfig | BitFitConfig, dict]:
+    """The config and the tensors of an adapter for a model; `said` is what `about` gave."""
+    if adapterhub.is_adapterhubs(said):
+        config = adapterhub.config_of(said, root, source)
+        tensors = _read_tensors(source, adapterhub.WEIGHTS, adapterhub.REMEDY)
+        return config, adapterhub.renamed(tensors, said, root, source)
+    kind = said.get("peft_type") if isinstance(said, dict) else None
+    if not isinstance(kind, str) or kind not in CONFIGS:
+        raise ValueError(
+            f"load: the peft_type in {source} must be {' or '.join(CONFIGS)}, got {kind}; what PEFT has saved is "
+            "loaded by PeftModel.from_pretrained"
+        )
+    fields = {key: value for key, value in said.items() if key != "base_model_name_or_path"}
+    return CONFIGS[kind].from_dict(fields), _read_tensors(source, WEIGHTS, "save it again as .safetensors")
+
+
+def _read_tensors(source: str | PathLike, file: str, remedy: str) -> dict[str, Tensor]:
+    try:
+        return load_file(cached_file(source, file))
+    except OSError as error:
+        raise ValueError(f"load: {source} has no {file}; a .bin file is a pickle and is not read: {remedy}") from error
+    except SafetensorError as error:
+        raise ValueError(f"load: {file} in {source} cannot be read: {error}") from error
+
+
+def shapes(config: BottleneckConfig, sites: Iterable[Site]) -> dict[str, list[int]]:
+    """Of the tensors of bottleneck adapters at some blocks, by their keys."""
+    return {
+        file_key(site, key): list(parameter.shape)
+        for site in sites
+        for key, parameter in config.adapter(site.width, "meta").named_parameters()
+    }
+
+
+def check_tensors(
+    expected: dict[str, list[int]], tensors: dict[str, Tensor], source: str | PathLike, *, finite: bool = True
+) -> None:
+    """Raises ValueError where the tensors of a file are not those of its config in the model."""
+    if strangers := sorted(tensors.keys() - expected.keys()):
+        raise ValueError(f"load: the model has no place for {strangers[0]} of {source} ({len(strangers)} such tensors)")
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise ValueError(f"load: {source} has no {missing[0]}, which its config needs ({len(missing)} such tensors)")
+    for key, shape in expected.items():
+        if list(tensors[key].shape) != shape:
+            raise ValueError(f"load: {key} must have shape {shape} in this model, got {list(tensors[key].shape)}")
+        if not tensors[key].is_floating_point() or (finite and not tensors[key].isfinite().all()):
+            got = tensors[key].dtype if not tensors[key].is_floating_point() else "infinities or NaN"
+            raise ValueError(f"load: {key} of {source} must hold finite numbers of a floating-point dtype, got {got}")

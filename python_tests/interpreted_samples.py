@@ -1,0 +1,26 @@
+"""Which samples of an op, and in which dtypes, its interpreted Triton kernels run."""
+
+import pytest
+
+
+def in_all_dtypes(op):
+    """Every sample in every pair of dtypes."""
+    return [_run(sample, pair) for sample in _quick(op) for pair in sample.dtypes]
+
+
+def in_turns(op, long=()):
+    """The same; by default in one pair, another for each sample, and none of those that are `long`."""
+    for place, sample in enumerate(_quick(op)):
+        chosen = sample.dtypes[place % len(sample.dtypes)]
+        for pair in sample.dtypes:
+            later = sample.id in long or pair != chosen
+            yield _run(sample, pair, marks=[pytest.mark.slow] if later else [])
+
+
+def _quick(op):
+    return [sample for sample in op.samples() if not sample.busy]  # the busy ones take hours
+
+
+def _run(sample, pair, marks=()):
+    name = "/".join(str(dtype).removeprefix("torch.") for dtype in pair)
+    return pytest.param(sample, pair, id=f"{sample.id}-{name}", marks=marks)
