@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import typer
 
-from benchmarks import bottleneck, cuda_tables, plots, record, tables, targets, train_many
+from benchmarks import bottleneck, cuda_tables, plots, prefix_attention, record, tables, targets, train_many
 from benchmarks.batched_lora import tables as mixed_tables
 from benchmarks.batched_lora import timing as mixed
 from benchmarks.record import Row
@@ -99,6 +99,8 @@ def main(
     / "train_many_cpu.csv",
     adapters: Annotated[Path, typer.Option(help="What it wrote of bottleneck_adapter; need not exist")] = RESULTS
     / "bottleneck_adapter_cpu.csv",
+    prefixes: Annotated[Path, typer.Option(help="What it wrote of prefix_attention; need not exist")] = RESULTS
+    / "prefix_attention_cpu.csv",
     readme: Annotated[Path, typer.Option(help="File with the markers")] = record.ROOT / "README.md",
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where the README differs")] = False,
 ) -> None:
@@ -107,13 +109,15 @@ def main(
     mixed_rows = record.read(batched, mixed.Row) if batched.exists() else []
     train_rows = record.read(trained, train_many.Row) if trained.exists() else []
     adapter_rows = record.read(adapters, bottleneck.Row) if adapters.exists() else []
+    prefix_rows = record.read(prefixes, prefix_attention.Row) if prefixes.exists() else []
     before = readme.read_text()
     after = replaced(before, markdown(rows, csv))
     after = replaced(after, cuda_markdown(cuda_rows, cuda), f"{tables.OP}:cuda")
     after = replaced(after, module_markdown(mixed_tables, mixed_rows, batched), mixed_tables.NAME)
     after = replaced(after, module_markdown(train_many, train_rows, trained), train_many.NAME)
     after = replaced(after, module_markdown(bottleneck, adapter_rows, adapters), bottleneck.NAME)
-    of_modules = [(mixed_tables, mixed_rows), (bottleneck, adapter_rows)]
+    after = replaced(after, module_markdown(prefix_attention, prefix_rows, prefixes), prefix_attention.NAME)
+    of_modules = [(mixed_tables, mixed_rows), (bottleneck, adapter_rows), (prefix_attention, prefix_rows)]
     found = [verdict for module, measured in of_modules if measured for verdict in module.verdicts(measured)]
     for met, sentence in [*targets.verdicts(rows), *found]:
         typer.echo(f"{OUTCOMES[met]}  {sentence}")

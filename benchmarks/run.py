@@ -5,6 +5,7 @@
     python benchmarks/run.py --op batched_lora --grid cpu --out benchmarks/results/batched_lora_cpu.csv
     python benchmarks/run.py --op train_many --grid cpu --out benchmarks/results/train_many_cpu.csv
     python benchmarks/run.py --op bottleneck_adapter --grid cpu --out benchmarks/results/bottleneck_adapter_cpu.csv
+    python benchmarks/run.py --op prefix_attention --grid cpu --out benchmarks/results/prefix_attention_cpu.csv
     python benchmarks/run.py --op limits --device cuda --out build/limits_cuda.csv
 
 Nothing is timed while a backend fails its samples: the run is refused with exit code 2.
@@ -26,18 +27,37 @@ from rich.console import Console
 from rich.markup import escape
 
 from benchmarks import arms as contenders
-from benchmarks import bottleneck, cuda_clock, gate, limits, measure, plan, record, roofline, shapes, train_many
+from benchmarks import (
+    bottleneck,
+    cuda_clock,
+    gate,
+    limits,
+    measure,
+    plan,
+    prefix_attention,
+    record,
+    roofline,
+    shapes,
+    train_many,
+)
 from benchmarks.batched_lora import arms as mixed_arms
 from benchmarks.batched_lora import cells as mixed_cells
 from benchmarks.batched_lora import timing as mixed
 from peft_kernels import memory, registry
 
-OPS = ("lora_linear", "seam", "batched_lora", "train_many", "bottleneck_adapter", "limits")
+OPS = ("lora_linear", "seam", "batched_lora", "train_many", "bottleneck_adapter", "prefix_attention", "limits")
 ARMS_OF = {
     "batched_lora": mixed_arms.ARMS,
     "train_many": train_many.ARMS,
     "bottleneck_adapter": bottleneck.ARMS,
+    "prefix_attention": prefix_attention.ARMS,
 }  # those that are not shapes.ARMS
+CELLS_OF = {  # those that are timed by a module of their own
+    "batched_lora": (mixed, mixed_cells.cells),
+    "train_many": (train_many, train_many.cells),
+    "bottleneck_adapter": (bottleneck, bottleneck.cells),
+    "prefix_attention": (prefix_attention, prefix_attention.cells),
+}
 LEAST_ROUNDS = {"cpu": 15, "gpu": 50, "full": 50, "quick": 5}
 SECONDS = {"cpu": 30.0, "gpu": 1.0, "full": 0.5, "quick": 0.3}
 FOREIGN = ("inductor", "peft", "peer")  # backends that are not ours
@@ -204,14 +224,11 @@ def main(
     if op == "limits":
         return show_limits(target, rounds or 50, out)
     warnings.filterwarnings("ignore", module="peft|transformers")
-    if op == "batched_lora":
-        return time_by_module(mixed, mixed_cells.cells(grid, model), wanted, grid, target, rounds, seconds, out)
-    if op == "train_many":
-        if absent := train_many.absent():
+    if op in CELLS_OF:
+        if op == "train_many" and (absent := train_many.absent()):
             raise typer.BadParameter(f"train_many needs {absent}, which is not installed", param_hint="--op")
-        return time_by_module(train_many, train_many.cells(grid), wanted, grid, target, rounds, seconds, out)
-    if op == "bottleneck_adapter":
-        return time_by_module(bottleneck, bottleneck.cells(grid, model), wanted, grid, target, rounds, seconds, out)
+        timing, cells_of = CELLS_OF[op]
+        return time_by_module(timing, cells_of(grid, model), wanted, grid, target, rounds, seconds, out)
     cells = shapes.cells(op, grid, model)
     refuse_wrong_results(cells, wanted, target)
     peaks = {dtype: roofline.measure(target, dtype) for dtype in dict.fromkeys(cell.dtype for cell in cells)}

@@ -89,8 +89,8 @@ class Row(record.Origin):
     not_timed: str  # why this arm has no time (its numbers are NaN); empty where it has
 
 
-def cells(grid: str) -> list[Cell]:
-    """The cells of a grid of shapes.GRIDS; of `full` the same as of `gpu`."""
+def cells(grid: str, model: str = "") -> list[Cell]:
+    """The cells of a grid of shapes.GRIDS; of `full` the same as of `gpu`, whatever the model."""
     if grid == "quick":
         return [Cell(F32, 64, 96, 1, adapters, 2, 16) for adapters in (1, 4)]
     small = Cell(F32, 1024, 3072, 2, 1, 1, 64)

@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from benchmarks import bottleneck, record, train_many
+from benchmarks import bottleneck, prefix_attention, record, train_many
 from benchmarks.batched_lora import cells, timing
 
 
@@ -83,4 +83,21 @@ def bottleneck_rows(ratio=1.02, eager=1.1):
         )
         for cell in bottleneck.cells("cpu")
         for arm, r in (("ffn", 1.0), ("ffn_again", 1.0), ("eager", eager), ("op", ratio))
+    ]  # fmt: skip
+
+
+def prefix_rows(ratio=0.5, cat=1.1):
+    """Every cell of prefix_attention's CPU grid."""
+    origin = record.provenance(torch.device("cpu"))
+    times = dict.fromkeys(("ms_p20", "ms_p50", "ms_p80"), 1.5)
+    return [
+        prefix_attention.Row(
+            **prefix_attention.labels(cell, arm, backend), rounds=15, **times, ratio_p20=r, ratio_p50=r, ratio_p80=r,
+            aa_spread=0.02, flop_ratio=1.5, not_timed="", **origin,
+        )
+        for cell in prefix_attention.cells("cpu")
+        for arm, backend, r in (
+            ("none", "torch", 1.0), ("none_again", "torch", 1.0), ("peft", "torch", cat), ("cat", "torch", cat),
+            ("op", "cpu", ratio),
+        )
     ]  # fmt: skip

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import typer
-from benchmark_rows import bottleneck_rows, made_up, made_up_rows, mixed_rows, trained_rows, write
+from benchmark_rows import bottleneck_rows, made_up, made_up_rows, mixed_rows, prefix_rows, trained_rows, write
 from typer.testing import CliRunner
 
 from benchmarks import (
@@ -18,6 +18,7 @@ from benchmarks import (
     limits,
     measure,
     plan,
+    prefix_attention,
     record,
     report,
     roofline,
@@ -252,20 +253,23 @@ def test_the_gpu_table_has_a_column_per_contender_and_hides_nothing():
 
 MARKERS = "before\n" + "".join(
     f"<!-- benchmark:{name}:begin -->\nold\n<!-- benchmark:{name}:end -->\n"
-    for name in ("lora_linear", "lora_linear:cuda", "batched_lora", "train_many", "bottleneck_adapter")
+    for name in ("lora_linear", "lora_linear:cuda", "batched_lora", "train_many", "bottleneck_adapter",
+                 "prefix_attention")
 ) + "after\n"  # fmt: skip
 
 
 def test_report_writes_the_readme_and_check_sees_it_differ(tmp_path):
     csv, cuda = write(tmp_path / "lora_linear_cpu.csv", made_up_rows()), tmp_path / "lora_linear_cuda.csv"
-    readme, batched, trained, adapters = (tmp_path / name for name in ("README.md", "b.csv", "t.csv", "a.csv"))
+    csvs = {name: tmp_path / f"{name}.csv" for name in ("batched", "trained", "adapters", "prefixes")}
+    readme = tmp_path / "README.md"
     readme.write_text(MARKERS)
     app = typer.Typer()
     app.command()(report.main)
 
     def invoke(*options):
-        paths = ("--cuda", cuda, "--batched", batched, "--trained", trained, "--adapters", adapters, "--readme", readme)
-        return CliRunner().invoke(app, [str(csv), *map(str, paths), *options])
+        paths = {"cuda": cuda, "readme": readme} | csvs
+        given = [str(part) for name, path in paths.items() for part in (f"--{name}", path)]
+        return CliRunner().invoke(app, [str(csv), *given, *options])
 
     assert invoke("--check").exit_code == 1
     assert "old" in readme.read_text()
@@ -278,16 +282,17 @@ def test_report_writes_the_readme_and_check_sees_it_differ(tmp_path):
     assert "0123456789ab-dirty" in text
     assert csv.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "Not measured yet; on a machine with a GPU" in text
-    assert text.count("Not measured yet; on a machine that does nothing else") == 3
+    assert text.count("Not measured yet; on a machine that does nothing else") == 4
     assert text.count("| not measured yet |") == 3
     assert invoke("--check").exit_code == 0
     write(csv, made_up_rows(patched=0.8))
     assert invoke("--check").exit_code == 1
     assert invoke().exit_code == 0
     write(cuda, gpu_rows())
-    write(batched, mixed_rows(), mixed.Row)
-    write(trained, trained_rows(), train_many.Row)
-    write(adapters, bottleneck_rows(), bottleneck.Row)
+    write(csvs["batched"], mixed_rows(), mixed.Row)
+    write(csvs["trained"], trained_rows(), train_many.Row)
+    write(csvs["adapters"], bottleneck_rows(), bottleneck.Row)
+    write(csvs["prefixes"], prefix_rows(), prefix_attention.Row)
     assert invoke("--check").exit_code == 1
     assert "not measured" not in invoke().output
     assert "CUDA 13.0, Triton 3.6" in readme.read_text()

@@ -31,12 +31,7 @@ def problem(
     bias: bool = False,
     gates: tuple[int, int] | None = None,
     packed: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
-    composition: str = "merge",
-    causal: bool = True,
-    window: int = 0,
-    over_prefix: bool = False,
-    softcap: float = 0.0,
-    p: float = 0.0,
+    **numbers,
 ) -> dict:
     """Arguments of the op. T None: as many keys as queries. `mask`: none, left, right (padding), bool or additive.
 
@@ -74,6 +69,14 @@ def problem(
         "key_gate": key_gate,
         "cu_seqlens_q": integers(packed and packed[0]),
         "cu_seqlens_k": integers(packed and packed[1]),
+    } | _numbers(device, S, D, **numbers)
+
+
+def _numbers(
+    device, S: int, D: int, *, composition="merge", causal=True, window=0, over_prefix=False, softcap=0.0, p=0.0
+) -> dict:
+    """The arguments that are not tensors, and the seed."""
+    return {
         "composition": composition,
         "scale": D**-0.5,
         "is_causal": causal,
@@ -118,6 +121,21 @@ def _halves_of_one(arguments):
     """Keys and values of the prefixes are views of one parameter [P, 2, Hkv, D], as PEFT stores a layer."""
     stacked = torch.stack([arguments["prefix_key"][0], arguments["prefix_value"][0]]).permute(2, 0, 1, 3).contiguous()
     return {"prefix_key": stacked[:, 0].transpose(0, 1)[None], "prefix_value": stacked[:, 1].transpose(0, 1)[None]}
+
+
+def _compositions(several: dict) -> list[Sample]:
+    """Those other than merge."""
+    return [
+        _plain("add", "a softmax of its own for the prefix", composition="add", gates=(0, 1), **several),
+        _plain("add-one", "one gate for all, dropout, a window over the prefix", composition="add", gates=(0, 0), p=0.1,
+               window=4, over_prefix=True, S=19),
+        _plain("add-capped", "both softmaxes capped and biased", composition="add", softcap=1.5, mask="additive",
+               bias=True),
+        _plain("relu", "relu in place of softmax", composition="relu", gates=(1, 1), **several),
+        _plain("relu-plain", "relu without a gate, with dropout", composition="relu", p=0.1, S=37, P=35),
+        _plain("linear", "features of q in place of softmax", composition="linear", gates=(1, 1), **several),
+        _plain("linear-decode", "the same for one query", composition="linear", S=1, T=23, P=32),
+    ]  # fmt: skip
 
 
 def samples() -> list[Sample]:
@@ -168,15 +186,7 @@ def samples() -> list[Sample]:
         _plain("packed-gates", "the same with gates and dropout", B=1, S=9, T=15, packed=packed, gates=(1, 1), p=0.1),
         _plain("dropout", "mask replay over ragged tiles, own keys and prefix", S=37, P=35, p=0.1),
         _plain("dropout-most", "nearly everything dropped", p=0.9999),
-        _plain("add", "a softmax of its own for the prefix", composition="add", gates=(0, 1), **several),
-        _plain("add-one", "one gate for all, dropout, a window over the prefix", composition="add", gates=(0, 0), p=0.1,
-               window=4, over_prefix=True, S=19),
-        _plain("add-capped", "both softmaxes capped and biased", composition="add", softcap=1.5, mask="additive",
-               bias=True),
-        _plain("relu", "relu in place of softmax", composition="relu", gates=(1, 1), **several),
-        _plain("relu-plain", "relu without a gate, with dropout", composition="relu", p=0.1, S=37, P=35),
-        _plain("linear", "features of q in place of softmax", composition="linear", gates=(1, 1), **several),
-        _plain("linear-decode", "the same for one query", composition="linear", S=1, T=23, P=32),
+        *_compositions(several),
         _changed("strided", "everything inside wider buffers", _everything_inside, S=19, gates=(0, 1)),
         _changed("halves", "prefix keys and values are views of one parameter", _halves_of_one, S=19, P=7),
         _plain("busy", "work for several threads", ((BF16, BF16), (F32, F32)), busy=True, B=4, S=150, P=40, D=64, n=2,

@@ -1,0 +1,217 @@
+"""Times attention over a prefix and own keys beside attention without the prefix. `run.py --op prefix_attention`
+
+Prefill is causal attention of S queries on S keys, decoding that of one query on T keys of a cache. A training step is
+the output, then the gradients of q, k, v and of the prefix; inference is the output alone.
+
+    none, none_again   attention without a prefix, twice: the denominator, and what the clock is worth
+    peft               what HF PEFT makes of a prefix: a copy for each row before its keys, a mask of booleans
+    cat                the concatenation with SDPA's causal_lower_right, without a mask; on a GPU each of its backends
+    flex               FlexAttention over the concatenation, compiled
+    merged             two calls of flash attention, merged by their log-sum-exps
+    op                 prefix_attention
+
+Caches are emptied before every step, as in a model, where the other layers do it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import gate, measure, record
+from benchmarks.batched_lora.timing import clock
+from benchmarks.prefix_arms import ARMS, NAME, Cell, build, kernels
+from benchmarks.runs import Run
+from benchmarks.shapes import BF16, F32
+from benchmarks.tables import grid_table
+from peft_kernels import registry
+
+LEAST_ROUNDS = {"cpu": 15, "gpu": 50, "full": 30, "quick": 3}
+SECONDS = {"cpu": 3.0, "gpu": 0.5, "full": 0.5, "quick": 0.1}
+FOREIGN = ("torch", "inductor", "flash_attention", "cudnn_attention", "efficient_attention")
+SMALL, LLAMA_8B = (8, 4, 64), (32, 8, 128)  # query heads, heads of keys, head dim
+
+
+@dataclass(frozen=True)
+class Row(record.Origin):
+    """One arm of one cell."""
+
+    op: str
+    arm: str
+    backend: str
+    dtype: str
+    Hq: int
+    Hkv: int
+    D: int
+    B: int
+    S: int
+    T: int
+    P: int
+    prefixes: int
+    direction: str
+    rounds: int
+    ms_p20: float
+    ms_p50: float
+    ms_p80: float
+    ratio_p20: float  # to attention without a prefix in the same round
+    ratio_p50: float
+    ratio_p80: float
+    aa_spread: float  # how far from 1 the middle 60% of the rounds put the ratio of the two equal arms
+    flop_ratio: float  # what the prefix adds to the products
+    not_timed: str  # why this arm has no time (its numbers are NaN); empty where it has
+
+
+def cells(grid: str, model: str = "") -> list[Cell]:
+    """The cells of a grid of shapes.GRIDS, which are of one model."""
+    if grid == "quick":
+        one = Cell(F32, 4, 2, 32, 2, 1, 9, 5, 1, "inference")
+        prefill = dataclasses.replace(one, S=9)
+        return [one, dataclasses.replace(one, prefixes=2), prefill, dataclasses.replace(prefill, direction="training")]
+    if grid == "cpu":
+        decode = [(B, T, P) for B in (1, 8, 32) for T in (128, 512, 2048) for P in (32, 128, 1024)]
+        prefill = [(B, S, P) for B in (1, 4) for S in (128, 512) for P in (16, 32, 128)]
+        plain = [Cell(BF16, *SMALL, 32, 1, 128, 128, 1, "inference")]
+        return [*_decoding(F32, SMALL, decode, ((8, 512, 128), (32, 128, 128))), *_prefill(F32, SMALL, prefill), *plain]
+    decode = [(B, T, P) for B in (1, 8, 32, 64) for T in (128, 512, 2048) for P in (32, 128, 1024, 8192)]
+    prefill = [(B, S, P) for B in (1, 8, 32) for S in (128, 512, 1024, 2048) for P in (16, 32, 128, 200, 1024)]
+    if grid == "gpu":
+        decode = [(B, 512, P) for B in (1, 64) for P in (32, 128, 1024, 8192)]
+        prefill = [(8, S, P) for S in (512, 1024) for P in (32, 128, 1024)]
+    each = [(B, T, P) for B, T, P in decode if B > 1 and P <= 1024]
+    return [*_decoding(BF16, LLAMA_8B, decode, each), *_prefill(BF16, LLAMA_8B, prefill)]
+
+
+def _decoding(dtype, heads, shared, each) -> list[Cell]:
+    """One prefix for all rows, then one for each."""
+    found = [Cell(dtype, *heads, B, 1, T, P, 1, "inference") for B, T, P in shared]
+    return found + [Cell(dtype, *heads, B, 1, T, P, B, "inference") for B, T, P in each]
+
+
+def _prefill(dtype, heads, shapes) -> list[Cell]:
+    return [
+        Cell(dtype, *heads, B, S, S, P, 1, direction) for direction in ("inference", "training") for B, S, P in shapes
+    ]
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def time_cell(cell: Cell, kinds: tuple[str, ...], run: Run) -> list[Row]:
+    """All arms of a cell, and a row that says why for each that could not be timed."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    arms, left_out = build(cell, run.device, kinds)
+    step = clock(run.device)
+    able, failed = measure.runnable(arms, step, FOREIGN)
+    times = measure.interleave(able, step, run.rounds, run.seconds)
+    pairs = cell.S * cell.T - cell.S * (cell.S - 1) // 2
+    rows = [
+        Row(**labels(cell, arm.name, arm.backend), **columns,
+            flop_ratio=1 + cell.S * cell.P / pairs * (arm not in able[:2]), not_timed="", **run.origin)
+        for arm, columns in measure.compared(times, able[0], able[1])
+    ]  # fmt: skip
+    nothing = record.no_numbers(Row)
+    absent = [(name, "", reason) for name, reason in left_out.items()]
+    absent += [(arm.name, arm.backend, reason) for arm, reason in failed.items()]
+    for name, backend, reason in absent:
+        rows.append(Row(**labels(cell, name, backend), rounds=0, **nothing, not_timed=reason, **run.origin))
+    return rows
+
+
+def labels(cell: Cell, arm: str, backend: str) -> dict[str, str | int]:
+    """The columns that say what was timed."""
+    given = dataclasses.asdict(cell) | {"dtype": str(cell.dtype).removeprefix("torch.")}
+    return {"op": NAME, "arm": arm, "backend": backend} | given
+
+
+def refuse_wrong_results(cells: list[Cell], device: torch.device) -> int:
+    """The gate: every backend that is timed, through the op's samples; how many ran.
+
+    Raises gate.RedGateError.
+    """
+    pairs = {(cell.dtype, cell.dtype) for cell in cells}
+    return gate.check(registry.ops()[NAME], [name for name, _ in kernels(device)], pairs, device)
+
+
+def time_cells(cells: list[Cell], kinds: tuple[str, ...], run: Run, say: Callable[[str], None], out: Path | None):
+    """Cell by cell, said and written as they finish."""
+    record.one_by_one(cells, lambda cell: time_cell(cell, kinds, run), described, Row, say, out)
+
+
+def described(cell: Cell, rows: list[Row], seconds: float) -> str:
+    """One block per cell."""
+    base = rows[0]
+    lines = [
+        f"{cell.title}: no prefix {base.ms_p50:.3f} ms, A/A {base.aa_spread:.1%}, {base.rounds} rounds, {seconds:.0f} s"
+    ]
+    for row in rows[2:]:
+        outcome = f"{row.ratio_p50:.3f} ({row.ratio_p20:.3f} - {row.ratio_p80:.3f})"
+        name = f"{row.arm} {row.backend}"
+        lines.append(f"  {name:20s} {f'not timed: {row.not_timed}' if row.not_timed else outcome}")
+    return "\n".join(lines)
+
+
+# -- the README's table -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """A limit for the op's ratio to attention without a prefix, in fp32, or to the arm `than` of the same cell."""
+
+    title: str
+    place: tuple  # B, S, T, P, prefixes, direction
+    limit: float
+    than: str = ""
+
+
+TARGETS = (
+    Target("decoding, 32 rows, T = 128, one prefix of 128", (32, 1, 128, 128, 1, "inference"), 0.6),
+    Target("prefill, 4 rows, S = 128, P = 128, over cat", (4, 128, 128, 128, 1, "inference"), 1.0, "cat"),
+    Target("training step, 4 rows, S = 128, P = 32, over PEFT", (4, 128, 128, 32, 1, "training"), 1.0, "peft"),
+)
+
+
+def verdicts(rows: list[Row]) -> list[tuple[bool, str]]:
+    """(met, sentence) for every target."""
+    ratio = {(_place(row), row.arm): row.ratio_p50 for row in rows if not row.not_timed}
+    found = []
+    for target in TARGETS:
+        place = ("float32", *target.place)
+        ours, other = ratio.get((place, "op")), ratio.get((place, target.than), 1.0)
+        measured = "not measured" if ours is None else f"{ours / other:.3f} against {target.limit:.2f}"
+        found.append((ours is not None and ours / other <= target.limit, f"{target.title}: {measured}"))
+    return found
+
+
+def _contender(row: Row) -> str:
+    return row.arm if row.backend in ("torch", "inductor", "") else f"{row.arm} {row.backend}"
+
+
+def _place(row: Row) -> tuple:
+    return row.dtype, row.B, row.S, row.T, row.P, row.prefixes, row.direction
+
+
+def markdown(rows: list[Row], origin: str) -> str:
+    """All that stands between the README's markers."""
+    cells: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        cells.setdefault(_place(row), {})[_contender(row)] = row
+    timed = list(dict.fromkeys(_contender(row) for row in rows if row.arm in ARMS and not row.not_timed))
+    lines = []
+    for (dtype, B, S, T, P, prefixes, direction), arms in cells.items():
+        base = arms["none"]
+        ratios = ["" if arm not in arms or arms[arm].not_timed else f"{arms[arm].ratio_p50:.2f}" for arm in timed]
+        whose = "shared" if prefixes == 1 else "one a row"
+        lines.append(
+            [dtype, str(B), str(S), str(T), str(P), whose, direction, f"{base.ms_p50:.3g}", f"{base.aa_spread:.1%}",
+             *ratios]
+        )  # fmt: skip
+    header = ["dtype", "B", "S", "T", "P", "prefix", "", "none, ms", "A/A", *timed]
+    first = rows[0]
+    text = (
+        "Time of attention over a prefix and own keys over that of attention without a prefix, medians, caches emptied "
+        f"before every step; {first.Hq} query heads, {first.Hkv} heads of keys, head dim {first.D}. {origin}"
+    )
+    return f"{text}\n\n{grid_table(header, lines)}\n"
