@@ -169,4 +169,4 @@ def test_bad_inputs_of_the_backward_are_refused_in_words(changes, text, backend)
     """A tensor on another device meets the operator's fake, which checks too."""
     with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
         testing.operators(backend, OP)[1](*(bad_bottlenecks.good() | changes).values())
-    assert str(caught.value).startswith("bottleneck_adapter") and text in str(caught.value)
+    assert "bottleneck_adapter" in str(caught.value) and text in str(caught.value)
