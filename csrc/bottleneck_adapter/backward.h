@@ -61,7 +61,7 @@ PK_INLINE float slope_row(const Problem& p, const float* v, int64_t m, int64_t e
   vf gate_sum{};
   for (int64_t e = 0; e < width; e += kLanes) {
     vf slope, u = activated<kActivation>(load_n(h + e, width - e), &slope);
-    const vf reached = load_n(v + e, width - e);
+    const vf reached = wants_dh(p) || p.dgate ? load_n(v + e, width - e) : vf{};  // else there is no v
     vf gated = reached * gate;
     if (drops) {
       u = keep(u, words[e / 32] >> (e % 32)) * p.dropout.scale;

@@ -158,8 +158,9 @@ inline int64_t expand_units(const Problem& p) {
   return blocks(p.N, kColumns) * blocks(p.M, panel_rows(p));
 }
 
-// Does a GEMM suit a problem whose arguments are set? Every step has several units then and work for several threads,
-// so that the GEMM is called where the threads are taken already, and its sums do not depend on how many there are.
+// Does a GEMM suit a problem whose arguments are set? Every step of GEMMs has several units then and work for several
+// threads, so that the GEMM is called where the threads are taken already, and its sums do not depend on how many there
+// are.
 inline bool suits_gemm(const Problem& p) {
   const bool plain = p.type == Dtype::kFloat32 && p.factors == Dtype::kFloat32 && p.norm == Norm::kNone && !p.dgate;
   const int64_t narrow = p.K < p.N ? p.K : p.N;
@@ -180,9 +181,13 @@ inline int64_t low_units(const Problem& p) {
 inline int64_t wide_units(const Problem& p, int64_t columns) {
   return blocks(p.M, kGemmRows) * blocks(columns, kGemmColumns);
 }
+// Is s, one fp32 number, 0? As its alpha a GEMM would not look at the product then, and hide its NaN.
+inline bool has_no_scale(const Problem& p) {
+  return p.scaling == 0 || (p.scales == 1 && *static_cast<const float*>(p.scale) == 0);
+}
 // Does the GEMM leave nothing to do for dB?
 inline bool gemm_ends_dB(const Problem& p) {
-  return p.gemm && p.dB && p.scales <= 1 && !p.dscale;
+  return p.gemm && p.dB && p.scales <= 1 && !p.dscale && !has_no_scale(p);
 }
 
 // Room of one unit, see `sums`.

@@ -30,7 +30,7 @@ class Room {
 
 int64_t deal(Problem& p, bool backward, float* scratch) {
   Room room(scratch);
-  const bool narrow = p.factors != Dtype::kFloat32, scales_B = p.gemm && p.scales > 1;
+  const bool narrow = p.factors != Dtype::kFloat32, scales_B = p.gemm && (p.scales > 1 || has_no_scale(p));
   if (backward) {
     const bool reads_B = wants_dh(p) || p.dgate;
     p.packed_B = reads_B && (narrow || scales_B) ? room.take(p.N * p.E) : nullptr;
@@ -84,7 +84,7 @@ std::vector<Step> backward_steps(const Problem& p) {
   steps.reserve(kMostSteps);
   if (p.packed_B) steps.push_back({p.gemm ? t.scale_B : t.widen, blocks(p.N, kColumns), p.E * p.N});
   if (p.gemm) {
-    steps.push_back({t.gemm_slope, low_units(p), low_rank * p.N});
+    if (wants_up(p) || wants_dh(p)) steps.push_back({t.gemm_slope, low_units(p), low_rank * p.N});
     if (wants_up(p)) steps.push_back({t.gemm_dB, blocks(p.N, kGemmColumns), low_rank * p.N});
   } else {
     if (p.norm != Norm::kNone) steps.push_back({t.measure, blocks(p.M, kRows), p.M * p.K * 2});
