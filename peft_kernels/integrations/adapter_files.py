@@ -19,8 +19,8 @@ from peft_kernels.integrations.attachments import (
     root_of,
     tensors_of,
 )
-from peft_kernels.integrations.biases import own_parameters
 from peft_kernels.integrations.checkpoints import PREFIX
+from peft_kernels.integrations.own_parameters import at, own_parameters
 from peft_kernels.methods import BottleneckConfig
 
 
@@ -28,7 +28,7 @@ def save_pretrained(model: nn.Module, folder: str | PathLike, name: str = "defau
     """Writes an adapter in PEFT's form: adapter_config.json and adapter_model.safetensors.
 
     Raises:
-        ValueError: the model has no adapter of that name.
+        ValueError: the model has no adapter of that name, or its parameters are offloaded.
 
     Example:
         >>> peft_kernels.save_pretrained(model, "checkpoints/task", "task")
@@ -37,9 +37,12 @@ def save_pretrained(model: nn.Module, folder: str | PathLike, name: str = "defau
     require_attached(root, name, "save_pretrained")
     base = getattr(getattr(root, "config", None), "_name_or_path", None)
     said = note_of(root).configs[name].to_dict() | {"base_model_name_or_path": base or None}
+    tensors = tensors_of(root, name)
+    if absent := [key for key, tensor in tensors.items() if tensor.is_meta]:
+        raise ValueError(f"save_pretrained: {absent[0]} is not there (meta, or offloaded); move it to a device first")
+    tensors = {key: _whole(tensor.detach()).cpu().contiguous() for key, tensor in tensors.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: _whole(t.detach()).cpu().contiguous() for key, t in tensors_of(root, name).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(said, indent=2) + "\n")
 
@@ -72,8 +75,11 @@ def load(
     """
     root = root_of(model)
     config, tensors = read(root, source, about(source))
-    places = plan(root, config, name)
-    expected = {PREFIX + key: list(p.shape) for key, p in own_parameters(root, config).items()}
+    try:
+        places = plan(root, config, name)
+    except ValueError as error:
+        raise ValueError(str(error).replace("attach: ", "load: ", 1)) from None
+    expected = {PREFIX + key: list(at(slot).shape) for key, slot in own_parameters(root, config).items()}
     if isinstance(config, BottleneckConfig):
         expected |= shapes(config, places.values())
     check_tensors(expected, tensors, source)

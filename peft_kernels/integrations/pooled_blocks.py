@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from peft_kernels.integrations.adapter_folders import check_tensors, read, shapes
 from peft_kernels.integrations.blocks import CHILD, chosen_sites, file_key
+from peft_kernels.integrations.own_parameters import require_base_values
 from peft_kernels.integrations.transformers import POOL_SITE
+from peft_kernels.integrations.widened import require_unwidened
 from peft_kernels.methods import BitFitConfig, BottleneckConfig
 from peft_kernels.modules import OF_STREAM
 from peft_kernels.ops import SiteAdapter
@@ -25,6 +27,12 @@ HELD = {"down_weight", "down_bias", "up_weight", "up_bias", "scale"}
 
 def site_name(owner: str, form: str) -> str:
     return f"{owner}.{CHILD}.{form}"
+
+
+def require_base(model: nn.Module, function: str) -> None:
+    """Raises ValueError for a model that gives all rows what adapters have made of it."""
+    require_unwidened(model, function)
+    require_base_values(model, function)
 
 
 def read_bottleneck(
