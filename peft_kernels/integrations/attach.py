@@ -13,6 +13,8 @@ from peft_kernels.integrations.attachments import (
     note_of,
     plan,
     require_attached,
+    require_one_root,
+    require_unwrapped,
     root_of,
     unfreeze_base,
 )
@@ -44,7 +46,7 @@ def attach(model: nn.Module, config: Config, name: str = "default", *, freeze: b
     Raises:
         ValueError: the name is taken or has a dot; the model has no block that is known, no bias, or not the layers
             that the config names; a block cannot change class (FSDP, parametrizations, a forward of its own). Nothing
-            has changed then.
+            has changed then. Or the model is in a DistributedDataParallel, or in part of it adapters were attached to.
 
     Example:
         >>> peft_kernels.attach(model, peft_kernels.BottleneckConfig.pfeiffer(reduction_factor=16))
@@ -52,6 +54,7 @@ def attach(model: nn.Module, config: Config, name: str = "default", *, freeze: b
         >>> trainer.train()
         >>> peft_kernels.save_pretrained(model, "checkpoints/adapter")
     """
+    require_unwrapped(model, "attach")
     root = root_of(model)
     places = plan(root, config, name)
     add(root, config, name, places)
@@ -78,13 +81,14 @@ def set_active(
 
     Raises:
         ValueError: the model has no adapter of a name, or no layer of an index; a name comes twice; two are BitFit's
-            or have modules_to_save.
+            or have modules_to_save; the model is in a DistributedDataParallel and more would be trained than now.
 
     Example:
         >>> peft_kernels.set_active(model, ["language", "task"], trainable=["task"])
         >>> peft_kernels.set_active(model, "task", skip_layers=range(4))
     """
     root = root_of(model)
+    require_one_root(root, "set_active")
     require_unwidened(root, "set_active")
     names = (names,) if isinstance(names, str) else tuple(names)
     trained = (trainable,) if isinstance(trainable, str) else names if trainable is True else tuple(trainable or ())
@@ -104,6 +108,8 @@ def set_active(
         raise ValueError(f"set_active: the model's {what} have the values of one adapter, got {' and '.join(fits)}")
     if skip_layers:
         check_layers("set_active: skip_layers", skip_layers, sites)
+    if _would_train(root, note.configs, trained, sites, skip_layers):
+        require_unwrapped(model, "set_active")
     if note.biases.active is not None:
         deactivate(note.biases, own_parameters(root, note.configs[note.biases.active]))
     for name in fits:
@@ -115,6 +121,16 @@ def set_active(
             adapters.active_names = tuple(name for name in here if name in adapters)
             for name, adapter in adapters.items():
                 adapter.requires_grad_(name in trained and name in adapters.active_names)
+
+
+def _would_train(root: nn.Module, configs: dict, trained: Sequence[str], sites: list, skip_layers: Sequence) -> bool:
+    """Whether parameters would be trained that are not now."""
+    found = [p for name in trained for p in own_parameters(root, configs[name]).values()]
+    for site in sites:
+        adapters = root.get_submodule(site.name)._modules.get(CHILD)
+        if isinstance(adapters, BottleneckAdapters) and site.layer not in skip_layers:
+            found += [p for name in trained if name in adapters for p in adapters[name].parameters()]
+    return not all(parameter.requires_grad for parameter in found)
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
@@ -138,6 +154,7 @@ def detach(model: nn.Module, name: str = "default") -> None:
         >>> peft_kernels.detach(model, "task")
     """
     root = root_of(model)
+    require_one_root(root, "detach")
     require_attached(root, name, "detach")
     require_unwidened(root, "detach")
     for owner_name, adapters in adapters_in(root):
