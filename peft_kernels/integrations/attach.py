@@ -12,11 +12,13 @@ from peft_kernels.integrations.attachments import (
     note_of,
     plan,
     require_attached,
+    require_one_root,
+    require_unwrapped,
     root_of,
     unfreeze_base,
 )
 from peft_kernels.integrations.blocks import CHILD, check_layers, sites_of, stream_owner, unfit
-from peft_kernels.integrations.own_parameters import NOTE
+from peft_kernels.integrations.own_parameters import NOTE, at
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.integrations.widened import require_unwidened
 from peft_kernels.modules import OF_STREAM, BottleneckAdapters
@@ -46,8 +48,8 @@ def attach(model: nn.Module, config: Config, name: str = "default", *, freeze: b
     Raises:
         ValueError: the name is taken or has a dot; the model has no block that is known, no bias, or not the layers
             or modules that the config names; a block cannot change class (FSDP, parametrizations, a forward of its
-            own); what BitFit or modules_to_save train is offloaded, tied to more, or served by a pool. Nothing has
-            changed then.
+            own); what BitFit or modules_to_save train is offloaded, tied to more, or served by a pool; the model is in
+            a DistributedDataParallel, or in part of it adapters were attached to. Nothing has changed then.
 
     Example:
         >>> peft_kernels.attach(model, peft_kernels.BottleneckConfig.pfeiffer(reduction_factor=16))
@@ -55,6 +57,7 @@ def attach(model: nn.Module, config: Config, name: str = "default", *, freeze: b
         >>> trainer.train()
         >>> peft_kernels.save_pretrained(model, "checkpoints/adapter")
     """
+    require_unwrapped(model, "attach")
     root = root_of(model)
     places = plan(root, config, name)
     add(root, config, name, places)
@@ -82,13 +85,15 @@ def set_active(
 
     Raises:
         ValueError: the model has no adapter of a name, or no layer of an index; a name comes twice; two have
-            values for one parameter of the model, or it is offloaded, or served by a pool. Nothing has changed then.
+            values for one parameter of the model, or it is offloaded, or served by a pool; the model is in a
+            DistributedDataParallel and more would be trained than now. Nothing has changed then.
 
     Example:
         >>> peft_kernels.set_active(model, ["language", "task"], trainable=["task"])
         >>> peft_kernels.set_active(model, "task", skip_layers=range(4))
     """
     root = root_of(model)
+    require_one_root(root, "set_active")
     require_unwidened(root, "set_active")
     names = (names,) if isinstance(names, str) else tuple(names)
     trained = (trainable,) if isinstance(trainable, str) else names if trainable is True else tuple(trainable or ())
@@ -104,6 +109,8 @@ def set_active(
     note, sites = note_of(root), sites_of(root)
     if skip_layers:
         check_layers("set_active: skip_layers", skip_layers, sites)
+    if _would_train(root, trained, sites, skip_layers):
+        require_unwrapped(model, "set_active")
     note.own.switch(root, names, trained, "set_active")()
     note.own.warn_of_idle(root, names)
     for site in sites:
@@ -113,6 +120,17 @@ def set_active(
             adapters.active_names = tuple(name for name in here if name in adapters)
             for name, adapter in adapters.items():
                 adapter.requires_grad_(name in trained and name in adapters.active_names)
+
+
+def _would_train(root: nn.Module, trained: Sequence[str], sites: list, skip_layers: Sequence) -> bool:
+    """Whether parameters would be trained that are not now."""
+    own = note_of(root).own.slots
+    found = [at(slot) for name in trained for slot in own.get(name, {}).values()]
+    for site in sites:
+        adapters = root.get_submodule(site.name)._modules.get(CHILD)
+        if isinstance(adapters, BottleneckAdapters) and site.layer not in skip_layers:
+            found += [p for name in trained if name in adapters for p in adapters[name].parameters()]
+    return not all(parameter.requires_grad for parameter in found)
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
@@ -136,6 +154,7 @@ def detach(model: nn.Module, name: str = "default") -> None:
         >>> peft_kernels.detach(model, "task")
     """
     root = root_of(model)
+    require_one_root(root, "detach")
     require_attached(root, name, "detach")
     require_unwidened(root, "detach")
     for owner_name, adapters in adapters_in(root):

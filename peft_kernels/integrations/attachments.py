@@ -49,6 +49,31 @@ def root_of(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def require_unwrapped(model: nn.Module, function: str) -> None:
+    """DDP averages the gradients of the parameters that were trained when it was made, and of no others."""
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            f"{function}: the model is in a DistributedDataParallel, which would not average the gradients of what is "
+            f"trained from now on: call {function} before, and DistributedDataParallel(model) after it"
+        )
+
+
+def require_one_root(root: nn.Module, function: str) -> None:
+    """What adapters a model has is noted at one module, that which they were attached to."""
+    for name, module in root.named_modules():
+        if name and NOTE in module.__dict__:
+            raise ValueError(
+                f"{function}: {name} has adapters that were attached to it; pass that module to {function}"
+            )
+    known = root.__dict__[NOTE].configs if NOTE in root.__dict__ else {}
+    for owner, adapters in adapters_in(root):
+        if strangers := [name for name in adapters if name not in known]:
+            raise ValueError(
+                f"{function}: {owner} has an adapter {strangers[0]!r} that was attached to another module, of which "
+                f"this {type(root).__name__} is a part; pass that module to {function}"
+            )
+
+
 def note_of(root: nn.Module) -> Attached:
     return root.__dict__.setdefault(NOTE, Attached())
 
@@ -93,6 +118,7 @@ def plan(root: nn.Module, config: Config, name: str) -> Places:
         raise ValueError(f"attach: name must not be that of an attribute of torch's modules, got {name!r}")
     if NOTE in root.__dict__ and name in root.__dict__[NOTE].configs:
         raise ValueError(f"attach: the model has an adapter {name!r}; choose another name, or detach(model, {name!r})")
+    require_one_root(root, "attach")
     require_unwidened(root, "attach")
     own_parameters(root, config)  # raises where there are none of a name
     if NOTE in root.__dict__:
