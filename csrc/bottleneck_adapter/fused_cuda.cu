@@ -16,7 +16,6 @@ namespace {
 constexpr int kDepth = 64, kPiece = 32, kPieces = 3;  // of a stage along K; of B along E, and how many are on their way
 constexpr int kWidest = 256;                          // E
 constexpr int kMostTiles = 65535;                     // along N, where each has its block
-constexpr int kFillingTiles = 128;                    // about one for each multiprocessor of the large GPUs
 
 template <int kE>
 struct Shape {
@@ -297,7 +296,7 @@ bool serves(Dtype x, Dtype factors, int64_t E) {
 
 // Enough rows that a block for each tile of them fills a large GPU: with fewer, more blocks share the work of a row.
 bool has_fused_kernel(Dtype x, Dtype factors, int64_t M, int64_t E) {
-  return serves(x, factors, E) && M > kRows * (kFillingTiles - 1);
+  return serves(x, factors, E) && M > kRows * (lora_linear::kMultiprocessors - 1);
 }
 
 bool has_few_rows_kernel(Dtype x, Dtype factors, int64_t M, int64_t N, int64_t E) {

@@ -6,7 +6,7 @@
 #include <cmath>
 
 #include "bottleneck_adapter/bottleneck_adapter_cuda.h"
-#include "lora_linear/mma_tiles.h"
+#include "common/mma_tiles.h"
 
 namespace pk::bottleneck_adapter {
 
@@ -121,7 +121,7 @@ __device__ __forceinline__ void gate_tile(float* tile, const float (&sum)[4][4],
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     Philox4 words = {};
-    if (drops) words = lora_linear::keep_words(seed, gated.keep.stream, m0 + row + 8 * i, (n0 + col0) / 32);
+    if (drops) words = keep_words(seed, gated.keep.stream, m0 + row + 8 * i, (n0 + col0) / 32);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int col = col0 + 8 * j + lane_index() % 4 * 2;
