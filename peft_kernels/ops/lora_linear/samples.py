@@ -1,5 +1,7 @@
 """Inputs for lora_linear: samples at the edges, each with the reason it is there, and inputs that must be refused."""
 
+from functools import partial
+
 import torch
 
 from peft_kernels.ops.common.projection_samples import (
@@ -72,14 +74,14 @@ def _changed(id: str, why: str, change, dtypes=PAIRS, **sizes) -> Sample:
     return Sample(id, why, make, dtypes)
 
 
-def _beyond_fp16(arguments):
+def _beyond_fp16(arguments, x=0.05, up=700, s=8.0):
     """h of the first adapter and ds of the second exceed 65504, from factors and to results that do not."""
     (first_A, second_A), (first_B, second_B) = arguments["lora_A"], arguments["lora_B"]
     return {
-        "x": arguments["x"] * 0.05,
+        "x": arguments["x"] * x,
         "lora_A": [first_A * 1e5, second_A * 0.1],
-        "lora_B": [first_B * 3e-3, second_B * 700],
-        "scaling": [8.0, -8.0],
+        "lora_B": [first_B * 3e-3, second_B * up],
+        "scaling": [s, -s],
     }
 
 
@@ -131,6 +133,17 @@ def samples() -> list[Sample]:
             "beyond-fp16",
             "s x A^T and s dy B past the largest fp16",
             _beyond_fp16,
+            ((F16, F16), (F16, F32)),
+            rows=(21,),
+            K=67,
+            N=(131,),
+            ranks=((3, 3),),
+            p=0.1,
+        ),
+        _changed(
+            "beyond-fp16-unscaled",
+            "x A^T and dy B are past it before any s",
+            partial(_beyond_fp16, x=1.0, up=15000, s=1.0),
             ((F16, F16), (F16, F32)),
             rows=(21,),
             K=67,
