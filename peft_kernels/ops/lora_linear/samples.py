@@ -85,6 +85,15 @@ def _beyond_fp16(arguments, x=0.05, up=700, s=8.0):
     }
 
 
+def _out_of_fp16() -> list[Sample]:
+    sizes = dict(dtypes=((F16, F16), (F16, F32)), rows=(21,), K=67, N=(131,), ranks=((3, 3),), p=0.1)
+    unscaled = partial(_beyond_fp16, x=1.0, up=15000, s=1.0)
+    return [
+        _changed("beyond-fp16", "s x A^T and s dy B past the largest fp16", _beyond_fp16, **sizes),
+        _changed("beyond-fp16-unscaled", "x A^T and dy B are past it before any s", unscaled, **sizes),
+    ]
+
+
 def samples() -> list[Sample]:
     """Each for an edge that has broken a kernel somewhere, or would."""
     qkv = dict(N=(64, 16, 16), ranks=((8,), (2,), (5,)))
@@ -129,28 +138,7 @@ def samples() -> list[Sample]:
         _plain("rank-70", "more than one tile of ranks", rows=(19,), K=72, N=(80,), ranks=((70,),), p=0.1),
         _plain("stacked-33", "one more than a CUDA launch takes", rows=(5,), K=16, ranks=((1,) * 33,), **everything),
         _plain("group-9", "more members than a CUDA launch takes", rows=(3,), K=16, N=(8,) * 9, ranks=((2,),) * 9),
-        _changed(
-            "beyond-fp16",
-            "s x A^T and s dy B past the largest fp16",
-            _beyond_fp16,
-            ((F16, F16), (F16, F32)),
-            rows=(21,),
-            K=67,
-            N=(131,),
-            ranks=((3, 3),),
-            p=0.1,
-        ),
-        _changed(
-            "beyond-fp16-unscaled",
-            "x A^T and dy B are past it before any s",
-            partial(_beyond_fp16, x=1.0, up=15000, s=1.0),
-            ((F16, F16), (F16, F32)),
-            rows=(21,),
-            K=67,
-            N=(131,),
-            ranks=((3, 3),),
-            p=0.1,
-        ),
+        *_out_of_fp16(),
         _plain("factors", "16-bit factors of another type", ODD_PAIRS, rows=(21,), K=67, N=(40,), ranks=((6,),), p=0.1),
         _plain("busy-row", "few rows, work for several threads", ((BF16, BF16),), busy=True, rows=(16,), **wide),
         _plain("busy", "a GEMM, work for several threads", ((BF16, BF16),), busy=True, rows=(200,), **wide),
