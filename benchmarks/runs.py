@@ -11,7 +11,11 @@ from benchmarks import record
 
 @dataclass(frozen=True, eq=False)
 class Arm:
-    """One contender in a cell."""
+    """One contender in a cell.
+
+    `run` does what is timed; the caller's clock times it and drops what it returns. Only train_many's takes no clock:
+    its `run` returns the milliseconds that it measured itself.
+    """
 
     name: str
     backend: str

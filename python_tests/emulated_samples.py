@@ -230,7 +230,7 @@ def bottleneck(case, pair, rows):
 
 @pytest.mark.skipif(BUILD != "plain", reason="half a minute each; the kernel's own test runs in every build")
 @pytest.mark.parametrize("pair", bottleneck_samples.HALVES, ids=str)
-def test_many_rows_of_a_bottleneck_take_one_launch(pair):
+def test_many_rows_of_a_bottleneck_match_the_oracle(pair):
     """The cheapest of the busy samples that meet the fused kernel."""
     (sample,) = [sample for sample in BOTTLENECK.samples() if sample.id == "rows-8129-bottleneck-1"]
     with testing.poisoned_memory():

@@ -182,7 +182,8 @@ def _compile_adapter(arch, pair, M, E, options):
 
     with Recorder(arch) as compiled:
         _call_adapter(M, pair, E, **options)
-    forward = {"_fused_kernel"} if M == 8192 else {"_shrink_kernel", "_expand_kernel"}
+    fits_one_block = (64 if pair[0].itemsize == 2 else 32) >= E
+    forward = {"_fused_kernel"} if M == 8192 and fits_one_block else {"_shrink_kernel", "_expand_kernel"}
     backward = {"_value_kernel", "_slope_kernel", "_input_kernel", "_sum_kernel", "_down_kernel", "_up_kernel"}
     assert {k.name for k in compiled} - {"_statistics_kernel"} == forward | backward
     _assert_fits(arch, f"M={M}, E={E}, {pair}, {options}", compiled)

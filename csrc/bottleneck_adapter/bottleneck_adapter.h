@@ -158,9 +158,9 @@ inline int64_t expand_units(const Problem& p) {
   return blocks(p.N, kColumns) * blocks(p.M, panel_rows(p));
 }
 
-// Does a GEMM suit a problem whose arguments are set? Every step of GEMMs has several units then and work for several
-// threads, so that the GEMM is called where the threads are taken already, and its sums do not depend on how many there
-// are.
+// Does a GEMM suit a problem whose arguments are set? Every step with a GEMM has several units then and work for
+// several threads, so that the GEMM is called where the threads are taken already, and its sums do not depend on how
+// many there are.
 inline bool suits_gemm(const Problem& p) {
   const bool plain = p.type == Dtype::kFloat32 && p.factors == Dtype::kFloat32 && p.norm == Norm::kNone && !p.dgate;
   const int64_t narrow = p.K < p.N ? p.K : p.N;

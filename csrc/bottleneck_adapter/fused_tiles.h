@@ -3,15 +3,13 @@
 // the layout of the sums, then added to the residual and written by whole rows, rounded once.
 #pragma once
 
-#include <cmath>
-
 #include "bottleneck_adapter/bottleneck_adapter_cuda.h"
-#include "lora_linear/mma_tiles.h"
+#include "common/mma_tiles.h"
 
 namespace pk::bottleneck_adapter {
 
-constexpr int kRows = 64, kCols = 64, kThreads = 256, kWarps = kThreads / 32;
-constexpr int kOutPitch = kCols + 8;  // floats, by which the pairs of a half warp meet in no bank
+constexpr int kTileRows = 64, kTileCols = 64, kThreads = 256, kWarps = kThreads / 32;
+constexpr int kOutPitch = kTileCols + 8;  // floats, by which the pairs of a half warp meet in no bank
 
 // Columns col ... of kCount rows of a matrix with `cols` columns; zeros past the last one, and past the last row.
 template <int kCount, int kWidth, class T>
@@ -53,9 +51,9 @@ __device__ __forceinline__ void load_left(uint32_t (&left)[4], const T* tile, in
 // What a thread adds and writes of a tile: 8 columns of the rows threadIdx.x / 8 and 32 below.
 template <class T>
 struct Run {
-  static constexpr int kStep = kThreads / (kCols / 8);
+  static constexpr int kStep = kThreads / (kTileCols / 8);
   uint32_t residual[2][4];  // pairs
-  int row = static_cast<int>(threadIdx.x) / (kCols / 8), col = static_cast<int>(threadIdx.x) % (kCols / 8) * 8;
+  int row = static_cast<int>(threadIdx.x) / (kTileCols / 8), col = static_cast<int>(threadIdx.x) % (kTileCols / 8) * 8;
 
   // rows, cols: what is left of the matrix from the tile's first element on.
   __device__ __forceinline__ int valid(int i, int rows, int64_t cols) const {
@@ -105,14 +103,10 @@ struct Run {
   }
 };
 
-// A lane's rows of every tile: the row in the tile and the one 8 below.
-struct GatedRows {
-  float factor[2], up[2];
-};
-
-// tile = scaling gate scale keep mask (sum_scale sum + bias), for the warp's 16 x 32 from (row, n0 + col0) on.
+// tile = scaling gate scale keep mask (sum_scale sum + bias), for the warp's 16 x 32 from (row, n0 + col0) on;
+// factor = scaling gate of the lane's row and the one 8 below.
 __device__ __forceinline__ void gate_tile(float* tile, const float (&sum)[4][4], const Fused& call,
-                                          const GatedRows& own, const float* bias, const float* scale, int64_t m0,
+                                          const float (&factor)[2], const float* bias, const float* scale, int64_t m0,
                                           int row, int64_t n0, int col0) {
   const Gated& gated = call.gated;
   const bool drops = gated.keep.threshold != kKeepAll;
@@ -121,7 +115,7 @@ __device__ __forceinline__ void gate_tile(float* tile, const float (&sum)[4][4],
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     Philox4 words = {};
-    if (drops) words = lora_linear::keep_words(seed, gated.keep.stream, m0 + row + 8 * i, (n0 + col0) / 32);
+    if (drops) words = keep_words(seed, gated.keep.stream, m0 + row + 8 * i, (n0 + col0) / 32);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int col = col0 + 8 * j + lane_index() % 4 * 2;
@@ -129,8 +123,8 @@ __device__ __forceinline__ void gate_tile(float* tile, const float (&sum)[4][4],
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const uint32_t random = e ? words.word[j] >> 16 : words.word[j] & 0xFFFFu;
-        const float whole = (sum_scale * (sum[j][2 * i + e] * own.up[i]) + bias[col + e]) * gated.keep.scale;
-        pair[e] = (random < gated.keep.threshold ? whole : 0.f) * (own.factor[i] * scale[col + e]);
+        const float whole = (sum_scale * sum[j][2 * i + e] + bias[col + e]) * gated.keep.scale;
+        pair[e] = (random < gated.keep.threshold ? whole : 0.f) * (factor[i] * scale[col + e]);
       }
       *reinterpret_cast<float2*>(tile + (row + 8 * i) * kOutPitch + col) = {pair[0], pair[1]};
     }
@@ -139,8 +133,8 @@ __device__ __forceinline__ void gate_tile(float* tile, const float (&sum)[4][4],
 
 template <class T>
 __device__ __forceinline__ void load_column(float& bias, float& scale, const Fused& call, int64_t n) {
-  const T *const biases = static_cast<const T*>(call.gated.bias), *const scales =
-                                                                      static_cast<const T*>(call.gated.scale);
+  const T* const biases = static_cast<const T*>(call.gated.bias);
+  const T* const scales = static_cast<const T*>(call.gated.scale);
   bias = biases && n < call.N ? to_float(biases[n]) : 0.f;
   scale = scales && n < call.N ? to_float(scales[call.gated.per_channel ? n : 0]) : 1.f;
 }

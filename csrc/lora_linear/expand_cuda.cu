@@ -6,7 +6,8 @@
 // along n. The block goes through the adapters in steps of 16 ranks; the values of the next step are fetched into
 // registers while this one is multiplied. low enters as two bf16 parts, fp32 and fp16 factors too: 16 bits are more
 // than the result holds, so the product of the two small parts is left out. fp32 accumulation, rounded once.
-#include "lora_linear/mma_tiles.h"
+#include "common/mma_tiles.h"
+#include "lora_linear/lora_linear_cuda.h"
 
 namespace pk::lora_linear {
 

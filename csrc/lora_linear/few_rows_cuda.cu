@@ -5,14 +5,15 @@
 // without a stop: lane t of a row takes 8 neighbours, which serve as columns 2t, 2t + 1, 2t + 8, 2t + 9 of two k16
 // steps, in x and W alike, and the order of a sum's terms is free. fp32 sums; h B^T in fp32, nothing of it rounded.
 // The launch overlaps the shrink: only after W is read does a block wait for it.
-#include "lora_linear/mma_tiles.h"
+#include "common/mma_tiles.h"
+#include "lora_linear/lora_linear_cuda.h"
 
 namespace pk::lora_linear {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kRankChunk = 32;       // ranks of h and B in shared memory at a time
-constexpr int kFillingBlocks = 256;  // two for each multiprocessor of the large GPUs
+constexpr int kRankChunk = 32;  // ranks of h and B in shared memory at a time
+constexpr int kFillingBlocks = 2 * kMultiprocessors;
 
 // d += x W^T over this warp's share of K, for `cols` of the 8 kTiles columns from n0 on. kDepth groups of 32 columns of
 // K are loaded together: with eight vectors of W a thread, two blocks keep 64 KiB in flight.

@@ -25,6 +25,7 @@ namespace pk::lora_linear {
 constexpr int kMostAdapters = 32;  // of one launch: they travel as kernel parameters
 constexpr int kMostMembers = 8;
 constexpr int kFewRowsCuda = 16;
+constexpr int kMultiprocessors = 128;  // about as many as the large GPUs have
 
 // The seed stays on the device: `seed` points to it, and is null where no adapter of the launch drops anything.
 struct Keep {

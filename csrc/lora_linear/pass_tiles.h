@@ -3,7 +3,8 @@
 // of a low-rank fp32 matrix [M][R] (h or ds), as bf16 parts: it reaches as far as fp32, and h and ds may.
 #pragma once
 
-#include "lora_linear/mma_tiles.h"
+#include "common/mma_tiles.h"
+#include "lora_linear/lora_linear_cuda.h"
 
 namespace pk::lora_linear {
 

@@ -8,7 +8,7 @@
 #include "common/dropout.h"
 #include "common/launch.h"
 #include "common/typed.h"
-#include "lora_linear/mma_tiles.h"
+#include "lora_linear/lora_linear_cuda.h"
 
 namespace pk::lora_linear {
 namespace {

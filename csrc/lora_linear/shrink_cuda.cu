@@ -5,7 +5,8 @@
 // takes 16 rows x 32 columns of a stage, and the two warps of the same rows are added at the end. mma.sync, fp32 sums;
 // fp32 factors enter as three bf16 parts, which hold all their bits. Dropout is drawn on the fragments, once per
 // adapter.
-#include "lora_linear/mma_tiles.h"
+#include "common/mma_tiles.h"
+#include "lora_linear/lora_linear_cuda.h"
 
 namespace pk::lora_linear {
 namespace {
@@ -13,7 +14,6 @@ namespace {
 constexpr int kCols = 64, kPitch = tile_pitch(kCols);  // of a stage
 constexpr int kMostRankTiles = 8;                      // of one block
 constexpr int kMostStages = 8, kMostShared = 96 * 1024;
-constexpr int kFillingBlocks = 128;  // about one for each multiprocessor of the large GPUs
 
 template <class F>
 struct RankTile {  // eight ranks of one adapter, or its last few
@@ -254,7 +254,7 @@ cudaError_t launch_shrink(const Shrink& call, int rank_tiles, cudaStream_t strea
 
 // Rows of 16 in a block: many, so that A is read seldom, where that leaves enough blocks.
 int row_tiles(int64_t M, int64_t rank_groups) {
-  return (M + 63) / 64 * rank_groups < kFillingBlocks ? 2 : 4;
+  return (M + 63) / 64 * rank_groups < kMultiprocessors ? 2 : 4;
 }
 
 template <class T, class F>
@@ -284,7 +284,7 @@ bool has_mma_kernels(Dtype x, Dtype factors) {
 int shrink_splits(int64_t M, int64_t K, int64_t R) {
   constexpr int64_t kLeastCols = 256, kMostParts = 8192;
   const int64_t groups = (R + 8 * kMostRankTiles - 1) / (8 * kMostRankTiles), rows = 16 * row_tiles(M, groups);
-  int64_t splits = kFillingBlocks / ((M + rows - 1) / rows * groups + 1);
+  int64_t splits = kMultiprocessors / ((M + rows - 1) / rows * groups + 1);
   if (splits > K / kLeastCols) splits = K / kLeastCols;
   if (M <= kFewRowsCuda && splits > kMostParts / (M * R + 1)) splits = kMostParts / (M * R + 1);
   return splits < 1 ? 1 : static_cast<int>(splits);

@@ -1,9 +1,10 @@
 // The fused forward of bottleneck_adapter, whole and behind a shrink, against loops in double: rows, columns and
-// bottlenecks around the tiles, rows that no vector fits, all options and none, masks, and what fp16 cannot hold. Needs
-// a GPU, or the emulator.
+// bottlenecks around the tiles, rows that no vector fits, all options and none, masks, what fp16 cannot hold, NaNs and
+// infinities. And for which calls the two are meant. Needs a GPU, or the emulator.
 #include <cmath>
 #include <cstdio>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bottleneck_adapter/bottleneck_adapter_cuda.h"
@@ -47,6 +48,7 @@ struct Matrix {
     }
   }
   void* data() { return memory.data(); }
+  void set(int64_t i, int64_t j, double value) { test::write(memory.host(), type, i * stride + j, value); }
   double at(int64_t i, int64_t j) { return test::read(memory.host(), type, i * stride + j); }
 };
 
@@ -58,14 +60,42 @@ struct Sizes {
 struct Options {
   bool all, per_channel, drops_inside;  // all: biases, gate, scale and a mask
   int activation;
-  double factor;  // of x and A
+  double factor;         // of x and A
+  bool outlier = false;  // u[m, 0] is 2^28 K / 2, and B[n, 0] is 0
 };
+
+// parts[p] = part p of x A^T.
+lora_linear::Shrink shrink_of(const Sizes& s, Matrix& x, Matrix& A, Matrix& parts) {
+  lora_linear::Shrink shrink{};
+  shrink.x = x.data();
+  shrink.x_stride = x.stride;
+  shrink.M = s.M;
+  shrink.K = s.K;
+  shrink.h = static_cast<float*>(parts.data());
+  shrink.R = s.E;
+  shrink.splits = s.splits;
+  shrink.adapters.count = 1;
+  shrink.adapters.at[0] = {A.data(), nullptr, static_cast<int>(s.E), 0, 0, 1.f, Keep{}};
+  return shrink;
+}
+
+// The first half of x meets the first row of A alone, the second half all others.
+void put_outlier(const Sizes& s, Matrix& x, Matrix& A, Matrix& B) {
+  for (int64_t k = 0; k < s.K; ++k) {
+    const bool large = k < s.K / 2;
+    for (int64_t m = 0; large && m < s.M; ++m) x.set(m, k, 0x1p14);
+    for (int64_t e = 0; e < s.E; ++e) {
+      if (large || e == 0) A.set(e, k, large && e == 0 ? 0x1p14 : 0);
+    }
+  }
+  for (int64_t n = 0; n < s.N; ++n) B.set(n, 0, 0);
+}
 
 bool keeps(bool drops, int64_t m, int64_t n) {
   return !drops || kept(kDropout, static_cast<uint32_t>(m), static_cast<uint32_t>(n));
 }
 
-// h is rounded once: it has few bits. y has the rounding of its type, and of u to two parts.
+// h is rounded once: it has few bits. y has the rounding of its type, and of u and B to two parts.
 void check(Dtype T, const Sizes& s, const Options& o) {
   const int64_t M = s.M, K = s.K, E = s.E, N = s.N;
   Matrix x(T, M, K, K + s.gap, 1, o.factor), A(T, E, K, K, 5, o.factor), a(T, 1, E, E, 3), B(T, N, E, E, 7),
@@ -81,16 +111,8 @@ void check(Dtype T, const Sizes& s, const Options& o) {
   gated.sum_scale = sum_scale;
   if (o.all) gated = {gate.data(), scale.data(), b.data(), o.per_channel, scaling, sum_scale, outside ? keep : Keep{}};
   Matrix parts_of_h(Dtype::kFloat32, s.splits * M, E, E);
-  lora_linear::Shrink shrink{};
-  shrink.x = x.data();
-  shrink.x_stride = x.stride;
-  shrink.M = M;
-  shrink.K = K;
-  shrink.h = static_cast<float*>(parts_of_h.data());
-  shrink.R = E;
-  shrink.splits = s.splits;
-  shrink.adapters.count = 1;
-  shrink.adapters.at[0] = {A.data(), nullptr, static_cast<int>(E), 0, 0, 1.f, Keep{}};
+  const lora_linear::Shrink shrink = shrink_of(s, x, A, parts_of_h);
+  if (o.outlier) put_outlier(s, x, A, B);
   const Fused call{x.data(),
                    x.stride,
                    M,
@@ -114,7 +136,7 @@ void check(Dtype T, const Sizes& s, const Options& o) {
     const cudaError_t first = s.splits ? lora_linear::shrink(T, T, shrink, nullptr) : cudaSuccess;
     return first != cudaSuccess ? first : fused(T, call, nullptr);
   });
-  const double rounding = T == Dtype::kFloat16 ? 0x1p-11 : 0x1p-8, parts = T == Dtype::kFloat16 ? 0x1p-18 : 0x1p-15;
+  const double rounding = T == Dtype::kFloat16 ? 0x1p-11 : 0x1p-8, parts = 0x1p-15;
   std::vector<double> u(static_cast<size_t>(E));
   for (int64_t m = 0; m < M; ++m) {
     for (int64_t e = 0; e < E; ++e) {
@@ -142,41 +164,137 @@ void check(Dtype T, const Sizes& s, const Options& o) {
                     std::to_string(static_cast<int>(T)));
 }
 
-// A NaN, and a row whose u is infinite, stay in their rows.
-void stays_in_its_row(Dtype T) {
-  const int64_t M = 66, K = 24, E = 40, N = 72;
-  const auto bits = [&](bool dirty) {
-    Matrix x(T, M, K, K, 1), A(T, E, K, K, 5), B(T, N, E, E, 7), h(Dtype::kFloat32, M, E, E), y(T, M, N, N);
-    for (int64_t k = 0; dirty && k < K; ++k) {
-      const uint16_t infinity = T == Dtype::kFloat16 ? 0x7C00 : 0x7F80;
-      memset(x.memory.host() + (3 * K + k) * 2, 0xFF, 2);
-      memcpy(x.memory.host() + (64 * K + k) * 2, &infinity, 2);
+// A call without options on a positive A, with which an infinite row of x gives an infinite row of u.
+struct Plain {
+  Dtype T;
+  Sizes sizes;
+  Matrix x, A, B, residual, parts, h, y;
+  Array<uint64_t> seed;
+  Keep inside, outside;
+
+  Plain(Dtype T, int splits)
+      : T(T),
+        sizes{66, 136, 40, 72, 0, splits},
+        x(T, sizes.M, sizes.K, sizes.K, 1),
+        A(T, sizes.E, sizes.K, sizes.K),
+        B(T, sizes.N, sizes.E, sizes.E, 7),
+        residual(T, 1, sizes.N, sizes.N, 8),
+        parts(Dtype::kFloat32, splits * sizes.M, sizes.E, sizes.E),
+        h(Dtype::kFloat32, sizes.M, sizes.E, sizes.E),
+        y(T, sizes.M, sizes.N, sizes.N),
+        seed(1) {
+    for (int64_t e = 0; e < sizes.E; ++e) {
+      for (int64_t k = 0; k < sizes.K; ++k) A.set(e, k, static_cast<double>(1 + (e + k) % 5) / 8);
     }
+    seed[0] = kSeed;
+  }
+
+  void fill(Matrix& matrix, int64_t row, bool infinite) {
+    const uint16_t infinity = T == Dtype::kFloat16 ? 0x7C00 : 0x7F80, value = infinite ? infinity : 0xFFFF;
+    for (int64_t i = 0; i < matrix.stride; ++i) memcpy(matrix.memory.host() + (row * matrix.stride + i) * 2, &value, 2);
+  }
+
+  void run() {
     Fused call{};
     call.x = x.data();
-    call.x_stride = K;
-    call.residual_stride = 0;
-    call.M = M;
-    call.K = K;
+    call.x_stride = sizes.K;
+    call.M = sizes.M;
+    call.K = sizes.K;
     call.A = A.data();
-    call.E = E;
+    call.E = sizes.E;
     call.B = B.data();
-    call.N = N;
+    call.N = sizes.N;
+    call.residual = residual.data();
+    call.residual_stride = 0;
     call.h = static_cast<float*>(h.data());
     call.y = y.data();
     call.activation = kSilu;
-    Matrix residual(T, 1, N, N, 8);
-    call.residual = residual.data();
-    expect(ran([&] { return fused(T, call, nullptr); }), "a launch");
-    return std::vector<char>(y.memory.host(), y.memory.host() + M * N * 2);
-  };
-  const std::vector<char> clean = bits(false), dirty = bits(true);
-  bool right = true;
-  for (int64_t i = 0; i < M * N * 2; ++i) {
-    const int64_t m = i / 2 / N;
-    right = right && (m == 3 || m == 64 || clean[static_cast<size_t>(i)] == dirty[static_cast<size_t>(i)]);
+    call.keep = inside;
+    call.gated.keep = outside;
+    call.seed = seed.data();
+    call.parts = sizes.splits ? static_cast<const float*>(parts.data()) : nullptr;
+    call.splits = sizes.splits;
+    const lora_linear::Shrink shrink = shrink_of(sizes, x, A, parts);
+    expect(ran([&] {
+             const cudaError_t first = sizes.splits ? lora_linear::shrink(T, T, shrink, nullptr) : cudaSuccess;
+             return first != cudaSuccess ? first : fused(T, call, nullptr);
+           }),
+           "a launch");
   }
-  expect(right, "NaN stays in its row");
+
+  // What holds of every element of a row of y.
+  template <class Holds>
+  bool all_of_y(int64_t m, const Holds& holds) {
+    bool all = true;
+    for (int64_t n = 0; n < sizes.N; ++n) all = all && holds(n, y.at(m, n));
+    return all;
+  }
+};
+
+std::string words_of(Dtype T, int splits) {
+  return " (dtype " + std::to_string(static_cast<int>(T)) + ", splits " + std::to_string(splits) + ")";
+}
+
+void stays_in_its_row(Dtype T, int splits) {
+  Plain clean(T, splits), dirty(T, splits);
+  dirty.fill(dirty.x, 3, false);
+  dirty.fill(dirty.x, 64, true);
+  clean.run();
+  dirty.run();
+  bool others = true, hidden = true;
+  for (int64_t m = 0; m < clean.sizes.M; ++m) {
+    if (m != 3 && m != 64)
+      others = others && dirty.all_of_y(m, [&](int64_t n, double y) { return y == clean.y.at(m, n); });
+  }
+  for (int64_t e = 0; e < clean.sizes.E; ++e) {
+    hidden = hidden && std::isnan(dirty.h.at(3, e)) && dirty.h.at(64, e) == INFINITY;
+  }
+  expect(others, "NaN and infinity stay in their rows" + words_of(T, splits));
+  expect(hidden, "h of a row of NaN and of an infinite one" + words_of(T, splits));
+  expect(dirty.all_of_y(3, [](int64_t, double y) { return std::isnan(y); }), "NaN is passed on" + words_of(T, splits));
+  expect(dirty.all_of_y(64, [](int64_t, double y) { return !std::isfinite(y); }),
+         "infinity is passed on" + words_of(T, splits));
+}
+
+// One NaN in every row of u, and a row of NaN before the mask of the output.
+void a_dropped_nan_is_zero(Dtype T, int splits) {
+  const Keep keep = lora_linear::make_keep(kP, 0);
+  Plain clean(T, splits), inside(T, splits), outside(T, splits);
+  clean.inside = inside.inside = outside.outside = keep;
+  inside.fill(inside.A, 7, false);
+  outside.fill(outside.x, 3, false);
+  clean.run();
+  inside.run();
+  outside.run();
+  bool right = true;
+  int64_t dropped = 0;
+  for (int64_t m = 0; m < clean.sizes.M; ++m) {
+    const bool keeps_nan = keeps(true, m, 7);
+    dropped += !keeps_nan;
+    right = right && std::isnan(inside.h.at(m, 7)) &&
+            inside.all_of_y(m, [&](int64_t n, double y) { return keeps_nan ? std::isnan(y) : y == clean.y.at(m, n); });
+  }
+  expect(right && dropped > 0 && dropped < clean.sizes.M, "a NaN in u" + words_of(T, splits));
+  expect(
+      outside.all_of_y(
+          3, [&](int64_t n, double y) { return keeps(true, 3, n) ? std::isnan(y) : y == outside.residual.at(0, n); }),
+      "a NaN before the output's mask" + words_of(T, splits));
+}
+
+void the_shape_decides() {
+  constexpr Dtype kBf = Dtype::kBFloat16, kHalf = Dtype::kFloat16, kFloat = Dtype::kFloat32;
+  for (const Dtype T : {kBf, kHalf}) {
+    expect(has_fused_kernel(T, T, 8129, 1) && has_fused_kernel(T, T, 8129, 256), "many rows take one launch");
+    expect(!has_fused_kernel(T, T, 8128, 256) && !has_fused_kernel(T, T, 8129, 257), "others do not");
+    expect(has_few_rows_kernel(T, T, 1, 8, 1) && has_few_rows_kernel(T, T, 16, 8, 256), "few rows take two");
+    expect(!has_few_rows_kernel(T, T, 17, 8, 256) && !has_few_rows_kernel(T, T, 16, 8, 257), "others do not");
+    const int64_t widest = 65535 * 64;  // a grid's y has no more blocks
+    expect(has_few_rows_kernel(T, T, 16, widest, 1) && !has_few_rows_kernel(T, T, 16, widest + 1, 1), "the grid's end");
+  }
+  for (const auto& pair : {std::pair(kBf, kFloat), std::pair(kBf, kHalf), std::pair(kFloat, kFloat)}) {
+    expect(!has_fused_kernel(pair.first, pair.second, 8129, 1), "16 bits and one type");
+    expect(!has_few_rows_kernel(pair.first, pair.second, 16, 8, 1), "16 bits and one type");
+  }
 }
 
 }  // namespace
@@ -201,8 +319,14 @@ int main() {
     check(T, {16, 67, 5, 65, 0, 1}, {true, false, false, kRelu, 1});
     check(T, {66, 64, 256, 24, 8, 2}, {false, false, false, kTanh, 1});
     check(T, {5, 64, 128, 131, 8, 2}, {true, true, true, kIdentity, 256});
-    stays_in_its_row(T);
+    check(T, {5, 64, 40, 72, 0}, {false, false, false, kIdentity, 1, true});
+    check(T, {5, 64, 40, 72, 0, 2}, {false, false, false, kIdentity, 1, true});
+    for (const int splits : {0, 2}) {
+      stays_in_its_row(T, splits);
+      a_dropped_nan_is_zero(T, splits);
+    }
   }
+  the_shape_decides();
   printf("%s: %d cases, %d failures\n", test::kWhere, cases, failures);
   return failures != 0;
 }

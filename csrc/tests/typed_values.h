@@ -47,6 +47,7 @@ inline double read(const void* data, Dtype type, int64_t at) {
     return value;
   }
   const int exponent = bits >> 10 & 31;
+  if (exponent == 31) return bits & 0x3FF ? NAN : bits >> 15 ? -INFINITY : INFINITY;
   const double size = exponent ? std::ldexp(1024 + (bits & 0x3FF), exponent - 25) : std::ldexp(bits & 0x3FF, -24);
   return bits >> 15 ? -size : size;
 }

@@ -16,11 +16,14 @@ from peft_kernels.integrations.attachments import (
     note_of,
     plan,
     require_attached,
+    require_one_root,
+    require_unwrapped,
     root_of,
     tensors_of,
 )
-from peft_kernels.integrations.biases import own_parameters
+from peft_kernels.integrations.blocks import chosen_sites, file_key
 from peft_kernels.integrations.checkpoints import PREFIX
+from peft_kernels.integrations.own_parameters import at, own_parameters
 from peft_kernels.methods import BottleneckConfig
 
 
@@ -28,18 +31,27 @@ def save_pretrained(model: nn.Module, folder: str | PathLike, name: str = "defau
     """Writes an adapter in PEFT's form: adapter_config.json and adapter_model.safetensors.
 
     Raises:
-        ValueError: the model has no adapter of that name.
+        ValueError: the model has no adapter of that name, or its parameters are offloaded.
 
     Example:
         >>> peft_kernels.save_pretrained(model, "checkpoints/task", "task")
     """
     root = root_of(model)
+    require_one_root(root, "save_pretrained")
     require_attached(root, name, "save_pretrained")
     base = getattr(getattr(root, "config", None), "_name_or_path", None)
-    said = note_of(root).configs[name].to_dict() | {"base_model_name_or_path": base or None}
+    config = note_of(root).configs[name]
+    said = config.to_dict() | {"base_model_name_or_path": base or None}
+    tensors = tensors_of(root, name)
+    if absent := [key for key, tensor in tensors.items() if tensor.is_meta]:
+        raise ValueError(f"save_pretrained: {absent[0]} is not there (meta, or offloaded); move it to a device first")
+    if isinstance(config, BottleneckConfig):
+        for site in chosen_sites(root, config):
+            if not any(key.startswith(file_key(site, "")) for key in tensors):
+                raise ValueError(f"save_pretrained: the adapter {name!r} is no longer at {site.name}; attach it again")
+    tensors = {key: _whole(tensor.detach()).cpu().contiguous() for key, tensor in tensors.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: _whole(t.detach()).cpu().contiguous() for key, t in tensors_of(root, name).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(said, indent=2) + "\n")
 
@@ -65,15 +77,19 @@ def load(
 
     Raises:
         ValueError: a file is missing or of another kind, or does not fit the model; it says which tensor. The model is
-            not changed then.
+            not changed then. Or as in `attach`.
 
     Example:
         >>> peft_kernels.load(model, "checkpoints/task", "task")
     """
+    require_unwrapped(model, "load")
     root = root_of(model)
     config, tensors = read(root, source, about(source))
-    places = plan(root, config, name)
-    expected = {PREFIX + key: list(p.shape) for key, p in own_parameters(root, config).items()}
+    try:
+        places = plan(root, config, name)
+    except ValueError as error:
+        raise ValueError(str(error).replace("attach: ", "load: ", 1)) from None
+    expected = {PREFIX + key: list(at(slot).shape) for key, slot in own_parameters(root, config).items()}
     if isinstance(config, BottleneckConfig):
         expected |= shapes(config, places.values())
     check_tensors(expected, tensors, source)

@@ -2,6 +2,7 @@
 two files. `load` and a pool's `load` read them here."""
 
 import json
+import warnings
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
@@ -17,6 +18,7 @@ from peft_kernels.integrations.blocks import Site, file_key
 from peft_kernels.methods import CONFIGS, BitFitConfig, BottleneckConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+HEAD = "head_config.json"  # AdapterHub's
 
 
 def about(source: str | PathLike) -> Any:
@@ -36,6 +38,7 @@ def read(root: nn.Module, source: str | PathLike, said: Any) -> tuple[Bottleneck
     """The config and the tensors of an adapter for a model; `said` is what `about` gave."""
     if adapterhub.is_adapterhubs(said):
         config = adapterhub.config_of(said, root, source)
+        _warn_of_head(source)
         tensors = _read_tensors(source, adapterhub.WEIGHTS, adapterhub.REMEDY)
         return config, adapterhub.renamed(tensors, said, root, source)
     kind = said.get("peft_type") if isinstance(said, dict) else None
@@ -46,6 +49,15 @@ def read(root: nn.Module, source: str | PathLike, said: Any) -> tuple[Bottleneck
         )
     fields = {key: value for key, value in said.items() if key != "base_model_name_or_path"}
     return CONFIGS[kind].from_dict(fields), _read_tensors(source, WEIGHTS, "save it again as .safetensors")
+
+
+def _warn_of_head(source: str | PathLike) -> None:
+    """AdapterHub saves the model's head beside an adapter."""
+    if cached_file(source, HEAD, _raise_exceptions_for_missing_entries=False) is not None:
+        warnings.warn(
+            f"load: the head beside the adapter in {source} ({HEAD}, model_head) is not read: the model keeps its own",
+            stacklevel=4,
+        )
 
 
 def _read_tensors(source: str | PathLike, file: str, remedy: str) -> dict[str, Tensor]:

@@ -136,7 +136,7 @@ def renamed(tensors: Mapping[str, Tensor], about: dict[str, Any], root: nn.Modul
 def _bare(name: str, root: nn.Module) -> str:
     """A name without what a model with a head puts in front of it: bert., model., transformer."""
     head, _, rest = name.partition(".")
-    return rest if head in ("model", "transformer", root.base_model_prefix) else name
+    return rest if head in ("model", "transformer", getattr(root, "base_model_prefix", "")) else name
 
 
 def _site(place: str, sites: dict[str, Site]) -> Site | None:

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from peft_kernels.integrations.attachments import (
-    NOTE,
     Config,
     adapters_in,
     add,
@@ -13,14 +12,15 @@ from peft_kernels.integrations.attachments import (
     note_of,
     plan,
     require_attached,
+    require_one_root,
+    require_unwrapped,
     root_of,
     unfreeze_base,
 )
-from peft_kernels.integrations.biases import activate, deactivate, own_parameters
 from peft_kernels.integrations.blocks import CHILD, check_layers, sites_of, stream_owner, unfit
+from peft_kernels.integrations.own_parameters import NOTE, at
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.integrations.widened import require_unwidened
-from peft_kernels.methods import BitFitConfig
 from peft_kernels.modules import OF_STREAM, BottleneckAdapters
 
 
@@ -38,13 +38,18 @@ def attach(model: nn.Module, config: Config, name: str = "default", *, freeze: b
     The owners of the blocks change class (instances only); no key of the model's state dict changes. Adapters are
     float32 (float64 in a float64 model) on the device of their block, whatever the base is stored in. A new head is
     frozen with the rest unless the config's `modules_to_save` names it: then it is trained, and saved with the adapter.
-    After `get_peft_model`, which freezes what it does not know, `set_active` makes the adapters trainable again. BitFit
-    trains the model's own biases: while its adapter is active, they have its values.
+    After `get_peft_model`, which freezes what it does not know, `set_active` makes the adapters trainable again.
+
+    BitFit and modules_to_save train parameters of the model, in its dtype (a bfloat16 model's head in bfloat16). While
+    the adapter is active they have its values, under the model's own keys in the state dict. The values of adapters
+    that are not active are in no state dict, and so in no checkpoint of a Trainer: `save_pretrained` writes them. A
+    switch drops gradients. What is returned does not name the parameters of modules_to_save.
 
     Raises:
         ValueError: the name is taken or has a dot; the model has no block that is known, no bias, or not the layers
-            that the config names; a block cannot change class (FSDP, parametrizations, a forward of its own). Nothing
-            has changed then.
+            or modules that the config names; a block cannot change class (FSDP, parametrizations, a forward of its
+            own); what BitFit or modules_to_save train is offloaded, tied to more, or served by a pool; the model is in
+            a DistributedDataParallel, or in part of it adapters were attached to. Nothing has changed then.
 
     Example:
         >>> peft_kernels.attach(model, peft_kernels.BottleneckConfig.pfeiffer(reduction_factor=16))
@@ -52,6 +57,7 @@ def attach(model: nn.Module, config: Config, name: str = "default", *, freeze: b
         >>> trainer.train()
         >>> peft_kernels.save_pretrained(model, "checkpoints/adapter")
     """
+    require_unwrapped(model, "attach")
     root = root_of(model)
     places = plan(root, config, name)
     add(root, config, name, places)
@@ -71,20 +77,23 @@ def set_active(
     """Says which adapters run; the others stop being trained.
 
     Args:
-        names: serial ones run in this order, each on what the one before gave; parallel ones are summed; of BitFit's,
-            and of those with modules_to_save, there may be one. [] stands for the model without adapters.
+        names: serial ones run in this order, each on what the one before gave; parallel ones are summed; of those that
+            train the same parameters of the model (BitFit, modules_to_save) there may be one. [] stands for the model
+            without adapters.
         skip_layers: layers that go without adapters from now on (AdapterDrop, arXiv:2010.11918).
         trainable: whether the active ones are trained, or the names of those that are trained.
 
     Raises:
-        ValueError: the model has no adapter of a name, or no layer of an index; a name comes twice; two are BitFit's
-            or have modules_to_save.
+        ValueError: the model has no adapter of a name, or no layer of an index; a name comes twice; two have
+            values for one parameter of the model, or it is offloaded, or served by a pool; the model is in a
+            DistributedDataParallel and more would be trained than now. Nothing has changed then.
 
     Example:
         >>> peft_kernels.set_active(model, ["language", "task"], trainable=["task"])
         >>> peft_kernels.set_active(model, "task", skip_layers=range(4))
     """
     root = root_of(model)
+    require_one_root(root, "set_active")
     require_unwidened(root, "set_active")
     names = (names,) if isinstance(names, str) else tuple(names)
     trained = (trainable,) if isinstance(trainable, str) else names if trainable is True else tuple(trainable or ())
@@ -98,16 +107,12 @@ def set_active(
     if NOTE not in root.__dict__:
         return
     note, sites = note_of(root), sites_of(root)
-    fits = [name for name in names if own_parameters(root, note.configs[name])]
-    if len(fits) > 1:
-        what = "biases" if all(isinstance(note.configs[name], BitFitConfig) for name in fits) else "modules_to_save"
-        raise ValueError(f"set_active: the model's {what} have the values of one adapter, got {' and '.join(fits)}")
     if skip_layers:
         check_layers("set_active: skip_layers", skip_layers, sites)
-    if note.biases.active is not None:
-        deactivate(note.biases, own_parameters(root, note.configs[note.biases.active]))
-    for name in fits:
-        activate(note.biases, name, own_parameters(root, note.configs[name]), name in trained)
+    if _would_train(root, trained, sites, skip_layers):
+        require_unwrapped(model, "set_active")
+    note.own.switch(root, names, trained, "set_active")()
+    note.own.warn_of_idle(root, names)
     for site in sites:
         adapters = root.get_submodule(site.name)._modules.get(CHILD)
         if isinstance(adapters, BottleneckAdapters):
@@ -117,27 +122,39 @@ def set_active(
                 adapter.requires_grad_(name in trained and name in adapters.active_names)
 
 
+def _would_train(root: nn.Module, trained: Sequence[str], sites: list, skip_layers: Sequence) -> bool:
+    """Whether parameters would be trained that are not now."""
+    own = note_of(root).own.slots
+    found = [at(slot) for name in trained for slot in own.get(name, {}).values()]
+    for site in sites:
+        adapters = root.get_submodule(site.name)._modules.get(CHILD)
+        if isinstance(adapters, BottleneckAdapters) and site.layer not in skip_layers:
+            found += [p for name in trained if name in adapters for p in adapters[name].parameters()]
+    return not all(parameter.requires_grad for parameter in found)
+
+
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
-    """Names of the adapters that some block of a model runs, and of the one whose values its biases have.
+    """Names of the adapters that some block of a model runs, and of those whose values its own parameters have.
 
     >>> peft_kernels.active_adapters(model)
     """
     root = root_of(model)
     names = [name for _, adapters in adapters_in(root) for name in adapters.active_names]
-    fit = root.__dict__[NOTE].biases.active if NOTE in root.__dict__ else None
-    return tuple(dict.fromkeys(names if fit is None else [*names, fit]))
+    return tuple(dict.fromkeys([*names, *(root.__dict__[NOTE].own.base if NOTE in root.__dict__ else ())]))
 
 
 def detach(model: nn.Module, name: str = "default") -> None:
     """Takes an adapter off. With the last one, the model is bit for bit what it was, frozen parameters too.
 
     Raises:
-        ValueError: the model has no adapter of that name.
+        ValueError: the model has no adapter of that name, or a part of it cannot be changed back. Nothing has changed
+            then.
 
     Example:
         >>> peft_kernels.detach(model, "task")
     """
     root = root_of(model)
+    require_one_root(root, "detach")
     require_attached(root, name, "detach")
     require_unwidened(root, "detach")
     for owner_name, adapters in adapters_in(root):
@@ -146,6 +163,8 @@ def detach(model: nn.Module, name: str = "default") -> None:
             changed.append(stream_owner(root, owner_name))
         if made := [module for module in changed if keeps_its_class(root.get_submodule(module))]:
             raise ValueError(f"detach: {made[0]} has a class that was made after attach; undo that before")
+    note = note_of(root)
+    give_back = note.own.switch(root, [other for other in note.own.base if other != name], None, "detach")
     for owner_name, adapters in adapters_in(root):
         if name in adapters:
             del adapters[name], adapters.reads_by_name[name]
@@ -153,10 +172,8 @@ def detach(model: nn.Module, name: str = "default") -> None:
         if not adapters:
             del root.get_submodule(owner_name)._modules[CHILD]
     swap(unfit(root))
-    note = note_of(root)
-    if name == note.biases.active:
-        deactivate(note.biases, own_parameters(root, note.configs[name]))
-    note.biases.kept.pop(name, None)
+    give_back()
+    note.own.drop(name)
     del note.configs[name]
     if not note.configs:
         unfreeze_base(root)

@@ -1,8 +1,8 @@
 """What adapters a model has, and how they come into it.
 
 Bottleneck adapters are parameters of the model, `<owner of the block>.bottleneck.<name>.<parameter>`; all other keys of
-its state dict stay. BitFit adapters are values of its biases (`biases.py`). The config of each is noted by name at the
-model itself, as PEFT does.
+its state dict stay. BitFit and heads are values of its own parameters (`own_parameters.py`). The config of each adapter
+is noted by name at the model itself, as PEFT does.
 """
 
 from collections.abc import Iterable
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from peft_kernels.integrations.biases import Biases, biases_of, keep, own_parameters, values_of
 from peft_kernels.integrations.blocks import CHILD, Site, chosen_sites, file_key, stream_owner, unfit
 from peft_kernels.integrations.checkpoints import PREFIX
+from peft_kernels.integrations.own_parameters import NOTE, OwnParameters, Slot, biases_of, own_parameters
 from peft_kernels.integrations.pooled import PooledBlock
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.integrations.widened import require_unwidened
@@ -25,9 +25,8 @@ from peft_kernels.methods import BitFitConfig, BottleneckConfig
 from peft_kernels.modules import OF_STREAM, BottleneckAdapters
 
 Config = BottleneckConfig | BitFitConfig
-Places = dict[str, Site | nn.Parameter]  # blocks by the names of their owners, or biases by their own
+Places = dict[str, Site | Slot]  # blocks by the names of their owners, or biases by their own
 
-NOTE = "attached_adapters"
 MADE = "FSDP or a parametrization has made its class, or its forward was replaced"
 
 
@@ -38,7 +37,7 @@ class Attached:
 
     configs: dict[str, Config] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
-    biases: Biases = field(default_factory=Biases)
+    own: OwnParameters = field(default_factory=OwnParameters)
 
 
 def root_of(model: nn.Module) -> nn.Module:
@@ -48,6 +47,31 @@ def root_of(model: nn.Module) -> nn.Module:
     if isinstance(model, OptimizedModule):
         return root_of(model._orig_mod)
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def require_unwrapped(model: nn.Module, function: str) -> None:
+    """DDP averages the gradients of the parameters that were trained when it was made, and of no others."""
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            f"{function}: the model is in a DistributedDataParallel, which would not average the gradients of what is "
+            f"trained from now on: call {function} before, and DistributedDataParallel(model) after it"
+        )
+
+
+def require_one_root(root: nn.Module, function: str) -> None:
+    """What adapters a model has is noted at one module, that which they were attached to."""
+    for name, module in root.named_modules():
+        if name and NOTE in module.__dict__:
+            raise ValueError(
+                f"{function}: {name} has adapters that were attached to it; pass that module to {function}"
+            )
+    known = root.__dict__[NOTE].configs if NOTE in root.__dict__ else {}
+    for owner, adapters in adapters_in(root):
+        if strangers := [name for name in adapters if name not in known]:
+            raise ValueError(
+                f"{function}: {owner} has an adapter {strangers[0]!r} that was attached to another module, of which "
+                f"this {type(root).__name__} is a part; pass that module to {function}"
+            )
 
 
 def note_of(root: nn.Module) -> Attached:
@@ -72,10 +96,7 @@ def adapters_in(root: nn.Module) -> list[tuple[str, BottleneckAdapters]]:
 
 def tensors_of(root: nn.Module, name: str) -> dict[str, Tensor]:
     """The parameters of an adapter, by their keys in the file."""
-    note = note_of(root)
-    values = {}
-    if own := own_parameters(root, note.configs[name]):
-        values = {PREFIX + key: tensor for key, tensor in values_of(note.biases, name, own).items()}
+    values = {PREFIX + key: tensor for key, tensor in note_of(root).own.values(name).items()}
     return values | {
         f"{PREFIX}{owner}.{CHILD}.{key}": parameter
         for owner, adapters in adapters_in(root)
@@ -97,8 +118,11 @@ def plan(root: nn.Module, config: Config, name: str) -> Places:
         raise ValueError(f"attach: name must not be that of an attribute of torch's modules, got {name!r}")
     if NOTE in root.__dict__ and name in root.__dict__[NOTE].configs:
         raise ValueError(f"attach: the model has an adapter {name!r}; choose another name, or detach(model, {name!r})")
+    require_one_root(root, "attach")
     require_unwidened(root, "attach")
     own_parameters(root, config)  # raises where there are none of a name
+    if NOTE in root.__dict__:
+        root.__dict__[NOTE].own.switch(root, (), None, "attach")  # raises where the active ones' cannot be given back
     return biases_of(root, config) if isinstance(config, BitFitConfig) else plan_blocks(root, config)
 
 
@@ -140,7 +164,7 @@ def add(root: nn.Module, config: Config, name: str, places: Places, tensors: dic
     if isinstance(config, BottleneckConfig):
         _add_to_blocks(root, config, name, places.values(), tensors)
     if own:
-        keep(note.biases, name, own, tensors and {key: tensors[PREFIX + key] for key in own})
+        note.own.keep(name, own, tensors and {key: tensors[PREFIX + key] for key in own})
     note.configs[name] = config
 
 
@@ -176,8 +200,9 @@ def freeze_base(root: nn.Module) -> None:
     if _has_peft(root):
         return
     ours = {id(p) for _, adapters in adapters_in(root) for p in adapters.parameters()}
+    were = note_of(root).own.freeze()
     for key, parameter in root.named_parameters():
-        if parameter.requires_grad and id(parameter) not in ours:
+        if were.get(id(parameter), parameter.requires_grad) and id(parameter) not in ours:
             parameter.requires_grad_(False)
             note_of(root).frozen.add(key)
 

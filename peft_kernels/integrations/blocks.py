@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from peft_kernels.integrations.checkpoints import PREFIX
 from peft_kernels.integrations.named import beneath, subclass
-from peft_kernels.integrations.targets import MULTIPLIERS, Block, Stream, block_of, stream_of
+from peft_kernels.integrations.targets import MULTIPLIERS, Block, Stream, block_of, stream_is_known, stream_of
 from peft_kernels.methods import BottleneckConfig
 from peft_kernels.modules import OF_STREAM, BottleneckAdapters
 
@@ -115,11 +115,11 @@ def stream_owner(model: nn.Module, name: str) -> str | None:
     if _has_stream(name, model.get_submodule(name)):
         return name
     layer, _, child = name.rpartition(".")
-    return layer if stream_of(child, model.get_submodule(layer)._modules) else None
+    return layer if stream_of(child, model.get_submodule(layer)) else None
 
 
 def _has_stream(name: str, owner: nn.Module) -> bool:
-    return block_of(name, owner._modules).norm in owner._modules
+    return block_of(name, owner._modules).norm in owner._modules and stream_is_known(type(owner))
 
 
 def unfit(model: nn.Module) -> list[tuple[nn.Module, type]]:
@@ -131,7 +131,7 @@ def unfit(model: nn.Module) -> list[tuple[nn.Module, type]]:
             continue  # others have made a class over ours, which stays
         block = block_of(name, module._modules) if CHILD in module._modules else None
         children = module._modules
-        streams = tuple(stream_of(c, children) for c in children if _needs_layer(f"{name}.{c}", children[c]))
+        streams = tuple(stream_of(c, module) for c in children if _needs_layer(f"{name}.{c}", children[c]))
         fits = _adapted_class(block, streams, beneath(kind)) if block or streams else beneath(kind)
         if fits is not kind:
             found.append((module, fits))
@@ -251,7 +251,8 @@ def _handing_on(child: str, norm: str, adds: str) -> Callable:
     return call
 
 
-def _stand_in_class(block: Block | None, streams: tuple[Stream, ...]) -> type:
+def _stand_in_class(block: Block | None, streams: tuple[Stream, ...], notes: bool) -> type:
+    """`notes`: whether the block's norm says what it is called with."""
     members = {"block": block}
     for stream in streams:
         members[stream.norm] = _noting(stream.norm)
@@ -260,7 +261,7 @@ def _stand_in_class(block: Block | None, streams: tuple[Stream, ...]) -> type:
         members[block.output] = StandIn.leave
         if isinstance(block.x, str):
             members[block.x] = StandIn.enter
-        if block.norm:
+        if block.norm and notes:
             members[block.norm] = _noting(block.norm)
     return type("StandIn", (StandIn,), members)
 
@@ -275,7 +276,7 @@ def _adapted_class(block: Block | None, streams: tuple[Stream, ...], family_clas
     make = functools.partial(_adapted_class, block, streams)
     members = {"block": block, "streams": streams, "over": staticmethod(make)}
     if streams or block.inside:
-        members |= {"forward": _within, "stand_in": _stand_in_class(block, streams)}
+        members |= {"forward": _within, "stand_in": _stand_in_class(block, streams, stream_is_known(family_class))}
     else:
         members["forward"] = _around
     return subclass(make, family_class, members)

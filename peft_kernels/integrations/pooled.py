@@ -25,11 +25,10 @@ from peft_kernels.integrations.checkpoints import Source, read_adapter
 from peft_kernels.integrations.groups import grouped_class
 from peft_kernels.integrations.named import subclass
 from peft_kernels.integrations.peft import intercepted
-from peft_kernels.integrations.pooled_blocks import FORMS, read_bottleneck, site_name
+from peft_kernels.integrations.pooled_blocks import FORMS, read_bottleneck, require_base, site_name
 from peft_kernels.integrations.rows import OUTSIDE, Rows, outside_graph, rows_in_pool
 from peft_kernels.integrations.targets import Group, forward_is_known, group_of
 from peft_kernels.integrations.transformers import OWN_FORWARD, POOL_SITE, forward_was_replaced, made_by_fsdp, swap
-from peft_kernels.integrations.widened import require_unwidened
 from peft_kernels.ops import AdapterPool, Site
 from peft_kernels.ops.batched_lora.entries import FLOATS
 from peft_kernels.ops.batched_lora.pool import Tables
@@ -302,8 +301,8 @@ def attach_pool(
     input of their own (images, sound) are left alone: the rows of their batches are not those of the ids.
 
     Raises:
-        ValueError: the model has PEFT layers or a pool, lies on several devices or on meta, has no layer to serve, or
-            puts the sequence before the batch inside (XLNet, FSMT).
+        ValueError: the model has PEFT layers, a pool, or an active head or BitFit adapter, lies on several devices or
+            on meta, has no layer to serve, or puts the sequence before the batch inside (XLNet, FSMT).
 
     Example:
         >>> pool = peft_kernels.attach_pool(model, adapters=64)
@@ -311,7 +310,7 @@ def attach_pool(
         >>> with peft_kernels.adapter_ids([0, -1, 1], adapters=["french", "german"]):
         ...     tokens = model.generate(input_ids, max_new_tokens=20)  # the second of the three by the base model
     """
-    require_unwidened(model, "attach_pool")
+    require_base(model, "attach_pool")
     sites, blocks, swaps, left_alone = _plan(model)
     weight = next(model.parameters())
     if dtype is None:

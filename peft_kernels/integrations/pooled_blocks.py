@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.integrations.adapter_folders import check_tensors, read, shapes
+from peft_kernels.integrations.adapterhub import is_adapterhubs
 from peft_kernels.integrations.blocks import CHILD, chosen_sites, file_key
+from peft_kernels.integrations.own_parameters import require_base_values
 from peft_kernels.integrations.transformers import POOL_SITE
-from peft_kernels.methods import BitFitConfig, BottleneckConfig
+from peft_kernels.integrations.widened import require_unwidened
+from peft_kernels.methods import CONFIGS, BitFitConfig, BottleneckConfig
 from peft_kernels.modules import OF_STREAM
 from peft_kernels.ops import SiteAdapter
 
@@ -27,10 +30,19 @@ def site_name(owner: str, form: str) -> str:
     return f"{owner}.{CHILD}.{form}"
 
 
+def require_base(model: nn.Module, function: str) -> None:
+    """Raises ValueError for a model that gives all rows what adapters have made of it."""
+    require_unwidened(model, function)
+    require_base_values(model, function)
+
+
 def read_bottleneck(
     root: nn.Module, source: str | PathLike, said: Any, sites: Mapping[str, nn.Module], name: str
 ) -> dict[str, SiteAdapter]:
     """The parts of an adapter by site. `said` is its adapter_config.json; `sites` raises for a name that is none."""
+    kind = said.get("peft_type") if isinstance(said, dict) else None
+    if not is_adapterhubs(said) and kind not in [*CONFIGS]:
+        raise ValueError(f"adapter '{name}': the peft_type in {source} must be LORA or BOTTLENECK, got {kind}")
     config, tensors = read(root, source, said)
     _refuse(config, source, name)
     blocks = {site_name(block.name, config.insertion): block for block in chosen_sites(root, config)}

@@ -66,8 +66,9 @@ class Rows:
         else:
             fits = leading[:2] == sizes or leading == (self.ids.numel(),)
         if not fits:
+            beams = f", or {B * self.expand} with beams={self.expand}" if self.expand > 1 else ""
             raise ValueError(
-                f"{self.source}: there are ids for {list(sizes)}, which a layer's input of leading sizes "
+                f"{self.source}: there are ids for {list(sizes)}{beams}, which a layer's input of leading sizes "
                 f"{list(leading)} does not match. Give one per sequence or, to adapter_ids, one per token; where "
                 "generate repeats sequences (num_beams, num_return_sequences), adapter_ids(..., beams=n) says how "
                 "often, and adapter_names and Runner.generate know it"
@@ -279,9 +280,9 @@ def adapter_ids(ids: Tensor | Sequence, adapters: Sequence[str], *, beams: int =
 
     Raises:
         KeyError: the model's pool has no adapter of a name.
-        ValueError: an id is below -1 or not below len(adapters); adapters has a name twice; beams is below 1; a layer's
-            input does not have the rows of the ids; at the end, if no layer that ran has an adapter of one of the
-            names.
+        ValueError: an id is below -1 or not below len(adapters); adapters has a name twice; beams is below 1, or above
+            it with ids per token; a layer's input does not have the rows of the ids; at the end, if no layer that ran
+            has an adapter of one of the names.
         RuntimeError: at the end, if no patched layer ran.
 
     Example:
@@ -291,7 +292,11 @@ def adapter_ids(ids: Tensor | Sequence, adapters: Sequence[str], *, beams: int =
     """
     if isinstance(beams, bool) or not isinstance(beams, int) or beams < 1:
         raise ValueError(f"adapter_ids: beams must be an integer of 1 or more, got {beams!r}")
-    rows = RowAdapters("adapter_ids", _checked(ids, adapters), tuple(adapters), beams)
+    checked = _checked(ids, adapters)
+    if beams > 1 and checked.dim() == 2:
+        got = list(checked.shape)
+        raise ValueError(f"adapter_ids: beams={beams} repeats sequences; ids must have shape [B] then, got {got}")
+    rows = RowAdapters("adapter_ids", checked, tuple(adapters), beams)
     with entered(rows):
         yield
     if not rows.seen:

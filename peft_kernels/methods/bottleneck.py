@@ -63,7 +63,7 @@ class BottleneckConfig(MethodConfig):
             None: all.
         modules_to_save: names of modules, or ends of names ("classifier"), that are trained whole and saved with the
             adapter, as in PEFT: a head. Each adapter has values of its own for them, which the model has while the
-            adapter is active; of several active adapters one may have such modules.
+            adapter is active, in its dtype; of several active adapters one may have the same such module.
 
     Raises:
         ValueError: a field is out of range; it says which, what is expected, and what came instead.

@@ -118,6 +118,10 @@ def _side_by_side(arguments: dict) -> dict:
     return {"y": list(whole.split([y.shape[1] for y in arguments["y"]], 1))}
 
 
+def _beyond_fp16(arguments: dict) -> dict:
+    return {"pages_in": arguments["pages_in"] * 1e5, "pages_out": [pages * 1e-4 for pages in arguments["pages_out"]]}
+
+
 def _nan_slot(arguments: dict) -> dict:
     """Slot 1 holds NaN."""
     for pages, column in ((arguments["pages_in"], FIRST_PAGE), (arguments["pages_out"][0], -1)):
@@ -171,6 +175,7 @@ def samples() -> list[Sample]:
         ("x-expanded", "one row seen many times", lambda a: {"x": a["x"][:1].expand(19, -1)}, dict(rows=19)),
         ("y-offset", "y inside a wider buffer", lambda a: {"y": [_inside(a["y"][0])]}, dict(rows=19, N=(67,))),
         ("y-columns", "q, k, v side by side in one buffer", _side_by_side, dict(rows=11, **qkv)),
+        ("beyond-fp16", "x A^T past the largest fp16, before a small B", _beyond_fp16, dict(rows=21, K=67, N=(131,))),
         ("nan-slot", "NaN in one adapter", _nan_slot, dict(rows=24)),
         ("nan-relu", "NaN in one bottleneck", _nan_slot, dict(rows=24, activations=("relu",), down_biased=True)),
     ]

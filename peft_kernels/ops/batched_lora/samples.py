@@ -8,6 +8,7 @@ import torch
 from peft_kernels.ops.batched_lora import route
 from peft_kernels.ops.common.projection_samples import (
     BF16,
+    F16,
     F32,
     F64,
     ODD_PAIRS,
@@ -86,6 +87,16 @@ def _zipf(M: int, adapters: int) -> list[int]:
     return torch.multinomial(share, M, replacement=True, generator=generator).tolist()
 
 
+def _beyond_fp16(arguments):
+    """x A^T of the even adapters and dy B of the odd ones exceed 65504, before any s."""
+    even = [adapter % 2 == 0 for adapter in arguments["adapter"]]
+    factors = {"lora_A": (1e5, 0.1), "lora_B": (3e-3, 15000)}
+    return {
+        name: [tensor * by[0 if first else 1] for tensor, first in zip(arguments[name], even, strict=True)]
+        for name, by in factors.items()
+    }
+
+
 def _nan_in(adapter: int):
     """NaN in every factor of one adapter."""
 
@@ -131,6 +142,8 @@ def samples() -> list[Sample]:
                 change=lambda a: {"x": a["x"].t().contiguous().t()}),
         _sample("nan-absent", "NaN in an adapter that no row has", [0, 2, -1, 0], _all((3, 4, 5)), change=_nan_in(1)),
         _sample("nan-adapter", "NaN in one adapter stays in its rows", mixed, _all((3, 4, 5)), K=67, change=_nan_in(1)),
+        _sample("beyond-fp16", "x A^T and dy B past the largest fp16", mixed, _all((4, 5, 6)), ((F16, F16), (F16, F32)),
+                K=67, N=(131,), p=0.1, change=_beyond_fp16),
         _sample("factors", "16-bit factors of another type", mixed, _all((4, 5, 6)), ODD_PAIRS, K=67, p=0.1),
         _sample("busy", "work for several threads", _zipf(200, 6), _all((16, 3, 8, 16, 16, 64), 2), ((BF16, BF16),),
                 busy=True, **wide),

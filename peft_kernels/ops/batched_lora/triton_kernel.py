@@ -6,8 +6,8 @@
 A tile is up to 16 rows of one slot; i counts rows in the route's order, c the ranks of all slices side by side. The
 grids cover what the shapes allow, and a program past the tiles in use or the rank of its slot ends at once: nothing is
 read back, so a captured graph serves other routes. K is summed in chunks of CHUNK, and their sums in order, however
-they are shared out: what is added to a row does not depend on the batch. h is fp32 and meets 16-bit factors as two
-16-bit parts; fp32 factors meet it in fp32. Only rank rows that a routed slot names are read.
+they are shared out: what is added to a row does not depend on the batch. h is fp32 and meets 16-bit factors as bf16
+parts (fp16 ones in two); fp32 factors meet it in fp32. Only rank rows that a routed slot names are read.
 """
 
 import torch
@@ -24,9 +24,10 @@ from peft_kernels.ops.common.triton_products import (
     PROGRAMS,
     accumulator,
     exact_parts,
-    product,
+    low_parts,
+    parts_beside_low,
     product_of_parts,
-    rest_of,
+    product_of_splits,
 )
 
 CHUNK = tl.constexpr(512)  # of K; csrc/batched_lora/batched_lora.h has the same
@@ -100,7 +101,8 @@ def _pool_shrink_kernel(
 @triton.jit(do_not_specialize=["M", "capacity_offset", "parts", "stride_part"])
 def _pool_expand_kernel(
     h_ptr, route_ptr, slices, M, capacity_offset, parts, stride_h, stride_part,
-    BLOCK_N: tl.constexpr, ACCUMULATOR: tl.constexpr, NARROW: tl.constexpr,
+    BLOCK_N: tl.constexpr, ACCUMULATOR: tl.constexpr, PRODUCT: tl.constexpr,
+    PARTS: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of a slice, for a tile of rows."""
     if tl.program_id(0) < tl.load(route_ptr):
@@ -130,12 +132,7 @@ def _pool_expand_kernel(
                         pages_ptr + b_rows[:, None] + offs_n[None, :],
                         mask=(ranks < rank)[:, None] & (offs_n < N)[None, :], other=0.0,
                     )  # fmt: skip
-                    if NARROW:
-                        high = h.to(b.dtype)
-                        acc = product(high, b, acc)
-                        acc = product(rest_of(h, high).to(b.dtype), b, acc)
-                    else:
-                        acc = product(h, b, acc)
+                    acc = product_of_splits(h, b, acc, PRODUCT, PARTS, FACTOR, PARTS)
                 bias = _row_after_ranks(pages_ptr, tl.load(row_ptr + 1), offs_n, N, ACCUMULATOR)
                 gain_row = tl.load(row_ptr + 2)
                 scaling = tl.load(scaling_ptr + slot)
@@ -193,6 +190,7 @@ def forward(
     if tiles == 0:
         return
     double, narrow = x.dtype is torch.float64, pages_in.dtype.itemsize == 2
+    wide = tl.float64 if double else tl.float32
     registers = 255 if double else 168  # as many as three blocks can have; fewer spill under Triton 3.6
     block = 128 if narrow and all(out.shape[1] % 16 == 0 for out in y) else 64
     columns, begin = [0], [0]
@@ -209,7 +207,8 @@ def forward(
         h = _shrink(x, route, pages_in, table, columns, tiles)
         _pool_expand_kernel[(tiles, begin[-1] // block)](
             h, route, slices, M, HEADER + 2 * M, h.shape[0], h.stride(1), h.stride(0),
-            BLOCK_N=block, ACCUMULATOR=tl.float64 if double else tl.float32, NARROW=narrow,
+            BLOCK_N=block, ACCUMULATOR=wide, PRODUCT=tl.bfloat16 if narrow else wide,
+            PARTS=low_parts(pages_in.dtype, x.dtype), FACTOR=parts_beside_low(pages_in.dtype, pages_in.dtype),
             num_warps=4, num_stages=2, maxnreg=registers, enable_fp_fusion=True,
         )  # fmt: skip
 

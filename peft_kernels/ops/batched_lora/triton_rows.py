@@ -5,7 +5,7 @@
     gradient  D = sum_i low[i]^T drop(wide[i])     dB^T = h^T dy (and db)   dA = ds^T drop(x)
 wide [M, K], dy_g [M, N_g]; low [M, H], fp32 (fp64): row i holds R_l numbers from its projection's column on. An entry's
 rows are found in the route and gathered by number; a program reads rows of one adapter at a time, and of other adapters
-neither rows nor factors: NaN stays where it is. low goes into products with 16-bit numbers as 16-bit parts.
+neither rows nor factors: NaN stays where it is. low goes into products with 16-bit numbers as bf16 parts, fp16 too.
 Grids: shrink (TILES tiles of the route, rank blocks, projections), expand (TILES tiles, spans of columns), gradient
 (entries x rank blocks, column blocks, pieces of an entry's rows); what a program finds nothing to do for ends at once.
 """
@@ -36,7 +36,7 @@ from peft_kernels.ops.batched_lora.triton_entries import (
     scaling_of,
 )
 from peft_kernels.ops.common.triton_dropout import keep_rows
-from peft_kernels.ops.common.triton_products import product_of_parts, rest_of
+from peft_kernels.ops.common.triton_products import product_of_parts, product_of_splits
 
 
 @triton.jit
@@ -64,17 +64,6 @@ def _place(start, wide, start_r, ranks, width, rank, OF_A: tl.constexpr):
     if OF_A:
         return tl.cast(start_r, tl.int64) * width + start + (ranks * width + wide)
     return tl.cast(start, tl.int64) * rank + start_r + (wide * rank + ranks)
-
-
-@triton.jit
-def _add_parts(left, right, acc, DTYPE: tl.constexpr, PARTS: tl.constexpr, FACTOR: tl.constexpr):
-    """acc + left right in products of DTYPE; left goes in as PARTS numbers of it, right as FACTOR."""
-    rest = left
-    for i in tl.static_range(PARTS):
-        part = rest.to(DTYPE)
-        acc = product_of_parts(part, right, acc, FACTOR if i == 0 else 1)
-        rest = rest_of(rest, part)
-    return acc
 
 
 @triton.jit(do_not_specialize=["member", "M", "L", "tiles_at"])
@@ -117,7 +106,7 @@ def _shrink_kernel(
 
 @triton.jit
 def _expanded(
-    low_ptr, seed_ptr, table_ptr, entry, rows, valid, start_n, N, L, down, up, stride_lm,
+    low_ptr, seed_ptr, table_ptr, entry, rows, valid, start_n, N, L, stride_lm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ACCUMULATOR: tl.constexpr,
     OF_A: tl.constexpr, DTYPE: tl.constexpr, PRODUCT: tl.constexpr, ALIGNMENT: tl.constexpr, EVEN_R: tl.constexpr,
     DROPOUT: tl.constexpr, PARTS: tl.constexpr, FACTOR: tl.constexpr,
@@ -135,8 +124,7 @@ def _expanded(
         low = tl.load(low_ptrs, mask=valid[:, None] & mask_r[None, :], other=0.0)
         f_ptrs = f_ptr + _place(start_n, offs_n[None, :], r, offs_r[:, None], N, rank, OF_A)
         f = tl.load(f_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
-        acc = _add_parts(low * down, f, acc, PRODUCT, PARTS, FACTOR)
-    acc *= up
+        acc = product_of_splits(low, f, acc, PRODUCT, PARTS, FACTOR, 2)
     if OF_A:
         if DROPOUT:
             keep_below = field(table_ptr, L, entry, KEEP_BELOW).to(tl.int32)
@@ -152,8 +140,8 @@ def _expanded(
 
 @triton.jit(do_not_specialize=["member", "members", "M", "L", "tiles_at", "span"])
 def _expand_kernel(
-    out_ptr, low_ptr, bias_ptr, seed_ptr, route_ptr, table_ptr, member, members, M, N, L, tiles_at, span, down, up,
-    stride_lm, TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    out_ptr, low_ptr, bias_ptr, seed_ptr, route_ptr, table_ptr, member, members, M, N, L, tiles_at, span, stride_lm,
+    TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ACCUMULATOR: tl.constexpr,
     OF_A: tl.constexpr, DTYPE: tl.constexpr, PRODUCT: tl.constexpr, ALIGNMENT: tl.constexpr, EVEN_R: tl.constexpr,
     HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, PARTS: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
@@ -180,7 +168,7 @@ def _expand_kernel(
                         entry = entry_of(table_ptr, L, adapter, g)
                         if entry >= 0:
                             total += _expanded(
-                                low_ptr, seed_ptr, table_ptr, entry, rows, valid, start_n, N, L, down, up, stride_lm,
+                                low_ptr, seed_ptr, table_ptr, entry, rows, valid, start_n, N, L, stride_lm,
                                 BLOCK_M, BLOCK_N, BLOCK_R, ACCUMULATOR, OF_A, DTYPE, PRODUCT, ALIGNMENT, EVEN_R,
                                 DROPOUT, PARTS, FACTOR,
                             )  # fmt: skip
@@ -194,10 +182,10 @@ def _expand_kernel(
 @triton.jit(do_not_specialize=["member", "rank_blocks", "M", "L", "tiles_at", "pieces"])
 def _gradient_kernel(
     sums_ptr, wide_ptr, low_ptr, seed_ptr, route_ptr, table_ptr, member, rank_blocks, M, N, L, tiles_at, pieces,
-    down, up, stride_wm, stride_lm, stride_piece,
+    stride_wm, stride_lm, stride_piece,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ACCUMULATOR: tl.constexpr,
     OF_A: tl.constexpr, DTYPE: tl.constexpr, EVEN_R: tl.constexpr, DROPOUT: tl.constexpr, HAS_LOW: tl.constexpr,
-    PARTS: tl.constexpr, DIRECT: tl.constexpr,
+    PRODUCT: tl.constexpr, PARTS: tl.constexpr, WIDE_PARTS: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
     """dA of every entry from x and ds (OF_A), or dB and db of a projection's entries from dy and h; DIRECT: in DTYPE,
     to the entry's own tensors, else a piece of the sums."""
@@ -236,8 +224,7 @@ def _gradient_kernel(
             if HAS_LOW:
                 low_ptrs = low_ptr + rows[None, :] * stride_lm + column + start_r + offs_r[:, None]
                 low = tl.load(low_ptrs, mask=valid[None, :] & mask_r[:, None], other=0.0)
-                acc = _add_parts(low * down, wide, acc, wide.dtype, PARTS, 1)
-        acc *= up
+                acc = product_of_splits(low, wide, acc, PRODUCT, PARTS, WIDE_PARTS, PARTS)
         if DROPOUT:
             acc *= 65536.0 / tl.cast(keep_below, ACCUMULATOR)
         total *= scaling_of(table_ptr, L, entry).to(ACCUMULATOR)

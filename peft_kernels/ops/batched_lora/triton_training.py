@@ -23,7 +23,9 @@ from peft_kernels.ops.common.triton_products import (
     PROGRAMS,
     accumulator,
     exact_parts,
-    low_unit,
+    low_parts,
+    low_type,
+    parts_beside_low,
     rank_block,
     unit_rows,
 )
@@ -47,8 +49,7 @@ class _Call:
         self.M, self.L, self.ranks = M, len(a), [t.shape[0] for t in a]
         self.adapters = len(set(entries["adapter"]))
         self.dropout = any(threshold(p) < 65536 for p in entries["dropout_p"])
-        self.unit = low_unit(dtype, entries["scaling"])
-        self.narrow, self.factor = dtype.itemsize == 2, a[0].dtype
+        self.factor = a[0].dtype
         self.tiles_at = HEADER + 2 * M
         self.capacity = (route.numel() - self.tiles_at) // 3
         self.types = {
@@ -90,13 +91,14 @@ class _Call:
         blocks = triton.cdiv(N, block)
         each, groups = self.tiles(blocks)
         span = max(1, min(blocks, groups * blocks // (8 * PROGRAMS)))  # column blocks of a program
-        same = self.factor == self.dtype
+        parts = parts_beside_low(self.dtype, self.factor)
+        few = parts == 1 and self.factor == self.dtype
         _expand_kernel[(groups, triton.cdiv(blocks, span))](
             out, low, bias, self.seed, self.route, self.table, member, members, self.M, N, self.L, self.tiles_at, span,
-            1 / self.unit, self.unit, low.stride(0),
-            TILES=each, BLOCK_N=block, BLOCK_R=min(32 if same else 16, rank_block(max(self.ranks))),
-            OF_A=of_a, PRODUCT=_TYPES[self.dtype], HAS_BIAS=bias is not None, DROPOUT=self.dropout and of_a,
-            PARTS=2 if self.narrow else 1, FACTOR=2 if self.narrow and not same else 1,
+            low.stride(0),
+            TILES=each, BLOCK_N=block, BLOCK_R=min(32 if few else 16, rank_block(max(self.ranks))),
+            OF_A=of_a, PRODUCT=_TYPES[low_type(self.dtype)], HAS_BIAS=bias is not None, DROPOUT=self.dropout and of_a,
+            PARTS=low_parts(self.dtype, self.dtype), FACTOR=parts,
             num_warps=4, num_stages=1, **self.types, **self.layout,
         )  # fmt: skip
 
@@ -104,6 +106,8 @@ class _Call:
         """dA of all entries, or dB and db of a projection's, to where the table says; `sums`: numbers in them all."""
         N, size = wide.shape[1], self.dtype.itemsize
         block_m, block_n = (64, 128 if aligned(N) else 64) if size == 2 else (32, 32)
+        if self.dtype is torch.float16:
+            block_m = 32  # parts of wide: more rows spill
         block_r = min(32, rank_block(max(self.ranks)))
         rank_blocks, blocks = triton.cdiv(max(self.ranks), block_r), triton.cdiv(N, block_n)
         wanted = triton.cdiv(2 * PROGRAMS, self.L * rank_blocks * blocks)
@@ -111,9 +115,10 @@ class _Call:
         partial = None if pieces == 1 else wide.new_empty((pieces, sums), dtype=accumulator(self.dtype))
         _gradient_kernel[(self.L * rank_blocks, blocks, pieces)](
             partial, wide, low, self.seed, self.route, self.table, member, rank_blocks, self.M, N, self.L,
-            self.tiles_at, pieces, 1 / self.unit, self.unit, wide.stride(0), 0 if low is None else low.stride(0), sums,
+            self.tiles_at, pieces, wide.stride(0), 0 if low is None else low.stride(0), sums,
             BLOCK_R=block_r, BLOCK_N=block_n, BLOCK_M=block_m, OF_A=of_a, DROPOUT=self.dropout and of_a,
-            HAS_LOW=low is not None, PARTS=max(2, exact_parts(self.dtype, self.factor)) if self.narrow else 1,
+            HAS_LOW=low is not None, PRODUCT=_TYPES[low_type(self.dtype)], PARTS=low_parts(self.dtype, self.factor),
+            WIDE_PARTS=parts_beside_low(self.dtype, self.dtype),
             DIRECT=pieces == 1, EVEN_R=self.layout["EVEN_R"], num_warps=8 if size == 8 else 4,
             num_stages=3 if size == 2 else 2, **self.types,
         )  # fmt: skip

@@ -38,6 +38,7 @@ SCHEMA = (
     "(Tensor x, Tensor? residual, Tensor down_weight, Tensor? down_bias, Tensor up_weight, Tensor? up_bias, "
     f"Tensor? scale, Tensor? gate, Tensor? norm_weight, Tensor? norm_bias, {_NUMBERS}) -> (Tensor y, Tensor h)"
 )
+_TENSORS = SCHEMA.partition(_NUMBERS)[0].count("Tensor")  # arguments before the numbers and the seed
 BACKWARD_SCHEMA = (
     "(Tensor dy, Tensor x, Tensor h, Tensor down_weight, Tensor up_weight, Tensor? up_bias, Tensor? scale, "
     f"Tensor? gate, Tensor? norm_weight, Tensor? norm_bias, {_NUMBERS}, bool serial, bool[] needs) -> Tensor[]"
@@ -224,10 +225,12 @@ def autograd(namespace):
                 grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
             return None, None, grads[0], dy if dresidual else None, *grads[1:]
 
-    def kernel(*arguments):  # ten tensors, six numbers, the seed
-        refuse_tangents(NAME, arguments[0], (arguments[1:10],))
-        if torch.is_grad_enabled() and any_requires_grad(arguments[0], (arguments[1:10],)):
-            return Bottleneck.apply(arguments[10:16], arguments[16], *arguments[:10])
+    def kernel(*arguments):
+        x, *others = tensors = arguments[:_TENSORS]
+        *numbers, seed = arguments[_TENSORS:]
+        refuse_tangents(NAME, x, (others,))
+        if torch.is_grad_enabled() and any_requires_grad(x, (others,)):
+            return Bottleneck.apply(numbers, seed, *tensors)
         with below_autograd():
             return forward_op(*arguments)
 

@@ -164,8 +164,8 @@ def samples() -> list[Sample]:
         _changed(
             "x-expanded", "one row seen many times", lambda a: {"x": a["x"][:1].expand(19, -1)}, rows=(19,),
         ),
-        # few features: on absolute values, as the oracle takes them, tanh' and sigmoid' of long sums would be next to 0
         *_far_from_one(),
+        # few features: on absolute values, as the oracle takes them, tanh' and sigmoid' of long sums would be next to 0
         *(_plain(name, "the activation and its slope", rows=(70,), K=7, N=40, E=20, activation=name, p=0.1)
           for name in NAMES),
         _plain("everything", "all options together", rows=(3, 11), K=67, N=131, E=19, activation="gelu", **everything),

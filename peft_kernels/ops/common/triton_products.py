@@ -3,11 +3,8 @@
 An fp32 number v next to 16-bit activations becomes v = v0 + v1 (+ v2), each a 16-bit number, so that products run on
 tensor cores and lose nothing that shows: two parts where the result is rounded to 16 bits; three of bf16 (24 bits) or
 two of fp16 (22 bits) where it stays fp32.
-h and ds carry s, and the largest fp16 is 65504: they are cut into fp16 in units of `low_unit`, and the sums of their
-products are multiplied by it.
+h and ds reach as far as fp32 does, the largest fp16 is 65504: they go in as bf16, and so does fp16 that meets them.
 """
-
-import math
 
 import torch
 import triton
@@ -75,10 +72,21 @@ def exact_parts(narrow: torch.dtype, wide: torch.dtype) -> int:
     return 3 if narrow is torch.bfloat16 else 2
 
 
-def low_unit(dtype: torch.dtype, scaling: list[float]) -> float:
-    """A power of two, 1 or more, that no |s| exceeds, where h and ds are cut into fp16; bf16 reaches as far as fp32."""
-    largest = max(map(abs, scaling), default=0.0)
-    return 2.0 ** min(126, math.ceil(math.log2(largest))) if dtype is torch.float16 and largest > 1 else 1.0
+def low_type(dtype: torch.dtype) -> torch.dtype:
+    """What parts of h and ds are beside activations of a dtype."""
+    return torch.bfloat16 if dtype.itemsize == 2 else dtype
+
+
+def low_parts(dtype: torch.dtype, result: torch.dtype) -> int:
+    """How many of them h or ds goes in as, for a result."""
+    if dtype.itemsize > 2:
+        return 1
+    return 2 if result.itemsize == 2 else 3
+
+
+def parts_beside_low(dtype: torch.dtype, operand: torch.dtype) -> int:
+    """How many of them an operand goes in as that meets h or ds, for activations of a dtype."""
+    return 2 if dtype.itemsize == 2 and operand is not torch.bfloat16 else 1
 
 
 def unit_rows(matrix: Tensor) -> Tensor:

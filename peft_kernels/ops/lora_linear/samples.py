@@ -1,5 +1,7 @@
 """Inputs for lora_linear: samples at the edges, each with the reason it is there, and inputs that must be refused."""
 
+from functools import partial
+
 import torch
 
 from peft_kernels.ops.common.projection_samples import (
@@ -72,15 +74,24 @@ def _changed(id: str, why: str, change, dtypes=PAIRS, **sizes) -> Sample:
     return Sample(id, why, make, dtypes)
 
 
-def _beyond_fp16(arguments):
+def _beyond_fp16(arguments, x=0.05, up=700, s=8.0):
     """h of the first adapter and ds of the second exceed 65504, from factors and to results that do not."""
     (first_A, second_A), (first_B, second_B) = arguments["lora_A"], arguments["lora_B"]
     return {
-        "x": arguments["x"] * 0.05,
+        "x": arguments["x"] * x,
         "lora_A": [first_A * 1e5, second_A * 0.1],
-        "lora_B": [first_B * 3e-3, second_B * 700],
-        "scaling": [8.0, -8.0],
+        "lora_B": [first_B * 3e-3, second_B * up],
+        "scaling": [s, -s],
     }
+
+
+def _out_of_fp16() -> list[Sample]:
+    sizes = dict(dtypes=((F16, F16), (F16, F32)), rows=(21,), K=67, N=(131,), ranks=((3, 3),), p=0.1)
+    unscaled = partial(_beyond_fp16, x=1.0, up=15000, s=1.0)
+    return [
+        _changed("beyond-fp16", "s x A^T and s dy B past the largest fp16", _beyond_fp16, **sizes),
+        _changed("beyond-fp16-unscaled", "x A^T and dy B are past it before any s", unscaled, **sizes),
+    ]
 
 
 def samples() -> list[Sample]:
@@ -127,17 +138,7 @@ def samples() -> list[Sample]:
         _plain("rank-70", "more than one tile of ranks", rows=(19,), K=72, N=(80,), ranks=((70,),), p=0.1),
         _plain("stacked-33", "one more than a CUDA launch takes", rows=(5,), K=16, ranks=((1,) * 33,), **everything),
         _plain("group-9", "more members than a CUDA launch takes", rows=(3,), K=16, N=(8,) * 9, ranks=((2,),) * 9),
-        _changed(
-            "beyond-fp16",
-            "s x A^T and s dy B past the largest fp16",
-            _beyond_fp16,
-            ((F16, F16), (F16, F32)),
-            rows=(21,),
-            K=67,
-            N=(131,),
-            ranks=((3, 3),),
-            p=0.1,
-        ),
+        *_out_of_fp16(),
         _plain("factors", "16-bit factors of another type", ODD_PAIRS, rows=(21,), K=67, N=(40,), ranks=((6,),), p=0.1),
         _plain("busy-row", "few rows, work for several threads", ((BF16, BF16),), busy=True, rows=(16,), **wide),
         _plain("busy", "a GEMM, work for several threads", ((BF16, BF16),), busy=True, rows=(200,), **wide),

@@ -5,8 +5,9 @@
     dA_l = ds_l^T drop_l(x)                       one pass over x, the mask replayed
     dW, db: PyTorch (a LoRA's base is frozen)
 Every pass is cut into pieces along the rows, and ds along N; pieces are added in a fixed order by a second kernel, so
-nothing is atomic and results repeat. ds is fp32; next to 16-bit operands it and h go in as 16-bit parts. Left operands
-are tiles as they were loaded: what is computed (masked x, parts of h and B) stands on the right, in shared memory.
+nothing is atomic and results repeat. ds is fp32; next to 16-bit operands it and h go in as bf16 parts, and fp16 too.
+Left operands are tiles as they were loaded, what is computed (masked x, parts of h, B and x) stands on the right, in
+shared memory; beside parts of dy, those of h stand on the left, with 32 rows at most, for which Triton has mma.sync.
 Grids: (N tiles, rank blocks, pieces of M) and (K tiles, rank blocks, pieces of M).
 """
 
@@ -22,9 +23,11 @@ from peft_kernels.ops.common.triton_dropout import keep_tile
 from peft_kernels.ops.common.triton_products import (
     accumulator,
     exact_parts,
-    low_unit,
-    product,
+    low_parts,
+    low_type,
+    parts_beside_low,
     product_of_parts,
+    product_of_splits,
     split,
     unit_rows,
 )
@@ -41,12 +44,13 @@ from peft_kernels.ops.lora_linear.triton_tiles import (
 
 @triton.jit(do_not_specialize=["M", "M_piece"])
 def _factor_kernel(
-    ds_ptr, db_ptr, dy_ptr, b_ptr, h_ptr, M, N, R, M_piece, scaling, down, up,
+    ds_ptr, db_ptr, dy_ptr, b_ptr, h_ptr, M, N, R, M_piece, scaling,
     stride_dym, stride_bn, stride_br, stride_hm, stride_hr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ACCUMULATOR: tl.constexpr,
     NEEDS_DS: tl.constexpr, NEEDS_DB: tl.constexpr, FACTOR: tl.constexpr, PARTS: tl.constexpr,
+    DY_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """ds [N tiles, M, R] and db [pieces of M, N, R], partial sums; FACTOR: parts of B, PARTS: parts of h."""
+    """ds [N tiles, M, R] and db [pieces of M, N, R], partial sums. FACTOR: parts of B; PARTS, DY_PARTS: of h and dy."""
     tile_n, start_r, piece = tl.program_id(0), tl.program_id(1) * BLOCK_R, tl.program_id(2)
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = start_r + tl.arange(0, BLOCK_R)
@@ -55,7 +59,10 @@ def _factor_kernel(
     if NEEDS_DS:
         b_ptrs = b_ptr + columns[:, None] * stride_bn + ranks[None, :] * stride_br
         b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
-    db = tl.zeros((BLOCK_N, BLOCK_R), ACCUMULATOR)
+    if DY_PARTS > 1:  # noqa: SIM108
+        db = tl.zeros((BLOCK_R, BLOCK_N), ACCUMULATOR)
+    else:
+        db = tl.zeros((BLOCK_N, BLOCK_R), ACCUMULATOR)
     begin = piece * M_piece
     end = min(begin + M_piece, M)
     for m in range(begin, end, BLOCK_M):
@@ -70,17 +77,22 @@ def _factor_kernel(
         if NEEDS_DB:
             h_ptrs = h_ptr + rows[:, None] * stride_hm + ranks[None, :] * stride_hr
             h = tl.load(h_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-            db = product_of_parts(tl.trans(dy), h * down, db, PARTS)
+            if DY_PARTS > 1:
+                db = product_of_splits(tl.trans(h), dy, db, tl.bfloat16, PARTS, DY_PARTS, PARTS)
+            else:
+                db = product_of_parts(tl.trans(dy), h, db, PARTS)
     if NEEDS_DB:
+        if DY_PARTS > 1:
+            db = tl.trans(db)
         db_ptrs = db_ptr + (piece.to(tl.int64) * N + columns[:, None]) * R + offs_r[None, :]
-        tl.store(db_ptrs, db * up, mask=mask_n[:, None] & mask_r[None, :])
+        tl.store(db_ptrs, db, mask=mask_n[:, None] & mask_r[None, :])
 
 
 @triton.jit(do_not_specialize=["first", "M", "M_piece"])
 def _input_kernel(
-    da_ptr, x_ptr, seed_ptr, adapters, first, M, K, M_piece, up, stride_xm, stride_dsm, stride_piece, stride_part,
+    da_ptr, x_ptr, seed_ptr, adapters, first, M, K, M_piece, stride_xm, stride_dsm, stride_piece, stride_part,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    DROPOUT: tl.constexpr, PARTS: tl.constexpr,
+    DROPOUT: tl.constexpr, PARTS: tl.constexpr, X_PARTS: tl.constexpr,
 ):  # fmt: skip
     """da [pieces of M, R, K] for each adapter, R rows from `offset` on; its mask's stream counts from `first`."""
     start_k, start_r, piece = tl.program_id(0) * BLOCK_K, tl.program_id(1) * BLOCK_R, tl.program_id(2)
@@ -104,10 +116,9 @@ def _input_kernel(
                     ds_ptrs = ds_ptr + tl.cast(stride_part, tl.int64) * p
                     ds_ptrs += rows[None, :] * stride_dsm + offs_r[:, None]
                     ds = tl.load(ds_ptrs, mask=mask_m[None, :] & (offs_r < R)[:, None], other=0.0)
-                    da = product(ds, x, da)
+                    da = product_of_parts(ds, x, da, X_PARTS if p + X_PARTS <= PARTS else PARTS - p)
             if DROPOUT:
                 da *= 65536.0 / tl.cast(keep_below, ACCUMULATOR)
-            da *= up
             da_ptrs = da_ptr + piece.to(tl.int64) * stride_piece
             da_ptrs += (offset + offs_r).to(tl.int64)[:, None] * K + offs_k[None, :]
             tl.store(da_ptrs, da, mask=(offs_r < R)[:, None] & (offs_k < K)[None, :])
@@ -115,9 +126,9 @@ def _input_kernel(
 
 def _factor_gradients(
     dy: Tensor, h: Tensor | None, lora_B: Tensor, scaling: float, ds: Tensor | None, ds_parts: Tensor | None,
-    unit: float, *, needs_db: bool,
+    *, needs_db: bool,
 ) -> Tensor | None:  # fmt: skip
-    """Fills ds [M, R] and the parts of ds / unit, where given; returns dB [N, R]. One pass over dy [M, N]."""
+    """Fills ds [M, R] and the parts of ds, where given; returns dB [N, R]. One pass over dy [M, N]."""
     (M, N), R, dtype = dy.shape, lora_B.shape[1], accumulator(dy.dtype)
     tile = factor_tile(architecture(dy), dy.dtype, R)
     grid = triton.cdiv(N, tile.N), triton.cdiv(R, tile.K)
@@ -125,17 +136,17 @@ def _factor_gradients(
     partial_ds = None if ds is None else dy.new_empty((grid[0], M, R), dtype=dtype)
     partial_db = dy.new_empty((pieces, N, R), dtype=dtype) if needs_db else None
     double = dtype is torch.float64  # Triton takes a Python float as fp32
-    own = exact_parts(dy.dtype, lora_B.dtype)
     _factor_kernel[(*grid, pieces)](
-        partial_ds, partial_db, dy, lora_B, h, M, N, R, M_piece, 1.0 if double else scaling, 1 / unit, unit,
+        partial_ds, partial_db, dy, lora_B, h, M, N, R, M_piece, 1.0 if double else scaling,
         dy.stride(0), *lora_B.stride(), *(h.stride() if needs_db else (0, 0)),
         BLOCK_M=tile.M, BLOCK_N=tile.N, BLOCK_R=tile.K, ACCUMULATOR=tl.float64 if double else tl.float32,
-        NEEDS_DS=ds is not None, NEEDS_DB=needs_db, FACTOR=own,
-        PARTS=max(own, 2) if dy.dtype.itemsize == 2 else 1,
+        NEEDS_DS=ds is not None, NEEDS_DB=needs_db,
+        FACTOR=exact_parts(dy.dtype, lora_B.dtype), PARTS=low_parts(dy.dtype, lora_B.dtype),
+        DY_PARTS=parts_beside_low(dy.dtype, dy.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if ds is not None:
-        sum_partials(ds, partial_ds.mul_(scaling) if double else partial_ds, ds_parts, unit)
+        sum_partials(ds, partial_ds.mul_(scaling) if double else partial_ds, ds_parts)
     if not needs_db:
         return None
     db = lora_B.new_empty((N, R))
@@ -144,10 +155,10 @@ def _factor_gradients(
 
 
 def _input_gradients(
-    x: Tensor, ds: list[Tensor], dropout_p: list[float], streams: list[int], seed: Tensor | None, unit: float,
+    x: Tensor, ds: list[Tensor], dropout_p: list[float], streams: list[int], seed: Tensor | None,
     like: list[Tensor],
 ) -> list[Tensor]:  # fmt: skip
-    """dA_l [R_l, K] in the dtype of `like[l]`, from parts of ds_l / unit [parts, M, R_l]; x is read once for all."""
+    """dA_l [R_l, K] in the dtype of `like[l]`, from parts of ds_l [parts, M, R_l]; x is read once for all."""
     (M, K), ranks, dtype = x.shape, [d.shape[2] for d in ds], accumulator(x.dtype)
     tile = input_tile(x.dtype, max(ranks))
     grid = triton.cdiv(K, tile.K), triton.cdiv(max(ranks), tile.N)
@@ -159,11 +170,12 @@ def _input_gradients(
             (ds[i], ranks[i], sum(ranks[start:i]), streams[i] - first, threshold(dropout_p[i])) for i in group
         )
         _input_kernel[(*grid, pieces)](
-            partial[:, sum(ranks[:start]) :], x, seed, adapters, first, M, K, M_piece, unit,
+            partial[:, sum(ranks[:start]) :], x, seed, adapters, first, M, K, M_piece,
             x.stride(0), ds[0].stride(1), partial.stride(0), ds[0].stride(0),
             BLOCK_M=tile.M, BLOCK_R=tile.N, BLOCK_K=tile.K,
             ACCUMULATOR=tl.float64 if dtype is torch.float64 else tl.float32,
             DROPOUT=any(threshold(p) < 65536 for p in dropout_p), PARTS=ds[0].shape[0],
+            X_PARTS=parts_beside_low(x.dtype, x.dtype),
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     out = [tensor.new_empty(tensor.shape) for tensor in like]
@@ -172,16 +184,17 @@ def _input_gradients(
     return out
 
 
-def _low_rank_gradients(dys, x, h, lora_A, lora_B, member, scaling, dropout_p, seed, unit, needs_x, needs_a, needs_b):
-    """(ds_l / unit [parts, M, R_l] or None, dA or None, dB or None) of every adapter; booleans say what is needed."""
+def _low_rank_gradients(dys, x, h, lora_A, lora_B, member, scaling, dropout_p, seed, needs_x, needs_a, needs_b):
+    """(ds_l [parts, M, R_l] or None, dA or None, dB or None) of every adapter; booleans say what is needed."""
     M, L, ranks = dys[0].shape[0], len(lora_A), [a.shape[0] for a in lora_A]
     narrow = dys[0].dtype.itemsize == 2
     wanted = [needs_x or a for a in needs_a]
     ds = parts = None
     if any(wanted):
         ds = dys[0].new_empty((M, sum(ranks)), dtype=accumulator(dys[0].dtype))
-        count = max(2, exact_parts(dys[0].dtype, lora_A[0].dtype))
-        parts = dys[0].new_empty((count, M, sum(ranks))) if narrow else None
+        if narrow:
+            count = low_parts(dys[0].dtype, lora_A[0].dtype)
+            parts = dys[0].new_empty((count, M, sum(ranks)), dtype=low_type(dys[0].dtype))
     starts = [sum(ranks[:i]) for i in range(L)]
     db: list[Tensor | None] = [None] * L
     for i in range(L):
@@ -190,7 +203,7 @@ def _low_rank_gradients(dys, x, h, lora_A, lora_B, member, scaling, dropout_p, s
             db[i] = _factor_gradients(
                 dys[member[i]], h[:, mine] if needs_b[i] else None, lora_B[i], scaling[i],
                 ds[:, mine] if wanted[i] else None, parts[:, :, mine] if wanted[i] and narrow else None,
-                unit, needs_db=needs_b[i],
+                needs_db=needs_b[i],
             )  # fmt: skip
     if ds is None:
         return [None] * L, [None] * L, db
@@ -199,7 +212,7 @@ def _low_rank_gradients(dys, x, h, lora_A, lora_B, member, scaling, dropout_p, s
     chosen = [i for i in range(L) if needs_a[i]]
     if chosen:
         few = _input_gradients(
-            unit_rows(x), [of[i] for i in chosen], [dropout_p[i] for i in chosen], chosen, seed, unit,
+            unit_rows(x), [of[i] for i in chosen], [dropout_p[i] for i in chosen], chosen, seed,
             [lora_A[i] for i in chosen],
         )  # fmt: skip
         for i, gradient in zip(chosen, few, strict=True):
@@ -236,16 +249,15 @@ def backward(
     needs_w, needs_bias, needs_a, needs_b, needs_c = (
         needs[start : start + len(group)] for start, group in zip(ends, likes, strict=True)
     )
-    unit = low_unit(dy[0].dtype, scaling)
     with torch.cuda.device_of(dy[0]):
         ds, da, db = _low_rank_gradients(
-            dys, rows, h, lora_A, lora_B, member, scaling, dropout_p, seed, unit, needs[0], needs_a, needs_b
+            dys, rows, h, lora_A, lora_B, member, scaling, dropout_p, seed, needs[0], needs_a, needs_b
         )
         dx = None
         if needs[0]:
             dx = dy[0].new_empty((dys[0].shape[0], K))
             low_rank = [LowRank(ds[i], lora_A[i], i, threshold(dropout_p[i])) for i in range(L)]
-            concat_gemm(dx, None, seed, [Base(d, w) for d, w in zip(dys, weight, strict=True)], low_rank, unit)
+            concat_gemm(dx, None, seed, [Base(d, w) for d, w in zip(dys, weight, strict=True)], low_rank)
             dx = dx.view(dx_shape)
     sums = [
         _column_sum(d) if c else None for d, c in zip(dys, _members_to_sum(needs_bias, needs_c, member), strict=True)

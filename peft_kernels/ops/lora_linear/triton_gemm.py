@@ -3,9 +3,9 @@
 Forward:  y_g = [x | h_g] [W_g | B_g]^T + b_g         j: one pair (x, W_g^T);     l: the adapters of member g, no mask
 Backward: dx  = [dy | ds] [W ; A], A's part masked    j: (dy_g, W_g) for all g;   l: all adapters, with their masks
 An adapter costs r more columns of contraction: no second read of out, no epilogue. Its part comes first, since dropout
-masks it (Philox, dropout.py) before the base is added. S_l is fp32: next to 16-bit operands it comes in as two 16-bit
-parts, for fp16 of S_l / unit (triton_products.low_unit). Accumulation in fp32 (fp64 for fp64). Grid: BLOCK_M x BLOCK_N
-tiles of out, row tiles of a GROUP_M next to each other so that the right operand stays in the L2 cache.
+masks it (Philox, dropout.py) before the base is added. S_l is fp32: next to 16-bit operands it comes in as two bf16
+parts, and a factor of another type goes in as two. Accumulation in fp32 (fp64 for fp64). Grid: BLOCK_M x BLOCK_N tiles
+of out, row tiles of a GROUP_M next to each other so that the right operand stays in the L2 cache.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peft_kernels.ops.common.triton_dropout import keep_tile
-from peft_kernels.ops.common.triton_products import accumulator, product, product_of_parts
+from peft_kernels.ops.common.triton_products import accumulator, parts_beside_low, product, product_of_parts
 from peft_kernels.ops.lora_linear.triton_tiles import MOST_ADAPTERS, architecture, gemm_tile, has_tensor_memory
 
 
@@ -89,10 +89,10 @@ def _add_low_rank(acc, pair, offs_m, offs_n, mask_n, BLOCK_R: tl.constexpr, SPLI
 
 @triton.jit(do_not_specialize=["first", "M"])
 def _concat_gemm_kernel(
-    out_ptr, before_ptr, bias_ptr, seed_ptr, base, low_rank, first, M, N, unit, stride_om,
+    out_ptr, before_ptr, bias_ptr, seed_ptr, base, low_rank, first, M, N, stride_om,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     ACCUMULATOR: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, HAS_BEFORE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SPLIT: tl.constexpr, FACTOR: tl.constexpr, HAS_UNIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SPLIT: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """SPLIT: the low-rank left operand has a second part. FACTOR: parts that a factor goes in as."""
     pid, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -122,8 +122,6 @@ def _concat_gemm_kernel(
                 acc += part
         else:
             acc = _add_low_rank(acc, low_rank[i], rows, columns, mask_n, BLOCK_R, SPLIT, FACTOR)
-    if HAS_UNIT:
-        acc *= unit
     if HAS_BEFORE:
         acc += tl.load(before_ptr + where, mask=inside, other=0.0)
     for j in tl.static_range(len(base)):
@@ -134,7 +132,7 @@ def _concat_gemm_kernel(
 
 
 def concat_gemm(
-    out: Tensor, bias: Tensor | None, seed: Tensor | None, base: list[Base], low_rank: list[LowRank], unit: float
+    out: Tensor, bias: Tensor | None, seed: Tensor | None, base: list[Base], low_rank: list[LowRank]
 ) -> None:
     """out [M, N], contiguous, written whole. One kernel; with many adapters one for every MOST_ADAPTERS of them, which
     leave the sum so far in the accumulator's dtype."""
@@ -142,18 +140,17 @@ def concat_gemm(
     before = None
     for group in groups[:-1]:
         so_far = out.new_empty(out.shape, dtype=accumulator(out.dtype)) if before is None else before
-        _launch(so_far, before, None, seed, [], group, unit, out.dtype)
+        _launch(so_far, before, None, seed, [], group, out.dtype)
         before = so_far
-    _launch(out, before, bias, seed, base, groups[-1], unit, out.dtype)
+    _launch(out, before, bias, seed, base, groups[-1], out.dtype)
 
 
-def _launch(out, before, bias, seed, base: list[Base], low_rank: list[LowRank], unit: float, dtype) -> None:
+def _launch(out, before, bias, seed, base: list[Base], low_rank: list[LowRank], dtype) -> None:
     """out = before + the two sums + bias, the activations being of `dtype`; out may be `before`."""
     M, N = out.shape
     dropout = any(pair.keep_below < 65536 for pair in low_rank)
     factor = low_rank[0].right.dtype if low_rank else dtype
-    narrow = dtype.itemsize == 2
-    parts, arch = 2 if narrow and factor != dtype else 1, architecture(out)
+    parts, arch = parts_beside_low(dtype, factor), architecture(out)
     several = (dropout and len(low_rank) > 1) or (parts > 1 and has_tensor_memory(arch))
     tile = gemm_tile(arch, dtype, M, N, 2 if several else 1)
     first = low_rank[0].stream if low_rank else 0
@@ -161,12 +158,12 @@ def _launch(out, before, bias, seed, base: list[Base], low_rank: list[LowRank], 
     _concat_gemm_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(N, tile.N),)](
         out, before, bias, seed,
         tuple(pair.arguments() for pair in base), tuple(pair.arguments(first) for pair in low_rank), first,
-        M, N, unit, out.stride(0),
+        M, N, out.stride(0),
         BLOCK_M=tile.M, BLOCK_N=tile.N, BLOCK_K=tile.K, GROUP_M=8,
-        BLOCK_R=min(16 if factor != dtype else 32, max(16, triton.next_power_of_2(max(ranks, default=1)))),
+        BLOCK_R=min(16 if parts > 1 or factor != dtype else 32, max(16, triton.next_power_of_2(max(ranks, default=1)))),
         ACCUMULATOR=tl.float64 if dtype is torch.float64 else tl.float32,
         EVEN_K=all(pair.right.shape[0] % tile.K == 0 for pair in base), EVEN_N=N % tile.N == 0,
         HAS_BEFORE=before is not None, HAS_BIAS=bias is not None, DROPOUT=dropout,
-        SPLIT=narrow, FACTOR=parts, HAS_UNIT=dtype is torch.float16,
+        SPLIT=dtype.itemsize == 2, FACTOR=parts,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

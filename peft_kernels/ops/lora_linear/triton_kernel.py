@@ -17,7 +17,7 @@ from peft_kernels.ops.common.triton_dropout import dropout_mask, keep_tile
 from peft_kernels.ops.common.triton_products import (
     accumulator,
     exact_parts,
-    low_unit,
+    low_type,
     product_of_parts,
     split,
     unit_rows,
@@ -35,7 +35,7 @@ from peft_kernels.ops.lora_linear.triton_tiles import (
 
 @triton.jit(do_not_specialize=["first", "M", "K_blocks"])
 def _shrink_kernel(
-    h_ptr, parts_ptr, x_ptr, seed_ptr, adapters, first, M, K, K_blocks, down,
+    h_ptr, parts_ptr, x_ptr, seed_ptr, adapters, first, M, K, K_blocks,
     stride_xm, stride_hm, stride_piece, stride_part,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, ACCUMULATOR: tl.constexpr,
     EVEN_K: tl.constexpr, DROPOUT: tl.constexpr, FACTOR: tl.constexpr, PARTS: tl.constexpr,
@@ -73,17 +73,17 @@ def _shrink_kernel(
             mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
             tl.store(h_ptr + tl.program_id(2).to(tl.int64) * stride_piece + where, acc, mask=mask)
             if PARTS > 0:
-                store_parts(acc * down, parts_ptr + where, stride_part, mask, PARTS)
+                store_parts(acc, parts_ptr + where, stride_part, mask, PARTS)
 
 
 def _shrink(
-    x: Tensor, lora_A: list[Tensor], scaling: list[float], dropout_p: list[float], seed: Tensor | None, unit: float
+    x: Tensor, lora_A: list[Tensor], scaling: list[float], dropout_p: list[float], seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """h [M, R] and what the GEMM takes of it: two 16-bit parts of h / unit [2, M, R], or itself as [1, M, R]."""
+    """h [M, R] and what the GEMM takes of it: two bf16 parts of h [2, M, R], or itself as [1, M, R]."""
     (M, K), ranks, dtype = x.shape, [a.shape[0] for a in lora_A], accumulator(x.dtype)
     R, widest, dropout = sum(ranks), max(ranks), any(threshold(p) < 65536 for p in dropout_p)
     h = x.new_empty((M, R), dtype=dtype)
-    parts = x.new_empty((2, M, R)) if x.dtype.itemsize == 2 else None
+    parts = x.new_empty((2, M, R), dtype=low_type(x.dtype)) if x.dtype.itemsize == 2 else None
     tile = shrink_tile(x.dtype, M, widest, dropout=dropout)
     grid = triton.cdiv(M, tile.M), triton.cdiv(widest, tile.N)
     pieces, K_piece = split(K, tile.K, grid[0] * grid[1])
@@ -100,14 +100,14 @@ def _shrink(
         )  # fmt: skip
         _shrink_kernel[(*grid, pieces)](
             out[..., columns], parts[..., columns] if direct and parts is not None else None, x, seed, adapters, first,
-            M, K, K_piece // tile.K, 1 / unit, x.stride(0), R, M * R, M * R,
+            M, K, K_piece // tile.K, x.stride(0), R, M * R, M * R,
             BLOCK_M=tile.M, BLOCK_R=tile.N, BLOCK_K=tile.K, ACCUMULATOR=tl.float64 if double else tl.float32,
             EVEN_K=K % tile.K == 0, DROPOUT=dropout, FACTOR=exact_parts(x.dtype, lora_A[0].dtype),
             PARTS=2 if direct and parts is not None else 0,
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     if not direct:
-        sum_partials(h, out, parts, unit)
+        sum_partials(h, out, parts)
     if double:
         for i, block in enumerate(h.split(ranks, dim=1)):
             block.mul_(scaling[i])
@@ -135,14 +135,13 @@ def forward(
         h = x.new_empty((0, sum(ranks)), dtype=accumulator(x.dtype))
     else:
         with torch.cuda.device_of(x):
-            unit = low_unit(x.dtype, scaling)
-            h, parts = _shrink(rows, lora_A, scaling, dropout_p, seed, unit)
+            h, parts = _shrink(rows, lora_A, scaling, dropout_p, seed)
             of = parts.split(ranks, dim=2)
             for g, (out, w) in enumerate(zip(y, weight, strict=True)):
                 mine = [i for i, owner in enumerate(member) if owner == g]
                 low_rank = [LowRank(of[i], lora_B[i].t(), i, 65536) for i in mine]
                 added = _bias(bias[g], [(scaling[i], lora_bias[i]) for i in mine], x.dtype)
-                concat_gemm(out, added, None, [Base(rows, w.t())], low_rank, unit)
+                concat_gemm(out, added, None, [Base(rows, w.t())], low_rank)
     return [out.reshape(*x.shape[:-1], out.shape[1]) for out in y], h
 
 

@@ -40,7 +40,7 @@ def store_parts(value, parts_ptrs, stride_part, mask, PARTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count", "splits"])
 def _sum_partials_kernel(
-    out_ptr, parts_ptr, partial_ptr, count, splits, columns, down, stride_partial, stride_out, stride_part,
+    out_ptr, parts_ptr, partial_ptr, count, splits, columns, stride_partial, stride_out, stride_part,
     PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[i] = partial[0, i] + partial[1, i] + ..., always in that order."""
@@ -52,18 +52,18 @@ def _sum_partials_kernel(
     where = offs // columns * stride_out + offs % columns
     tl.store(out_ptr + where, total.to(out_ptr.dtype.element_ty), mask=mask)
     if PARTS > 0:
-        store_parts(total * down, parts_ptr + where, stride_part, mask, PARTS)
+        store_parts(total, parts_ptr + where, stride_part, mask, PARTS)
 
 
-def sum_partials(out: Tensor, partial: Tensor, parts: Tensor | None = None, unit: float = 1.0) -> None:
-    """out [rows, columns] = the sum of partial [splits, rows, columns] over the splits; out / unit as parts [P, ...].
+def sum_partials(out: Tensor, partial: Tensor, parts: Tensor | None = None) -> None:
+    """out [rows, columns] = the sum of partial [splits, rows, columns] over the splits; out as parts [P, ...] too.
 
     out and parts have unit inner stride and the same distance between rows; each plane of partial is contiguous.
     """
     splits, rows, columns = partial.shape
     count = rows * columns
     _sum_partials_kernel[(triton.cdiv(count, 256),)](
-        out, parts, partial, count, splits, columns, 1 / unit, partial.stride(0), out.stride(0),
+        out, parts, partial, count, splits, columns, partial.stride(0), out.stride(0),
         0 if parts is None else parts.stride(0),
         PARTS=0 if parts is None else parts.shape[0], BLOCK=256, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -116,6 +116,8 @@ def factor_tile(arch: int, dtype: torch.dtype, R: int) -> Tile:
     """ds = dy B and dB = dy^T h: (rows, columns of dy, rank)."""
     if dtype.itemsize > 2:
         return Tile(32, 32, min(rank_block(R), 32), 4, 2)
+    if dtype is torch.float16:
+        return Tile(32, 128, min(rank_block(R), 32), 8, 3)  # parts of dy: more rows spill, or four warps
     wide = has_large_shared_memory(arch) and R <= 32
     return Tile(64, 256 if wide else 128, min(rank_block(R), 32), 8 if wide else 4, 3)
 
@@ -124,4 +126,5 @@ def input_tile(dtype: torch.dtype, R: int) -> Tile:
     """dA = ds^T drop(x): (rows of x, rank, columns of x)."""
     if dtype.itemsize > 2:
         return Tile(32, min(rank_block(R), 32), 32, 4, 2)
-    return Tile(64, min(rank_block(R), 32), 128, 4, 3)
+    rows = 32 if dtype is torch.float16 else 64  # parts of x: more rows spill
+    return Tile(rows, min(rank_block(R), 32), 128, 4, 3)

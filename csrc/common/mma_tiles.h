@@ -1,14 +1,13 @@
-// What the tensor-core kernels of lora_linear share: tiles of 16-bit elements in shared memory, and dropout on
-// fragments. Lanes are named as in common/mma.h: lane l = 4 g + t.
+// What tensor-core kernels share: tiles of 16-bit elements in shared memory, and dropout on fragments. Lanes are named
+// as in mma.h: lane l = 4 g + t.
 #pragma once
 
 #include "common/dropout.h"
 #include "common/mma.h"
 #include "common/parts.h"
 #include "common/warp.h"
-#include "lora_linear/lora_linear_cuda.h"
 
-namespace pk::lora_linear {
+namespace pk {
 
 // -- tiles in shared memory -------------------------------------------------------------------------------------------
 
@@ -39,4 +38,4 @@ __device__ __forceinline__ Philox4 keep_words(uint64_t seed, uint32_t stream, in
   return philox(seed, {{static_cast<uint32_t>(row), static_cast<uint32_t>(group), t, stream}});
 }
 
-}  // namespace pk::lora_linear
+}  // namespace pk
