@@ -147,7 +147,7 @@ def test_bad_input_is_refused_in_words(bad):
 @pytest.mark.parametrize(
     "text,changes",
     [
-        ("dy must be of y's shape, dtype and device", {"dy": lambda dy: dy[:, 1:]}),
+        ("dy must have shape [12, 32], as x with out_features=32, got [12, 31]", {"dy": lambda dy: dy[:, 1:]}),
         ("h must be the contiguous [M, bottleneck] that the forward returned", {"h": lambda h: h[:, 1:]}),
         ("needs must have 9 entries, got 8", {"needs": lambda needs: needs[1:]}),
         ("scale must be given for its gradient", {"needs": lambda needs: [True] * 9}),
