@@ -109,9 +109,10 @@ def set_active(
     note, sites = note_of(root), sites_of(root)
     if skip_layers:
         check_layers("set_active: skip_layers", skip_layers, sites)
+    give = note.own.switch(root, names, trained, "set_active")
     if _would_train(root, trained, sites, skip_layers):
         require_unwrapped(model, "set_active")
-    note.own.switch(root, names, trained, "set_active")()
+    give()
     note.own.warn_of_idle(root, names)
     for site in sites:
         adapters = root.get_submodule(site.name)._modules.get(CHILD)
