@@ -175,7 +175,7 @@ def test_bitfit_and_folders_of_no_adapter_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"adapter 'a': BitFit trains biases .* peft_kernels.load.* serves it alone"):
         pool.load("a", tmp_path / "a")
     (tmp_path / "a" / "adapter_config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"the peft_type in .* must be BOTTLENECK or BITFIT, got None"):
+    with pytest.raises(ValueError, match=r"the peft_type in .* must be LORA or BOTTLENECK, got None"):
         pool.load("a", tmp_path / "a")
     with pytest.raises(ValueError, match=r"has no adapter_config.json that can be read"):
         pool.load("a", tmp_path / "nowhere")
