@@ -283,18 +283,20 @@ static void own_backward(const Problem& p, const Plan& plan, int64_t begin, int6
 
 // -- gates ------------------------------------------------------------------------------------------------------------
 
-// A gate's gradient: the parts of the rows that it is for, in order.
+// A gate's gradient: the parts of the rows and heads that each of its numbers is for, in order.
 static void gather_gate(const Problem& p, const Plan& plan, const Gate& gate, const float* parts, void* out) {
-  const int64_t heads = gate.head ? p.Hq : 1, rows = gate.row ? p.rows : 1;
-  std::vector<float> sums(rows * heads + kLanes, 0.f);
-  for (int64_t r = 0; r < p.rows; ++r) {
-    const Sequence& s = plan.sequences[r];
-    for (int64_t h = 0; s.P > 0 && h < p.Hq; ++h) {
-      float& sum = sums[(gate.row ? r * heads : 0) + (gate.head ? h : 0)];
-      for (int64_t i = 0; i < s.S; ++i) sum += parts[row_of(p, s.batch, h, s.q0 + i)];
+  const int64_t heads = gate.head ? p.Hq : 1, numbers = (gate.row ? p.rows : 1) * heads;
+  for (int64_t n = 0; n < numbers; ++n) {
+    const int64_t row = n / heads, head = n % heads;
+    float sum = 0;
+    for (int64_t r = gate.row ? row : 0; r < (gate.row ? row + 1 : p.rows); ++r) {
+      const Sequence& s = plan.sequences[r];
+      for (int64_t h = gate.head ? head : 0; s.P > 0 && h < (gate.head ? head + 1 : p.Hq); ++h) {
+        for (int64_t i = 0; i < s.S; ++i) sum += parts[row_of(p, s.batch, h, s.q0 + i)];
+      }
     }
+    with_type(gate.type, [&](auto number) { store_n(static_cast<decltype(number)*>(out) + n, vf{} + sum, 1); });
   }
-  with_type(gate.type, [&](auto number) { store_row(static_cast<decltype(number)*>(out), sums.data(), rows * heads); });
 }
 
 static void gather(const Problem& p, const Plan& plan, int64_t, int64_t) {
