@@ -7,7 +7,7 @@ report = peft_kernels.patch(model)      # the PEFT model that is there trains an
 import importlib
 
 from peft_kernels import backends, registry
-from peft_kernels.methods import BitFitConfig, BottleneckConfig
+from peft_kernels.methods import BitFitConfig, BottleneckConfig, PrefixTuningConfig
 from peft_kernels.ops import (
     AdapterPool,
     Site,
@@ -31,6 +31,7 @@ __all__ = [
     "BottleneckConfig",
     "PatchReport",
     "PeftKernelsCallback",
+    "PrefixTuningConfig",
     "Runner",
     "Site",
     "SiteAdapter",

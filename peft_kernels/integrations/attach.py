@@ -19,9 +19,10 @@ from peft_kernels.integrations.attachments import (
 )
 from peft_kernels.integrations.biases import activate, biases_of, deactivate
 from peft_kernels.integrations.blocks import CHILD, sites_of, stream_owner, unfit
+from peft_kernels.integrations.prefixes import activate_prefixes, prefixes_in, remove_prefix
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.integrations.widened import require_unwidened
-from peft_kernels.methods import BitFitConfig
+from peft_kernels.methods import BitFitConfig, PrefixTuningConfig
 from peft_kernels.modules import OF_STREAM, BottleneckAdapters
 
 
@@ -30,7 +31,7 @@ def attach(model: nn.Module, config: Config, name: str = "default", *, freeze: b
 
     Args:
         model: a transformers model, or a PeftModel around one: its LoRA stays as it is and both work together.
-        config: a `BottleneckConfig`, or a `BitFitConfig`.
+        config: a `BottleneckConfig`, a `PrefixTuningConfig` or a `BitFitConfig`.
         name: by which `set_active`, `detach` and `save_pretrained` know the adapter. Others that the model has stop
             being active: `set_active(model, [other, name])` stacks them.
         freeze: whether the model's own parameters stop being trained; `detach` of the last adapter undoes it. PEFT's
@@ -73,12 +74,13 @@ def set_active(
 
     Args:
         names: serial ones run in this order, each on what the one before gave; parallel ones are summed; of BitFit's
-            there may be one. [] stands for the model without adapters.
+            and of prefixes there may be one. [] stands for the model without adapters.
         skip_layers: layers that go without adapters from now on (AdapterDrop, arXiv:2010.11918).
         trainable: whether the active ones are trained, or the names of those that are trained.
 
     Raises:
-        ValueError: the model has no adapter of a name, or no layer of an index; a name comes twice; two are BitFit's.
+        ValueError: the model has no adapter of a name, or no layer of an index; a name comes twice; two are BitFit's
+            or prefixes.
 
     Example:
         >>> peft_kernels.set_active(model, ["language", "task"], trainable=["task"])
@@ -101,12 +103,19 @@ def set_active(
     fits = [name for name in names if isinstance(note.configs[name], BitFitConfig)]
     if len(fits) > 1:
         raise ValueError(f"set_active: the model's biases have the values of one adapter, got {' and '.join(fits)}")
+    prefixes = [name for name in names if isinstance(note.configs[name], PrefixTuningConfig)]
+    if len(prefixes) > 1:
+        raise ValueError(
+            f"set_active: a model attends to one prefix, got {' and '.join(prefixes)}; adapter_ids gives each row its "
+            "own"
+        )
     if skip_layers:
         check_layers("set_active: skip_layers", skip_layers, sites)
     if note.biases.active is not None:
         deactivate(note.biases, biases_of(root, note.configs[note.biases.active]))
     for name in fits:
         activate(note.biases, name, biases_of(root, note.configs[name]), name in trained)
+    activate_prefixes(root, prefixes, trained, skip_layers)
     for site in sites:
         adapters = root.get_submodule(site.name)._modules.get(CHILD)
         if isinstance(adapters, BottleneckAdapters):
@@ -123,6 +132,7 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
     """
     root = root_of(model)
     names = [name for _, adapters in adapters_in(root) for name in adapters.active_names]
+    names += [prefixes.active_name for _, prefixes in prefixes_in(root) if prefixes.active_name]
     fit = root.__dict__[NOTE].biases.active if NOTE in root.__dict__ else None
     return tuple(dict.fromkeys(names if fit is None else [*names, fit]))
 
@@ -152,6 +162,7 @@ def detach(model: nn.Module, name: str = "default") -> None:
         if not adapters:
             del root.get_submodule(owner_name)._modules[CHILD]
     swap(unfit(root))
+    remove_prefix(root, name)
     note = note_of(root)
     if name == note.biases.active:
         deactivate(note.biases, biases_of(root, note.configs[name]))

@@ -18,13 +18,21 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from peft_kernels.integrations.biases import Biases, biases_of, keep, values_of
 from peft_kernels.integrations.blocks import CHILD, Site, sites_of, stream_owner, unfit
 from peft_kernels.integrations.pooled import PooledBlock
+from peft_kernels.integrations.prefixes import (
+    PrefixSite,
+    add_prefixes,
+    plan_prefixes,
+    prefix_shapes,
+    prefix_tensors,
+    prefixes_in,
+)
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.integrations.widened import require_unwidened
-from peft_kernels.methods import BitFitConfig, BottleneckConfig
+from peft_kernels.methods import BitFitConfig, BottleneckConfig, PrefixTuningConfig
 from peft_kernels.modules import OF_STREAM, BottleneckAdapters
 
-Config = BottleneckConfig | BitFitConfig
-Places = dict[str, Site | nn.Parameter]  # blocks by the names of their owners, or biases by their own
+Config = BottleneckConfig | BitFitConfig | PrefixTuningConfig
+Places = dict[str, Site | PrefixSite | nn.Parameter]  # of blocks or attentions, or biases, by name
 
 NOTE = "attached_adapters"
 PREFIX = "base_model.model."  # of every key in PEFT's files
@@ -75,6 +83,8 @@ def tensors_of(root: nn.Module, name: str) -> dict[str, Tensor]:
     if isinstance(config := note.configs[name], BitFitConfig):
         values = values_of(note.biases, name, biases_of(root, config))
         return {PREFIX + key: tensor for key, tensor in values.items()}
+    if isinstance(config, PrefixTuningConfig):
+        return prefix_tensors(root, name)
     return {
         f"{PREFIX}{owner}.{CHILD}.{key}": parameter
         for owner, adapters in adapters_in(root)
@@ -87,8 +97,8 @@ def plan(root: nn.Module, config: Config, name: str) -> Places:
     """Where an adapter goes. Raises for what cannot be done."""
     if not isinstance(config, Config):
         raise TypeError(
-            f"attach: config must be a BottleneckConfig or a BitFitConfig, got a {type(config).__name__}; what PEFT "
-            "has is attached by peft.get_peft_model, before or after"
+            "attach: config must be a BottleneckConfig, a BitFitConfig or a PrefixTuningConfig, got a "
+            f"{type(config).__name__}; what PEFT has is attached by peft.get_peft_model, before or after"
         )
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"attach: name must be a str without dots, got {name!r}")
@@ -97,6 +107,8 @@ def plan(root: nn.Module, config: Config, name: str) -> Places:
     if NOTE in root.__dict__ and name in root.__dict__[NOTE].configs:
         raise ValueError(f"attach: the model has an adapter {name!r}; choose another name, or detach(model, {name!r})")
     require_unwidened(root, "attach")
+    if isinstance(config, PrefixTuningConfig):
+        return plan_prefixes(root, config)
     return biases_of(root, config) if isinstance(config, BitFitConfig) else plan_blocks(root, config)
 
 
@@ -154,6 +166,8 @@ def shapes(config: Config, places: Places) -> dict[str, list[int]]:
     """Of the tensors in a file, by their keys."""
     if isinstance(config, BitFitConfig):
         return {PREFIX + key: list(bias.shape) for key, bias in places.items()}
+    if isinstance(config, PrefixTuningConfig):
+        return prefix_shapes(config, places)
     return {
         file_key(site, key): list(parameter.shape)
         for site in places.values()
@@ -167,6 +181,8 @@ def add(root: nn.Module, config: Config, name: str, places: Places, tensors: dic
     if isinstance(config, BitFitConfig):
         values = tensors and {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
         keep(note.biases, name, places, values)
+    elif isinstance(config, PrefixTuningConfig):
+        add_prefixes(root, config, name, places, tensors)
     else:
         _add_to_blocks(root, config, name, places.values(), tensors)
     note.configs[name] = config
@@ -203,7 +219,7 @@ def freeze_base(root: nn.Module) -> None:
     """The model's own parameters stop being trained. Where PEFT is, it has seen to that."""
     if _has_peft(root):
         return
-    ours = {id(p) for _, adapters in adapters_in(root) for p in adapters.parameters()}
+    ours = {id(p) for _, m in (*adapters_in(root), *prefixes_in(root)) for p in m.parameters()}
     for key, parameter in root.named_parameters():
         if parameter.requires_grad and id(parameter) not in ours:
             parameter.requires_grad_(False)
