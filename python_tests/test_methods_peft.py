@@ -186,7 +186,10 @@ BROKEN = {
     "no-folder": (shutil.rmtree, "has no adapter_config.json that can be read"),
     "no-config": (lambda f: (f / "adapter_config.json").unlink(), "has no adapter_config.json that can be read"),
     "not-json": (lambda f: (f / "adapter_config.json").write_text("{"), "has no adapter_config.json that can be read"),
-    "not-a-dict": (lambda f: (f / "adapter_config.json").write_text("[]"), "must be BOTTLENECK or BITFIT or PREFIX, got None"),
+    "not-a-dict": (
+        lambda f: (f / "adapter_config.json").write_text("[]"),
+        "must be BOTTLENECK or BITFIT or PREFIX, got None",
+    ),
     "lora": (
         lambda f: _config(f, peft_type="LORA"),
         "must be BOTTLENECK or BITFIT or PREFIX, got LORA; what PEFT has saved is loaded by",

@@ -23,6 +23,7 @@ from peft_kernels.integrations.attachments import (
     shapes,
     tensors_of,
 )
+from peft_kernels.integrations.prefix_files import KIND, from_peft
 from peft_kernels.methods import CONFIGS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -59,7 +60,8 @@ def load(
     """Attaches an adapter that `save_pretrained` has written; returns what `attach` does.
 
     Adapters of AdapterHub are read too, as its `save_adapter(..., use_safetensors=True)` writes them: seq_bn,
-    double_seq_bn, par_bn, scaled_par_bn and what lies between them, for BERT, RoBERTa, BART, T5, GPT-2 and Llama.
+    double_seq_bn, par_bn, scaled_par_bn and what lies between them, for BERT, RoBERTa, BART, T5, GPT-2 and Llama; and
+    HF PEFT's prefixes of decoder-only models.
 
     Args:
         source: a folder, or an id of the Hugging Face Hub.
@@ -95,6 +97,8 @@ def _read(root: nn.Module, source: str | PathLike) -> tuple[Config, dict[str, Te
         tensors = _read_tensors(source, adapterhub.WEIGHTS, adapterhub.REMEDY)
         return config, adapterhub.renamed(tensors, about, root, source)
     kind = about.get("peft_type") if isinstance(about, dict) else None
+    if kind == KIND:
+        return from_peft(root, about, _read_tensors(source, WEIGHTS, "save it again as .safetensors"), source)
     if not isinstance(kind, str) or kind not in CONFIGS:
         raise ValueError(
             f"load: the peft_type in {source} must be {' or '.join(CONFIGS)}, got {kind}; what PEFT has saved is "

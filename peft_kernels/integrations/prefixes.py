@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from peft_kernels.integrations.attending import CHILD, KEY
 from peft_kernels.integrations.blocks import layer_of
 from peft_kernels.integrations.named import again_over, asks_for_rows, beneath, keeping_class, subclass
+from peft_kernels.integrations.prefix_positions import activate_shift, add_shift, remove_shift, tables_of
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.methods import PrefixTuningConfig
 from peft_kernels.modules import Prefix, PrefixEncoder, Prefixes
@@ -183,6 +184,8 @@ def add_prefixes(
                     parameter.copy_(tensors[site.key(key)])
     if config.init == "text":
         _fill_with_text(root, config, {site: made[site.name] for site in places.values()})
+    if config.shift_positions:
+        swap(add_shift(root, name, config.num_virtual_tokens))
     for site in prefix_sites(root):
         owner = root.get_submodule(site.name)
         if CHILD not in owner._modules:
@@ -201,7 +204,8 @@ def _fill_with_text(root: nn.Module, config: PrefixTuningConfig, prefixes: dict[
         raise ValueError(f"attach: init='text' is for decoder-only models, which a {type(root).__name__} is not")
     P, training = config.num_virtual_tokens, root.training
     tokens = torch.tensor([config.text], device=root.device)
-    shifted = {"position_ids": torch.arange(-P, 0, device=root.device)[None]} if config.shift_positions else {}
+    turned = config.shift_positions and not tables_of(root)  # learned ones are at 0 to P - 1 either way
+    shifted = {"position_ids": torch.arange(-P, 0, device=root.device)[None]} if turned else {}
     root.eval()
     try:
         layers = root(input_ids=tokens, use_cache=True, **shifted).past_key_values.layers
@@ -222,6 +226,7 @@ def activate_prefixes(root: nn.Module, names: Iterable[str], trained: Iterable[s
         prefixes.active_name = next((name for name in here if name in prefixes), None)
         for name, prefix in prefixes.items():
             prefix.requires_grad_(name in trained and name in names)
+    activate_shift(root, tuple(names))
 
 
 def remove_prefix(root: nn.Module, name: str) -> None:
@@ -235,6 +240,7 @@ def remove_prefix(root: nn.Module, name: str) -> None:
             del root.get_submodule(owner)._modules[CHILD]
         for config, before in root.__dict__.pop(NOTE):
             config._attn_implementation_internal = before
+    swap(remove_shift(root, name))
     _swap_callers(root)
 
 
@@ -288,4 +294,4 @@ def encoding_class(family_class: type) -> type:
         with encoded(encoders):
             return family_class.forward(self, *args, **kwargs)
 
-    return subclass(encoding_class, family_class, {"forward": forward, "encodes_prefixes": True})
+    return subclass(encoding_class, family_class, {"forward": forward, "encodes_prefixes": True, "for_prefixes": True})

@@ -123,8 +123,10 @@ def unpatch(model: nn.Module) -> contextlib.AbstractContextManager:
 def _is_for_prefixes(module: nn.Module) -> bool:
     """Whether a layer or a model has its class for the sake of prefixes, and not of patching."""
     kind = beneath(type(module))
-    carries = hasattr(kind, "encodes_prefixes") or isinstance(getattr(kind, CHECKPOINT, None), property)
-    return carries and any(isinstance(child, Prefixes) for child in module.modules())
+    if hasattr(kind, "for_prefixes"):
+        return True
+    keeps = isinstance(getattr(kind, CHECKPOINT, None), property)
+    return keeps and any(isinstance(child, Prefixes) for child in module.modules())
 
 
 def _serves_a_pool(child: nn.Module | None) -> bool:
