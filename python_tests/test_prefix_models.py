@@ -1,12 +1,17 @@
 """Prefixes in every type of model, against attention that copies them in front of the keys of each row."""
 
+import copy
+import pickle
+
 import pytest
 import torch
+import torch.utils.checkpoint
 from models import GENERATING, LAYERS, MODELS, assert_as_close_as_peft, base_model, in_double, inputs
 from prefixes import PADDINGS, ROWS, losses, padded, prefixed, several, slow
 
 import peft_kernels
 from peft_kernels import PrefixTuningConfig
+from peft_kernels.integrations.rows import RowAdapters, entered
 
 DECODERS = [name for name in GENERATING if name not in ("bart", "t5")]
 LONG_SHORT = ["long", "short"]
@@ -191,3 +196,78 @@ def test_layers_and_slots():
         "model.layers.1.self_attn",
     )
     assert_like_slow(model, padded("right"))
+
+
+@pytest.mark.parametrize("name", ["llama", "bart", "t5"])
+@torch.no_grad()
+def test_beams_have_the_prefix_of_their_row(name):
+    model, batch = several(name), padded("left")
+    batch.pop("labels")
+    rows = RowAdapters("adapter_ids", torch.tensor([1, -1, 0], dtype=torch.int32), tuple(LONG_SHORT), expand=3)
+    with entered(rows):
+        together = model.generate(**batch, **GREEDY, num_beams=3)
+    for row, prefix in enumerate(("short", None, "long")):
+        peft_kernels.set_active(model, [prefix] if prefix else [])
+        assert torch.equal(together[row], model.generate(**batch, **GREEDY, num_beams=3)[row])
+
+
+@torch.no_grad()
+def test_assisted_decoding_is_greedy():
+    model, ids = prefixed(), inputs(1, 5)["input_ids"]
+    found = model.generate(input_ids=ids, **GREEDY, assistant_model=base_model("llama").eval())
+    assert torch.equal(found, greedy(slow(model), ids, 6))
+
+
+def test_dropout_of_the_attention_is_replayed_under_checkpointing():
+    model = prefixed(
+        "llama", PrefixTuningConfig(num_virtual_tokens=3, prefix_dropout=0.2), attention_dropout=0.5
+    ).train()
+    results = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        results.append(losses(model, inputs()))
+        model.gradient_checkpointing_enable()
+    assert all(torch.equal(tensor, results[1][key]) for key, tensor in results[0].items())
+    torch.manual_seed(6)
+    assert not torch.equal(losses(model, inputs())["loss"], results[0]["loss"])
+
+
+@pytest.mark.parametrize("kind", ["pickle", "copy"])
+def test_a_copy_is_the_model_again(kind):
+    config = PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True, shift_positions=True)
+    model = prefixed("gpt2", config)
+    again = pickle.loads(pickle.dumps(model)) if kind == "pickle" else copy.deepcopy(model)
+    batch = inputs()
+    results = losses(model, batch), losses(again, batch)
+    assert all(torch.equal(tensor, results[1][key]) for key, tensor in results[0].items())
+    peft_kernels.detach(again)
+    assert [type(m) for m in again.modules()] == [type(m) for m in base_model("gpt2").modules()]
+    assert again.config._attn_implementation == "sdpa" and model.config._attn_implementation == "peft_kernels"
+
+
+def test_16_bit_models_and_autocast():
+    model = base_model("llama").to(torch.bfloat16)
+    peft_kernels.attach(model, PrefixTuningConfig(num_virtual_tokens=3))
+    weights = [p for p in model.parameters() if p.requires_grad]
+    assert weights and all(p.dtype is torch.float32 for p in weights)
+    model(**inputs()).loss.backward()
+    assert all(p.grad.any() for p in weights)
+    wide = prefixed()
+    with torch.autocast("cpu", torch.bfloat16):
+        wide(**inputs()).loss.backward()
+    assert all(p.grad.any() for p in wide.parameters() if p.requires_grad)
+
+
+def test_checkpointing_without_the_call_is_refused():
+    model = several().train()
+    layer = model.model.layers[0]
+    hidden, angles = (
+        torch.randn(1, 7, 32, requires_grad=True),
+        model.model.rotary_emb(torch.zeros(1), torch.arange(7)[None]),
+    )
+    with peft_kernels.adapter_ids([0], LONG_SHORT[:1]):
+        y = torch.utils.checkpoint.checkpoint(layer, hidden, position_embeddings=angles, use_reentrant=False)
+    with pytest.raises(
+        RuntimeError, match="was trained with an adapter for each row is called again inside the backward"
+    ):
+        y.sum().backward()
