@@ -7,7 +7,7 @@ report = peft_kernels.patch(model)      # the PEFT model that is there trains an
 import importlib
 
 from peft_kernels import backends, registry
-from peft_kernels.methods import BitFitConfig, BottleneckConfig, PrefixTuningConfig
+from peft_kernels.methods import BitFitConfig, BottleneckConfig, MAMConfig, PrefixTuningConfig, PTuningV2Config
 from peft_kernels.ops import (
     AdapterPool,
     Site,
@@ -29,6 +29,8 @@ __all__ = [
     "AdapterPool",
     "BitFitConfig",
     "BottleneckConfig",
+    "MAMConfig",
+    "PTuningV2Config",
     "PatchReport",
     "PeftKernelsCallback",
     "PrefixTuningConfig",

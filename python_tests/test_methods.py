@@ -235,7 +235,7 @@ def test_other_configs_and_replaced_forwards_are_refused():
     model = llama()
     with pytest.raises(
         TypeError,
-        match="must be a BottleneckConfig, a BitFitConfig or a PrefixTuningConfig, got a LoraConfig; what PEFT",
+        match="PTuningV2Config or MAMConfig, got a LoraConfig; what PEFT",
     ):
         peft_kernels.attach(model, lora_config())
     mlp = model.model.layers[1].mlp

@@ -13,7 +13,6 @@ from transformers.utils import cached_file
 from peft_kernels.integrations import adapterhub
 from peft_kernels.integrations.attach import set_active
 from peft_kernels.integrations.attachments import (
-    Config,
     add,
     freeze_base,
     note_of,
@@ -24,7 +23,7 @@ from peft_kernels.integrations.attachments import (
     tensors_of,
 )
 from peft_kernels.integrations.prefix_files import KIND, from_peft
-from peft_kernels.methods import CONFIGS
+from peft_kernels.methods import CONFIGS, Config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -6,7 +6,6 @@ from torch import nn
 
 from peft_kernels.integrations.attachments import (
     NOTE,
-    Config,
     adapters_in,
     add,
     check_layers,
@@ -22,7 +21,7 @@ from peft_kernels.integrations.blocks import CHILD, sites_of, stream_owner, unfi
 from peft_kernels.integrations.prefixes import activate_prefixes, prefixes_in, remove_prefix
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.integrations.widened import require_unwidened
-from peft_kernels.methods import BitFitConfig, PrefixTuningConfig
+from peft_kernels.methods import BitFitConfig, Config, prefix_of
 from peft_kernels.modules import OF_STREAM, BottleneckAdapters
 
 
@@ -31,7 +30,7 @@ def attach(model: nn.Module, config: Config, name: str = "default", *, freeze: b
 
     Args:
         model: a transformers model, or a PeftModel around one: its LoRA stays as it is and both work together.
-        config: a `BottleneckConfig`, a `PrefixTuningConfig` or a `BitFitConfig`.
+        config: a `BottleneckConfig`, `PrefixTuningConfig`, `PTuningV2Config`, `MAMConfig` or `BitFitConfig`.
         name: by which `set_active`, `detach` and `save_pretrained` know the adapter. Others that the model has stop
             being active: `set_active(model, [other, name])` stacks them.
         freeze: whether the model's own parameters stop being trained; `detach` of the last adapter undoes it. PEFT's
@@ -103,7 +102,7 @@ def set_active(
     fits = [name for name in names if isinstance(note.configs[name], BitFitConfig)]
     if len(fits) > 1:
         raise ValueError(f"set_active: the model's biases have the values of one adapter, got {' and '.join(fits)}")
-    prefixes = [name for name in names if isinstance(note.configs[name], PrefixTuningConfig)]
+    prefixes = [name for name in names if prefix_of(note.configs[name])]
     if len(prefixes) > 1:
         raise ValueError(
             f"set_active: a model attends to one prefix, got {' and '.join(prefixes)}; adapter_ids gives each row its "

@@ -28,10 +28,9 @@ from peft_kernels.integrations.prefixes import (
 )
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.integrations.widened import require_unwidened
-from peft_kernels.methods import BitFitConfig, BottleneckConfig, PrefixTuningConfig
-from peft_kernels.modules import OF_STREAM, BottleneckAdapters
+from peft_kernels.methods import BitFitConfig, BottleneckConfig, Config, blocks_of, prefix_of
+from peft_kernels.modules import OF_STREAM, BottleneckAdapters, Prefixes
 
-Config = BottleneckConfig | BitFitConfig | PrefixTuningConfig
 Places = dict[str, Site | PrefixSite | nn.Parameter]  # of blocks or attentions, or biases, by name
 
 NOTE = "attached_adapters"
@@ -83,9 +82,7 @@ def tensors_of(root: nn.Module, name: str) -> dict[str, Tensor]:
     if isinstance(config := note.configs[name], BitFitConfig):
         values = values_of(note.biases, name, biases_of(root, config))
         return {PREFIX + key: tensor for key, tensor in values.items()}
-    if isinstance(config, PrefixTuningConfig):
-        return prefix_tensors(root, name)
-    return {
+    return prefix_tensors(root, name) | {
         f"{PREFIX}{owner}.{CHILD}.{key}": parameter
         for owner, adapters in adapters_in(root)
         if name in adapters
@@ -97,19 +94,21 @@ def plan(root: nn.Module, config: Config, name: str) -> Places:
     """Where an adapter goes. Raises for what cannot be done."""
     if not isinstance(config, Config):
         raise TypeError(
-            "attach: config must be a BottleneckConfig, a BitFitConfig or a PrefixTuningConfig, got a "
-            f"{type(config).__name__}; what PEFT has is attached by peft.get_peft_model, before or after"
+            "attach: config must be a BottleneckConfig, BitFitConfig, PrefixTuningConfig, PTuningV2Config or MAMConfig,"
+            f" got a {type(config).__name__}; what PEFT has is attached by peft.get_peft_model, before or after"
         )
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"attach: name must be a str without dots, got {name!r}")
-    if hasattr(BottleneckAdapters(), name):
+    if hasattr(BottleneckAdapters(), name) or hasattr(Prefixes("", ""), name):
         raise ValueError(f"attach: name must not be that of an attribute of torch's modules, got {name!r}")
     if NOTE in root.__dict__ and name in root.__dict__[NOTE].configs:
         raise ValueError(f"attach: the model has an adapter {name!r}; choose another name, or detach(model, {name!r})")
     require_unwidened(root, "attach")
-    if isinstance(config, PrefixTuningConfig):
-        return plan_prefixes(root, config)
-    return biases_of(root, config) if isinstance(config, BitFitConfig) else plan_blocks(root, config)
+    if isinstance(config, BitFitConfig):
+        return biases_of(root, config)
+    prefix, blocks = prefix_of(config), blocks_of(config)
+    places = plan_prefixes(root, prefix) if prefix else {}
+    return places | plan_blocks(root, blocks) if blocks else places
 
 
 def plan_blocks(root: nn.Module, config: BottleneckConfig) -> dict[str, Site]:
@@ -166,13 +165,21 @@ def shapes(config: Config, places: Places) -> dict[str, list[int]]:
     """Of the tensors in a file, by their keys."""
     if isinstance(config, BitFitConfig):
         return {PREFIX + key: list(bias.shape) for key, bias in places.items()}
-    if isinstance(config, PrefixTuningConfig):
-        return prefix_shapes(config, places)
-    return {
+    prefix, blocks = prefix_of(config), blocks_of(config)
+    found = prefix_shapes(prefix, _attentions(places)) if prefix else {}
+    return found | {
         file_key(site, key): list(parameter.shape)
-        for site in places.values()
-        for key, parameter in config.adapter(site.width, "meta").named_parameters()
+        for site in _blocks(places)
+        for key, parameter in blocks.adapter(site.width, "meta").named_parameters()
     }
+
+
+def _blocks(places: Places) -> list[Site]:
+    return [place for place in places.values() if isinstance(place, Site)]
+
+
+def _attentions(places: Places) -> list[PrefixSite]:
+    return [place for place in places.values() if isinstance(place, PrefixSite)]
 
 
 def add(root: nn.Module, config: Config, name: str, places: Places, tensors: dict[str, Tensor] | None = None) -> None:
@@ -181,10 +188,10 @@ def add(root: nn.Module, config: Config, name: str, places: Places, tensors: dic
     if isinstance(config, BitFitConfig):
         values = tensors and {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
         keep(note.biases, name, places, values)
-    elif isinstance(config, PrefixTuningConfig):
-        add_prefixes(root, config, name, places, tensors)
-    else:
-        _add_to_blocks(root, config, name, places.values(), tensors)
+    if prefix := prefix_of(config):
+        add_prefixes(root, prefix, name, _attentions(places), tensors)
+    if blocks := blocks_of(config):
+        _add_to_blocks(root, blocks, name, _blocks(places), tensors)
     note.configs[name] = config
 
 

@@ -62,7 +62,7 @@ def export_prefix(model: nn.Module, folder: str | PathLike, name: str = "default
     config = note_of(root).configs[name]
     what = f"export_prefix: {name!r}"
     if not isinstance(config, PrefixTuningConfig):
-        raise ValueError(f"{what} is no prefix")
+        raise ValueError(f"{what} is no prefix, or is one beside other adapters")
     sites = list(plan_prefixes(root, PrefixTuningConfig()).values())
     _require_pefts_layout(what, root, sites)
     prefixes = dict(prefixes_in(root))

@@ -123,10 +123,10 @@ def plan_prefixes(root: nn.Module, config: PrefixTuningConfig) -> dict[str, Pref
     return places
 
 
-def prefix_shapes(config: PrefixTuningConfig, places: dict[str, PrefixSite]) -> dict[str, list[int]]:
+def prefix_shapes(config: PrefixTuningConfig, places: list[PrefixSite]) -> dict[str, list[int]]:
     """Of the tensors in a file, by their keys."""
     P, found = config.num_virtual_tokens, {}
-    for site in places.values():
+    for site in places:
         found[site.key()] = [P, 2, site.heads, site.head_dim]
         if config.gate:
             found[site.key("gate")] = [1, site.query_heads]
@@ -156,12 +156,12 @@ def add_prefixes(
     root: nn.Module,
     config: PrefixTuningConfig,
     name: str,
-    places: dict[str, PrefixSite],
+    places: list[PrefixSite],
     tensors: dict[str, Tensor] | None = None,
 ) -> None:
     """Puts a prefix in, a new one or that of a file; it is not attended to yet."""
     made, encoders = {}, {}
-    for site in places.values():
+    for site in places:
         base = next(root.get_submodule(site.name).parameters())
         if base.is_meta:
             raise ValueError(f"attach: the parameters of {site.name} are on meta; move them to a device first")
@@ -183,7 +183,7 @@ def add_prefixes(
                 for key, parameter in made[site.name].named_parameters():
                     parameter.copy_(tensors[site.key(key)])
     if config.init == "text":
-        _fill_with_text(root, config, {site: made[site.name] for site in places.values()})
+        _fill_with_text(root, config, {site: made[site.name] for site in places})
     if config.shift_positions:
         swap(add_shift(root, name, config.num_virtual_tokens))
     for site in prefix_sites(root):

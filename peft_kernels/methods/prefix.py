@@ -130,5 +130,25 @@ class PrefixTuningConfig:
         return cls(**{name: value for name, value in values.items() if name != "peft_type"})
 
 
+@dataclass(frozen=True)
+class PTuningV2Config(PrefixTuningConfig):
+    """P-tuning v2: deep prompts for language understanding, without an MLP, with dropout (arXiv:2110.07602).
+
+    The fields are those of `PrefixTuningConfig`. Heads for sequences and for tokens are the model's own; one prefix
+    serves several tasks where their heads share one model.
+
+    Example:
+        >>> peft_kernels.attach(bert_for_token_classification, PTuningV2Config(num_virtual_tokens=20))
+    """
+
+    peft_type: ClassVar[str] = "P_TUNING_V2"
+
+    prefix_dropout: float = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._require(not self.prefix_projection, "prefix_projection", "False, there is no MLP", True)
+
+
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
