@@ -11,8 +11,7 @@ from torch import nn
 
 import peft_kernels
 from peft_kernels import BottleneckConfig, MAMConfig, PrefixTuningConfig, PTuningV2Config
-from peft_kernels.integrations.attachments import plan
-from peft_kernels.integrations.prefixes import PrefixSite, prefixes_in
+from peft_kernels.integrations.prefixes import prefixes_in
 
 SMALL = MAMConfig(
     PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=6),
@@ -65,21 +64,9 @@ def test_mam_generates(name):
     assert torch.equal(cached, plain)
 
 
-def test_the_papers_mam_is_6_7_percent_of_bart_large():
-    with torch.device("meta"):
-        model = hf.BartForConditionalGeneration(hf.BartConfig())
-    config, trained = MAMConfig(), 0
-    assert (config.prefix.num_virtual_tokens, config.ffn.r, config.ffn.scaling) == (30, 512, 4.0)
-    for place in plan(model, config, "mam").values():
-        if isinstance(place, PrefixSite):
-            trained += config.prefix.parameters(place.heads, place.head_dim, place.query_heads)
-        else:
-            trained += config.ffn.parameters(place.width)
-    share = trained / sum(p.numel() for p in model.parameters())
-    assert f"{share:.1%}" == "6.7%"
-
-
 def test_configs_are_written_and_read():
+    paper = MAMConfig()
+    assert (paper.prefix.num_virtual_tokens, paper.ffn.r, paper.ffn.scaling) == (30, 512, 4.0)
     read = MAMConfig.from_dict(json.loads(json.dumps(SMALL.to_dict())))
     assert read == MAMConfig(SMALL.prefix.baked(), SMALL.ffn)
     with pytest.raises(ValueError, match="MAMConfig: there is no field 'r'; the fields are prefix, ffn"):
