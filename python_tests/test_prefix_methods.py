@@ -239,6 +239,25 @@ def test_lora_and_bottlenecks_beside_it_patched_and_not():
     assert [type(m) for m in model.modules()] == [type(m) for m in fresh.modules()]
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_rows_with_lora_of_their_own_have_the_active_prefix(name):
+    model, batch = get_peft_model(base_model(name).eval(), lora_config()).eval(), inputs(2)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_()
+    peft_kernels.patch(model)
+    peft_kernels.attach(model, PrefixTuningConfig(num_virtual_tokens=3, shift_positions=True), "prefix")
+    with_values(model)
+    with torch.no_grad():
+        alone = model(**batch).logits[0]
+        with model.disable_adapter():
+            without = model(**batch).logits[1]
+        with peft_kernels.adapter_ids([0, -1], ["default"]):
+            together = model(**batch).logits
+    torch.testing.assert_close(together, torch.stack([alone, without]))
+
+
 def losses_of(model: nn.Module, batch) -> dict:
     model.zero_grad()
     loss = model(**batch).loss

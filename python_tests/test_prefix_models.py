@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.utils.checkpoint
+import transformers as hf
 from models import GENERATING, LAYERS, MODELS, assert_as_close_as_peft, base_model, in_double, inputs
 from prefixes import PADDINGS, ROWS, losses, padded, prefixed, several, slow
 
@@ -271,3 +272,9 @@ def test_checkpointing_without_the_call_is_refused():
         RuntimeError, match="was trained with an adapter for each row is called again inside the backward"
     ):
         y.sum().backward()
+
+
+def test_continuous_batching_does_not_lose_the_prefix_in_silence():
+    model, ids = prefixed(), inputs(2, 5)["input_ids"]
+    with pytest.raises(ValueError, match="peft_kernels"):
+        model.generate_batch(ids.tolist(), generation_config=hf.GenerationConfig(**GREEDY), progress_bar=False)

@@ -99,7 +99,7 @@ def plan(root: nn.Module, config: Config, name: str) -> Places:
         )
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"attach: name must be a str without dots, got {name!r}")
-    if hasattr(BottleneckAdapters(), name) or hasattr(Prefixes("", ""), name):
+    if hasattr(BottleneckAdapters(), name) or hasattr(Prefixes("", "", set()), name):
         raise ValueError(f"attach: name must not be that of an attribute of torch's modules, got {name!r}")
     if NOTE in root.__dict__ and name in root.__dict__[NOTE].configs:
         raise ValueError(f"attach: the model has an adapter {name!r}; choose another name, or detach(model, {name!r})")

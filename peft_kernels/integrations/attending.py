@@ -45,6 +45,8 @@ def attend(
     if rows is OUTSIDE:
         kept = {"is_causal": is_causal, "position_bias": position_bias, "softcap": softcap}
         return outside_graph(attend, module, query, key, value, attention_mask, dropout, scaling, **kept, **more)
+    if rows is not None and prefixes.of_model.isdisjoint(rows.adapters):
+        rows = None  # they have adapters of another kind, and the active prefix
     found = _prefixes_of_rows(prefixes, rows, query) if prefixes is not None else None
     if found is None and (prefixes is None or prefixes.base_attention == "sdpa"):
         plain = {"is_causal": is_causal, "position_bias": position_bias, "softcap": softcap}

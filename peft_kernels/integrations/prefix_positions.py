@@ -23,8 +23,9 @@ VARYING = ("dynamic", "longrope")  # frequencies that depend on the length of th
 class Shifts(nn.Module):
     """By how much each prefix shifts the positions that an embedding is asked for; has no parameters."""
 
-    def __init__(self):
+    def __init__(self, of_model: set[str]):
         super().__init__()
+        self.of_model = of_model  # names of all prefixes, those that shift nothing too
         self.by_name: dict[str, int] = {}
         self.active_name: str | None = None
 
@@ -42,12 +43,12 @@ def tables_of(root: nn.Module) -> list[nn.Module]:
     ]
 
 
-def add_shift(root: nn.Module, name: str, P: int) -> list[tuple[nn.Module, type]]:
+def add_shift(root: nn.Module, name: str, P: int, of_model: set[str]) -> list[tuple[nn.Module, type]]:
     """Notes that a prefix shifts learned positions; returns the modules that change class for it."""
     swaps = []
     for table in tables_of(root):
         if CHILD not in table._modules:
-            table._modules[CHILD] = Shifts()
+            table._modules[CHILD] = Shifts(of_model)
             swaps.append((table, shifting_class(type(table))))
         table._modules[CHILD].by_name[name] = P
     return swaps
@@ -85,6 +86,8 @@ def shifting_class(family_class: type) -> type:
         rows = current(shifts)
         if rows is OUTSIDE:
             return outside_graph(forward, self, *args, **kwargs)
+        if rows is not None and shifts.of_model.isdisjoint(rows.adapters):
+            rows = None
         if rows is None and shifts.active_name is None:
             return family_class.forward(self, *args, **kwargs)
         positions = kwargs["position_ids"] if named else args[0]

@@ -26,6 +26,7 @@ from peft_kernels.modules.prefix import encoded
 from peft_kernels.ops.prefix_attention.op import MAX_HEAD_DIM
 
 NOTE = "prefix_attention_before"
+NAMES = "prefix_names"  # of all prefixes of the model: one set, that its parts share
 FILE = "base_model.model."  # of every key in a file
 CROSS = frozenset({"encoder_attn", "EncDecAttention", "crossattention"})
 UNSUPPORTED = (  # model types that compute their attention themselves
@@ -184,13 +185,15 @@ def add_prefixes(
                     parameter.copy_(tensors[site.key(key)])
     if config.init == "text":
         _fill_with_text(root, config, {site: made[site.name] for site in places})
+    of_model = root.__dict__.setdefault(NAMES, set())
+    of_model.add(name)
     if config.shift_positions:
-        swap(add_shift(root, name, config.num_virtual_tokens))
+        swap(add_shift(root, name, config.num_virtual_tokens, of_model))
     for site in prefix_sites(root):
         owner = root.get_submodule(site.name)
         if CHILD not in owner._modules:
             before = getattr(owner.config, "_attn_implementation", None) or "eager"
-            owner._modules[CHILD] = Prefixes(site.slot, before).train(owner.training)
+            owner._modules[CHILD] = Prefixes(site.slot, before, of_model).train(owner.training)
         if site.name in made:
             owner._modules[CHILD][name] = made[site.name].train(owner.training)
     _attend_to_prefixes(root)
@@ -231,6 +234,7 @@ def activate_prefixes(root: nn.Module, names: Iterable[str], trained: Iterable[s
 
 def remove_prefix(root: nn.Module, name: str) -> None:
     """Takes a prefix off; with the last one, the model attends as it did before."""
+    root.__dict__.get(NAMES, set()).discard(name)
     for _, prefixes in prefixes_in(root):
         if name in prefixes:
             del prefixes[name]
@@ -238,6 +242,7 @@ def remove_prefix(root: nn.Module, name: str) -> None:
     if NOTE in root.__dict__ and not any(len(prefixes) for _, prefixes in prefixes_in(root)):
         for owner, _ in prefixes_in(root):
             del root.get_submodule(owner)._modules[CHILD]
+        del root.__dict__[NAMES]
         for config, before in root.__dict__.pop(NOTE):
             config._attn_implementation_internal = before
     swap(remove_shift(root, name))

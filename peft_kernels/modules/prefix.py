@@ -136,9 +136,10 @@ class Prefixes(nn.ModuleDict):
     """The prefixes of one attention by name; that of `active_name` is what every row has where nothing else is said.
 
     slot: "encoder", "decoder" or "cross". base_attention: the attention function that the model had before.
+    of_model: names of all prefixes of the model, this attention's and others.
     """
 
-    def __init__(self, slot: str, base_attention: str):
+    def __init__(self, slot: str, base_attention: str, of_model: set[str]):
         super().__init__()
-        self.slot, self.base_attention = slot, base_attention
+        self.slot, self.base_attention, self.of_model = slot, base_attention, of_model
         self.active_name: str | None = None
