@@ -7,7 +7,7 @@ report = peft_kernels.patch(model)      # the PEFT model that is there trains an
 import importlib
 
 from peft_kernels import backends, registry
-from peft_kernels.methods import BitFitConfig, BottleneckConfig
+from peft_kernels.methods import BitFitConfig, BottleneckConfig, MAMConfig, PrefixTuningConfig, PTuningV2Config
 from peft_kernels.ops import (
     AdapterPool,
     Site,
@@ -29,8 +29,11 @@ __all__ = [
     "AdapterPool",
     "BitFitConfig",
     "BottleneckConfig",
+    "MAMConfig",
+    "PTuningV2Config",
     "PatchReport",
     "PeftKernelsCallback",
+    "PrefixTuningConfig",
     "Runner",
     "Site",
     "SiteAdapter",
@@ -43,6 +46,7 @@ __all__ = [
     "batched_lora_route",
     "bottleneck_adapter",
     "detach",
+    "export_prefix",
     "generate_batch",
     "init_continuous_batching",
     "load",
@@ -72,6 +76,7 @@ _FROM_INTEGRATIONS = {
     "attach": "attach",
     "attach_pool": "pooled",
     "detach": "attach",
+    "export_prefix": "adapter_files",
     "generate_batch": "continuous",
     "init_continuous_batching": "continuous",
     "load": "adapter_files",

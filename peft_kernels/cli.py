@@ -22,6 +22,7 @@ from peft_kernels import backends
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "run.py"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 METHODS = ("houlsby", "pfeiffer", "parallel", "scaled_parallel", "adapter_plus")
+WITH_PREFIX = ("prefix", "mam")
 LEAST_WIDTH = 100  # columns that the tables need where the terminal is unknown (a pipe, a log)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -116,9 +117,11 @@ def demo(
 def estimate(
     model: Annotated[str, typer.Argument(help="Model id of the Hugging Face Hub, or a folder; config.json is enough")],
     adapters: Annotated[int, typer.Option(help="Adapters in the pool")],
-    rank: Annotated[int, typer.Option(help="Of every adapter; of a bottleneck adapter, its width")],
+    rank: Annotated[int, typer.Option(help="Of every adapter; width of a bottleneck adapter, length of a prefix")],
     target_modules: Annotated[str, typer.Option(help="all-linear, or names joined by commas")] = "all-linear",
-    method: Annotated[str, typer.Option(help=f"lora, or a bottleneck adapter: {', '.join(METHODS)}")] = "lora",
+    method: Annotated[
+        str, typer.Option(help=f"lora, a bottleneck adapter: {', '.join(METHODS)}; or {', '.join(WITH_PREFIX)}")
+    ] = "lora",
     dtype: Annotated[str, typer.Option(help="Of the base: bf16, fp16 or fp32")] = "bf16",
     adapter_dtype: Annotated[str, typer.Option(help="Of the adapters; default: the base's")] = "",
     rows: Annotated[int, typer.Option(help="Rows of a decode batch")] = 32,
@@ -141,8 +144,8 @@ def estimate(
     targets = target_modules if target_modules == "all-linear" else tuple(target_modules.split(","))
     factors = DTYPES[adapter_dtype or dtype]
     question = costs.Question(adapters, rank, targets, DTYPES[dtype], factors, rows, distinct)
-    if method != "lora" and method not in METHODS:
-        raise typer.BadParameter(f"must be lora or one of {', '.join(METHODS)}, got '{method}'", param_hint="--method")
+    if method not in (known := ("lora", *METHODS, *WITH_PREFIX)):
+        raise typer.BadParameter(f"must be one of {', '.join(known)}, got '{method}'", param_hint="--method")
     try:
         base = costs.model_on_meta(model)
         found = costs.estimate(base, question) if method == "lora" else _bottleneck(base, method, question)
@@ -160,18 +163,23 @@ def estimate(
 def _bottleneck(base, method: str, question):
     from peft_kernels.integrations.estimate_bottleneck import estimate_bottleneck
 
-    config = getattr(peft_kernels.BottleneckConfig, method)(r=question.rank)
+    if method == "prefix":
+        config = peft_kernels.PrefixTuningConfig(num_virtual_tokens=question.rank)
+    elif method == "mam":
+        config = peft_kernels.MAMConfig(ffn=peft_kernels.BottleneckConfig.scaled_parallel(r=question.rank))
+    else:
+        config = getattr(peft_kernels.BottleneckConfig, method)(r=question.rank)
     return estimate_bottleneck(base, config, question)
 
 
 def _show_bottleneck(console: Console, found, question, model: str) -> None:
     """`found` is an estimate_bottleneck.BottleneckEstimate, `question` an estimate.Question."""
     blocks = Table("blocks", box=box.SIMPLE_HEAD)
-    for header in ("count", "d", "E", "parameters of an adapter"):
+    for header in ("count", "d", "E or P", "parameters of an adapter"):
         blocks.add_column(header, justify="right")
     for kind in found.blocks:
         blocks.add_row(kind.name, *(f"{n:,}" for n in (kind.count, kind.width, kind.bottleneck, kind.parameters)))
-    console.print(f"{model}: {found.base_parameters:,} parameters; bottleneck adapters", markup=False)
+    console.print(f"{model}: {found.base_parameters:,} parameters; adapters", markup=False)
     console.print(blocks)
     sizes = Table("", "bytes", "of the base", box=box.SIMPLE_HEAD)
     for name, value, base in (

@@ -193,6 +193,27 @@ def test_the_budget_of_the_paper():
     config = peft_kernels.BottleneckConfig.scaled_parallel(r=512)
     found = estimate_bottleneck(large, config, costs.Question(adapters=1, rank=512))
     assert found.adapter_parameters == 24 * (2 * 1024 * 512 + 512 + 1024) and 0.06 < found.share < 0.067
+    mam = estimate_bottleneck(large, peft_kernels.MAMConfig(), costs.Question(adapters=1, rank=512))
+    assert mam.adapter_parameters == found.adapter_parameters + 36 * 2 * 30 * 1024 and f"{mam.share:.1%}" == "6.7%"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+def test_prefix_parameters_are_those_that_attach_adds(name, folder):
+    config = peft_kernels.PrefixTuningConfig(num_virtual_tokens=5, composition="add", gate=True)
+    real = base_model(name)
+    peft_kernels.attach(real, config)
+    found = estimate_bottleneck(costs.model_on_meta(folder(name)), config, costs.Question(adapters=3, rank=5))
+    assert found.adapter_parameters == sum(p.numel() for p in real.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("method", cli.WITH_PREFIX)
+def test_the_command_for_prefixes(folder, method):
+    given = (folder("llama"), "--adapters", "8", "--rank", "4", "--method", method, "--json")
+    words = json.loads(command(*given).output)
+    blocks = {block["name"]: (block["bottleneck"], block["parameters"]) for block in words["blocks"]}
+    P = {"prefix": 4, "mam": 30}[method]
+    assert blocks.pop("model.layers.*.self_attn") == (P, LAYERS * 2 * P * 2 * HIDDEN // 4)
+    assert blocks == ({"model.layers.*.mlp": (4, LAYERS * (2 * HIDDEN * 4 + 4 + HIDDEN))} if method == "mam" else {})
 
 
 def test_the_command_for_bottleneck_adapters(folder):

@@ -234,7 +234,8 @@ def test_what_cannot_be_done_is_said(call, text):
 def test_other_configs_and_replaced_forwards_are_refused():
     model = llama()
     with pytest.raises(
-        TypeError, match="config must be a BottleneckConfig or a BitFitConfig, got a LoraConfig; what PEFT"
+        TypeError,
+        match="PTuningV2Config or MAMConfig, got a LoraConfig; what PEFT",
     ):
         peft_kernels.attach(model, lora_config())
     mlp = model.model.layers[1].mlp

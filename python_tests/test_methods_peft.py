@@ -186,10 +186,13 @@ BROKEN = {
     "no-folder": (shutil.rmtree, "has no adapter_config.json that can be read"),
     "no-config": (lambda f: (f / "adapter_config.json").unlink(), "has no adapter_config.json that can be read"),
     "not-json": (lambda f: (f / "adapter_config.json").write_text("{"), "has no adapter_config.json that can be read"),
-    "not-a-dict": (lambda f: (f / "adapter_config.json").write_text("[]"), "must be BOTTLENECK or BITFIT, got None"),
+    "not-a-dict": (
+        lambda f: (f / "adapter_config.json").write_text("[]"),
+        "must be BOTTLENECK or BITFIT or PREFIX or P_TUNING_V2 or MAM, got None",
+    ),
     "lora": (
         lambda f: _config(f, peft_type="LORA"),
-        "must be BOTTLENECK or BITFIT, got LORA; what PEFT has saved is loaded by",
+        "must be BOTTLENECK or BITFIT or PREFIX or P_TUNING_V2 or MAM, got LORA; what PEFT has saved is loaded by",
     ),
     "stranger": (lambda f: _config(f, rank=3), "there is no field 'rank'"),
     "field": (lambda f: _config(f, norm="batch"), "norm must be one of"),

@@ -9,8 +9,9 @@ compiled or captured, `continuous.py` in transformers' continuous batching. `est
 say what many adapters of a model would cost.
 
 `attach.py` puts the methods of this library on a model and takes them off, `attachments.py` is what a model has of
-them, `blocks.py` how its blocks run bottleneck adapters, `own_parameters.py` BitFit and heads, `adapter_files.py`
-saving and loading, `adapterhub.py` what AdapterHub has saved, `selective.py` fine-tuning without adapters.
-`widening.py` makes bottleneck adapters a part of the products of their block, for inference; `widened.py` is such a
-block.
+them, `blocks.py` how its blocks run bottleneck adapters, `prefixes.py` and `attending.py` how its attentions come to
+prefixes and what they then compute, `prefix_positions.py` where the tokens' positions start, `own_parameters.py`
+BitFit and heads. `adapter_files.py` saves and loads, `adapter_folders.py` reads, `prefix_files.py` knows PEFT's
+prefixes and `adapterhub.py` what AdapterHub has saved; `selective.py` is fine-tuning without adapters. `widening.py`
+makes bottleneck adapters a part of the products of their block, for inference; `widened.py` is such a block.
 """

@@ -3,15 +3,17 @@
 import json
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from peft_kernels.integrations.adapter_folders import CONFIG, WEIGHTS, about, check_tensors, read, shapes
+from peft_kernels.integrations.adapter_folders import CONFIG, WEIGHTS, about, check_tensors, read
 from peft_kernels.integrations.attach import set_active
 from peft_kernels.integrations.attachments import (
     add,
+    file_shapes,
     freeze_base,
     note_of,
     plan,
@@ -22,9 +24,8 @@ from peft_kernels.integrations.attachments import (
     tensors_of,
 )
 from peft_kernels.integrations.blocks import chosen_sites, file_key
-from peft_kernels.integrations.checkpoints import PREFIX
-from peft_kernels.integrations.own_parameters import at, own_parameters
-from peft_kernels.methods import BottleneckConfig
+from peft_kernels.integrations.prefix_files import to_peft
+from peft_kernels.methods import blocks_of
 
 
 def save_pretrained(model: nn.Module, folder: str | PathLike, name: str = "default") -> None:
@@ -45,10 +46,33 @@ def save_pretrained(model: nn.Module, folder: str | PathLike, name: str = "defau
     tensors = tensors_of(root, name)
     if absent := [key for key, tensor in tensors.items() if tensor.is_meta]:
         raise ValueError(f"save_pretrained: {absent[0]} is not there (meta, or offloaded); move it to a device first")
-    if isinstance(config, BottleneckConfig):
-        for site in chosen_sites(root, config):
+    if blocks := blocks_of(config):
+        for site in chosen_sites(root, blocks):
             if not any(key.startswith(file_key(site, "")) for key in tensors):
                 raise ValueError(f"save_pretrained: the adapter {name!r} is no longer at {site.name}; attach it again")
+    _write(folder, said, tensors)
+
+
+def export_prefix(model: nn.Module, folder: str | PathLike, name: str = "default") -> None:
+    """Writes a prefix in HF PEFT's own form, for `PeftModel.from_pretrained`; `load` reads it too.
+
+    Of decoder-only models, with a prefix in every layer. Where positions are learned (GPT-2, OPT), the prefix must have
+    been trained with shift_positions=True, as PEFT has it. PEFT's logits are ours except in layers with a sliding
+    window, which forget PEFT's prefix.
+
+    Raises:
+        ValueError: the model has no prefix of that name, or PEFT has no form for it; it says why.
+
+    Example:
+        >>> peft_kernels.export_prefix(model, "for_peft", "task")
+    """
+    root = root_of(model)
+    require_one_root(root, "export_prefix")
+    require_attached(root, name, "export_prefix")
+    _write(folder, *to_peft(root, note_of(root).configs[name], name))
+
+
+def _write(folder: str | PathLike, said: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     tensors = {key: _whole(tensor.detach()).cpu().contiguous() for key, tensor in tensors.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,6 +92,7 @@ def load(
 
     Adapters of AdapterHub are read too, as its `save_adapter(..., use_safetensors=True)` writes them: seq_bn,
     double_seq_bn, par_bn, scaled_par_bn and what lies between them, for BERT, RoBERTa, BART, T5, GPT-2 and Llama.
+    So are the prefixes of PEFT (PREFIX_TUNING) for decoder-only models.
 
     Args:
         source: a folder, or an id of the Hugging Face Hub.
@@ -84,15 +109,13 @@ def load(
     """
     require_unwrapped(model, "load")
     root = root_of(model)
-    config, tensors = read(root, source, about(source))
+    said = about(source)
     try:
+        config, tensors = read(root, source, said)
         places = plan(root, config, name)
     except ValueError as error:
         raise ValueError(str(error).replace("attach: ", "load: ", 1)) from None
-    expected = {PREFIX + key: list(at(slot).shape) for key, slot in own_parameters(root, config).items()}
-    if isinstance(config, BottleneckConfig):
-        expected |= shapes(config, places.values())
-    check_tensors(expected, tensors, source)
+    check_tensors(file_shapes(root, config, places), tensors, source)
     add(root, config, name, places, tensors)
     if freeze:
         freeze_base(root)

@@ -3,7 +3,6 @@ two files. `load` and a pool's `load` read them here."""
 
 import json
 import warnings
-from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from peft_kernels.integrations import adapterhub
-from peft_kernels.integrations.blocks import Site, file_key
-from peft_kernels.methods import CONFIGS, BitFitConfig, BottleneckConfig
+from peft_kernels.integrations.prefix_files import KIND, from_peft
+from peft_kernels.methods import CONFIGS, Config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HEAD = "head_config.json"  # AdapterHub's
@@ -34,7 +33,7 @@ def is_pefts(said: Any) -> bool:
     return isinstance(said, dict) and isinstance(said.get("peft_type"), str) and said["peft_type"] not in CONFIGS
 
 
-def read(root: nn.Module, source: str | PathLike, said: Any) -> tuple[BottleneckConfig | BitFitConfig, dict]:
+def read(root: nn.Module, source: str | PathLike, said: Any) -> tuple[Config, dict[str, Tensor]]:
     """The config and the tensors of an adapter for a model; `said` is what `about` gave."""
     if adapterhub.is_adapterhubs(said):
         config = adapterhub.config_of(said, root, source)
@@ -42,6 +41,8 @@ def read(root: nn.Module, source: str | PathLike, said: Any) -> tuple[Bottleneck
         tensors = _read_tensors(source, adapterhub.WEIGHTS, adapterhub.REMEDY)
         return config, adapterhub.renamed(tensors, said, root, source)
     kind = said.get("peft_type") if isinstance(said, dict) else None
+    if kind == KIND:
+        return from_peft(root, said, _read_tensors(source, WEIGHTS, "save it again as .safetensors"), source)
     if not isinstance(kind, str) or kind not in CONFIGS:
         raise ValueError(
             f"load: the peft_type in {source} must be {' or '.join(CONFIGS)}, got {kind}; what PEFT has saved is "
@@ -67,15 +68,6 @@ def _read_tensors(source: str | PathLike, file: str, remedy: str) -> dict[str, T
         raise ValueError(f"load: {source} has no {file}; a .bin file is a pickle and is not read: {remedy}") from error
     except SafetensorError as error:
         raise ValueError(f"load: {file} in {source} cannot be read: {error}") from error
-
-
-def shapes(config: BottleneckConfig, sites: Iterable[Site]) -> dict[str, list[int]]:
-    """Of the tensors of bottleneck adapters at some blocks, by their keys."""
-    return {
-        file_key(site, key): list(parameter.shape)
-        for site in sites
-        for key, parameter in config.adapter(site.width, "meta").named_parameters()
-    }
 
 
 def check_tensors(

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from peft_kernels.integrations.attachments import (
-    Config,
     adapters_in,
     add,
     freeze_base,
@@ -19,8 +18,10 @@ from peft_kernels.integrations.attachments import (
 )
 from peft_kernels.integrations.blocks import CHILD, check_layers, sites_of, stream_owner, unfit
 from peft_kernels.integrations.own_parameters import NOTE, at
+from peft_kernels.integrations.prefixes import activate_prefixes, prefixes_in, remove_prefix
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.integrations.widened import require_unwidened
+from peft_kernels.methods import Config, prefix_of
 from peft_kernels.modules import OF_STREAM, BottleneckAdapters
 
 
@@ -29,7 +30,7 @@ def attach(model: nn.Module, config: Config, name: str = "default", *, freeze: b
 
     Args:
         model: a transformers model, or a PeftModel around one: its LoRA stays as it is and both work together.
-        config: a `BottleneckConfig`, or a `BitFitConfig`.
+        config: a `BottleneckConfig`, `PrefixTuningConfig`, `PTuningV2Config`, `MAMConfig` or `BitFitConfig`.
         name: by which `set_active`, `detach` and `save_pretrained` know the adapter. Others that the model has stop
             being active: `set_active(model, [other, name])` stacks them.
         freeze: whether the model's own parameters stop being trained; `detach` of the last adapter undoes it. PEFT's
@@ -77,16 +78,16 @@ def set_active(
     """Says which adapters run; the others stop being trained.
 
     Args:
-        names: serial ones run in this order, each on what the one before gave; parallel ones are summed; of those that
-            train the same parameters of the model (BitFit, modules_to_save) there may be one. [] stands for the model
-            without adapters.
+        names: serial ones run in this order, each on what the one before gave; parallel ones are summed; of prefixes,
+            and of those that train the same parameters of the model (BitFit, modules_to_save), there may be one. []
+            stands for the model without adapters.
         skip_layers: layers that go without adapters from now on (AdapterDrop, arXiv:2010.11918).
         trainable: whether the active ones are trained, or the names of those that are trained.
 
     Raises:
-        ValueError: the model has no adapter of a name, or no layer of an index; a name comes twice; two have
-            values for one parameter of the model, or it is offloaded, or served by a pool; the model is in a
-            DistributedDataParallel and more would be trained than now. Nothing has changed then.
+        ValueError: the model has no adapter of a name, or no layer of an index; a name comes twice; two are
+            prefixes, or have values for one parameter of the model, or it is offloaded, or served by a pool; the model
+            is in a DistributedDataParallel and more would be trained than now. Nothing has changed then.
 
     Example:
         >>> peft_kernels.set_active(model, ["language", "task"], trainable=["task"])
@@ -109,11 +110,18 @@ def set_active(
     note, sites = note_of(root), sites_of(root)
     if skip_layers:
         check_layers("set_active: skip_layers", skip_layers, sites)
+    prefixes = [name for name in names if prefix_of(note.configs[name])]
+    if len(prefixes) > 1:
+        raise ValueError(
+            f"set_active: a model attends to one prefix, got {' and '.join(prefixes)}; adapter_ids gives each row its "
+            "own"
+        )
     give = note.own.switch(root, names, trained, "set_active")
     if _would_train(root, trained, sites, skip_layers):
         require_unwrapped(model, "set_active")
     give()
     note.own.warn_of_idle(root, names)
+    activate_prefixes(root, prefixes, trained, skip_layers)
     for site in sites:
         adapters = root.get_submodule(site.name)._modules.get(CHILD)
         if isinstance(adapters, BottleneckAdapters):
@@ -131,6 +139,8 @@ def _would_train(root: nn.Module, trained: Sequence[str], sites: list, skip_laye
         adapters = root.get_submodule(site.name)._modules.get(CHILD)
         if isinstance(adapters, BottleneckAdapters) and site.layer not in skip_layers:
             found += [p for name in trained if name in adapters for p in adapters[name].parameters()]
+    for _, prefixes in prefixes_in(root):
+        found += [p for name in trained if name in prefixes for p in prefixes[name].parameters()]
     return not all(parameter.requires_grad for parameter in found)
 
 
@@ -141,6 +151,7 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
     """
     root = root_of(model)
     names = [name for _, adapters in adapters_in(root) for name in adapters.active_names]
+    names += [prefixes.active_name for _, prefixes in prefixes_in(root) if prefixes.active_name]
     return tuple(dict.fromkeys([*names, *(root.__dict__[NOTE].own.base if NOTE in root.__dict__ else ())]))
 
 
@@ -173,6 +184,7 @@ def detach(model: nn.Module, name: str = "default") -> None:
         if not adapters:
             del root.get_submodule(owner_name)._modules[CHILD]
     swap(unfit(root))
+    remove_prefix(root, name)
     give_back()
     note.own.drop(name)
     del note.configs[name]

@@ -1,8 +1,9 @@
 """What adapters a model has, and how they come into it.
 
-Bottleneck adapters are parameters of the model, `<owner of the block>.bottleneck.<name>.<parameter>`; all other keys of
-its state dict stay. BitFit and heads are values of its own parameters (`own_parameters.py`). The config of each adapter
-is noted by name at the model itself, as PEFT does.
+Bottleneck adapters are parameters of the model, `<owner of the block>.bottleneck.<name>.<parameter>`, and prefixes
+likewise, `<attention>.prefixes.<name>.<parameter>`; all other keys of its state dict stay. BitFit and heads are values
+of its own parameters (`own_parameters.py`). The config of each adapter is noted by name at the model itself, as PEFT
+does.
 """
 
 from collections.abc import Iterable
@@ -15,17 +16,24 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from peft_kernels.integrations.blocks import CHILD, Site, chosen_sites, file_key, stream_owner, unfit
+from peft_kernels.integrations.blocks import CHILD, Site, chosen_sites, file_key, shapes, stream_owner, unfit
 from peft_kernels.integrations.checkpoints import PREFIX
-from peft_kernels.integrations.own_parameters import NOTE, OwnParameters, Slot, biases_of, own_parameters
+from peft_kernels.integrations.own_parameters import NOTE, OwnParameters, Slot, at, biases_of, own_parameters
 from peft_kernels.integrations.pooled import PooledBlock
+from peft_kernels.integrations.prefixes import (
+    PrefixSite,
+    add_prefixes,
+    plan_prefixes,
+    prefix_shapes,
+    prefix_tensors,
+    prefixes_in,
+)
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.integrations.widened import require_unwidened
-from peft_kernels.methods import BitFitConfig, BottleneckConfig
-from peft_kernels.modules import OF_STREAM, BottleneckAdapters
+from peft_kernels.methods import BitFitConfig, BottleneckConfig, Config, blocks_of, prefix_of
+from peft_kernels.modules import OF_STREAM, BottleneckAdapters, Prefixes
 
-Config = BottleneckConfig | BitFitConfig
-Places = dict[str, Site | Slot]  # blocks by the names of their owners, or biases by their own
+Places = dict[str, Site | PrefixSite | Slot]  # blocks by the names of their owners, attentions and biases by their own
 
 MADE = "FSDP or a parametrization has made its class, or its forward was replaced"
 
@@ -66,7 +74,7 @@ def require_one_root(root: nn.Module, function: str) -> None:
                 f"{function}: {name} has adapters that were attached to it; pass that module to {function}"
             )
     known = root.__dict__[NOTE].configs if NOTE in root.__dict__ else {}
-    for owner, adapters in adapters_in(root):
+    for owner, adapters in (*adapters_in(root), *prefixes_in(root)):
         if strangers := [name for name in adapters if name not in known]:
             raise ValueError(
                 f"{function}: {owner} has an adapter {strangers[0]!r} that was attached to another module, of which "
@@ -97,24 +105,28 @@ def adapters_in(root: nn.Module) -> list[tuple[str, BottleneckAdapters]]:
 def tensors_of(root: nn.Module, name: str) -> dict[str, Tensor]:
     """The parameters of an adapter, by their keys in the file."""
     values = {PREFIX + key: tensor for key, tensor in note_of(root).own.values(name).items()}
-    return values | {
-        f"{PREFIX}{owner}.{CHILD}.{key}": parameter
-        for owner, adapters in adapters_in(root)
-        if name in adapters
-        for key, parameter in adapters[name].named_parameters()
-    }
+    return (
+        values
+        | prefix_tensors(root, name)
+        | {
+            f"{PREFIX}{owner}.{CHILD}.{key}": parameter
+            for owner, adapters in adapters_in(root)
+            if name in adapters
+            for key, parameter in adapters[name].named_parameters()
+        }
+    )
 
 
 def plan(root: nn.Module, config: Config, name: str) -> Places:
     """Where an adapter goes. Raises for what cannot be done."""
     if not isinstance(config, Config):
         raise TypeError(
-            f"attach: config must be a BottleneckConfig or a BitFitConfig, got a {type(config).__name__}; what PEFT "
-            "has is attached by peft.get_peft_model, before or after"
+            "attach: config must be a BottleneckConfig, BitFitConfig, PrefixTuningConfig, PTuningV2Config or MAMConfig,"
+            f" got a {type(config).__name__}; what PEFT has is attached by peft.get_peft_model, before or after"
         )
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"attach: name must be a str without dots, got {name!r}")
-    if hasattr(BottleneckAdapters(), name):
+    if hasattr(BottleneckAdapters(), name) or hasattr(Prefixes("", "", set()), name):
         raise ValueError(f"attach: name must not be that of an attribute of torch's modules, got {name!r}")
     if NOTE in root.__dict__ and name in root.__dict__[NOTE].configs:
         raise ValueError(f"attach: the model has an adapter {name!r}; choose another name, or detach(model, {name!r})")
@@ -123,7 +135,11 @@ def plan(root: nn.Module, config: Config, name: str) -> Places:
     own_parameters(root, config)  # raises where there are none of a name
     if NOTE in root.__dict__:
         root.__dict__[NOTE].own.switch(root, (), None, "attach")  # raises where the active ones' cannot be given back
-    return biases_of(root, config) if isinstance(config, BitFitConfig) else plan_blocks(root, config)
+    if isinstance(config, BitFitConfig):
+        return biases_of(root, config)
+    prefix, blocks = prefix_of(config), blocks_of(config)
+    places = plan_prefixes(root, prefix) if prefix else {}
+    return places | plan_blocks(root, blocks) if blocks else places
 
 
 def plan_blocks(root: nn.Module, config: BottleneckConfig) -> dict[str, Site]:
@@ -157,12 +173,30 @@ def _check_stream(root: nn.Module, block: str, reads: str) -> None:
         raise ValueError(f"attach: {layer} has to hand on its residual stream and cannot change class: {MADE}")
 
 
+def file_shapes(root: nn.Module, config: Config, places: Places) -> dict[str, list[int]]:
+    """Of the tensors that a file of an adapter has, by their keys."""
+    found = {PREFIX + key: list(at(slot).shape) for key, slot in own_parameters(root, config).items()}
+    if prefix := prefix_of(config):
+        found |= prefix_shapes(prefix, _attentions(places))
+    return found | shapes(blocks_of(config), _blocks(places))
+
+
+def _blocks(places: Places) -> list[Site]:
+    return [place for place in places.values() if isinstance(place, Site)]
+
+
+def _attentions(places: Places) -> list[PrefixSite]:
+    return [place for place in places.values() if isinstance(place, PrefixSite)]
+
+
 def add(root: nn.Module, config: Config, name: str, places: Places, tensors: dict[str, Tensor] | None = None) -> None:
     """Puts an adapter in, a new one or that of a file; it does not run yet."""
     note = note_of(root)
     own = own_parameters(root, config)
-    if isinstance(config, BottleneckConfig):
-        _add_to_blocks(root, config, name, places.values(), tensors)
+    if prefix := prefix_of(config):
+        add_prefixes(root, prefix, name, _attentions(places), tensors)
+    if blocks := blocks_of(config):
+        _add_to_blocks(root, blocks, name, _blocks(places), tensors)
     if own:
         note.own.keep(name, own, tensors and {key: tensors[PREFIX + key] for key in own})
     note.configs[name] = config
@@ -199,7 +233,7 @@ def freeze_base(root: nn.Module) -> None:
     """The model's own parameters stop being trained. Where PEFT is, it has seen to that."""
     if _has_peft(root):
         return
-    ours = {id(p) for _, adapters in adapters_in(root) for p in adapters.parameters()}
+    ours = {id(p) for _, m in (*adapters_in(root), *prefixes_in(root)) for p in m.parameters()}
     were = note_of(root).own.freeze()
     for key, parameter in root.named_parameters():
         if were.get(id(parameter), parameter.requires_grad) and id(parameter) not in ours:

@@ -13,7 +13,7 @@ does: it too runs on a stand-in then, which sees the stream on its way into the 
 import functools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ def sites_of(model: nn.Module) -> list[Site]:
             continue  # what is inside of a block (the experts of a mixture) belongs to it
         inside[block.representation] += (f"{name}.",)
         found[name] = block
-    layers = _layers_of(model, found)
+    layers = layers_of(model, {name: block.representation for name, block in found.items()})
     index = {layer: i for i, layer in enumerate(dict.fromkeys(layers.values()))}
     return [
         Site(name, index[layers[name]], block, _width(model, model.get_submodule(name), block), layers[name])
@@ -57,18 +57,18 @@ def sites_of(model: nn.Module) -> list[Site]:
     ]
 
 
-def _layers_of(model: nn.Module, blocks: dict[str, Block]) -> dict[str, str]:
-    """The name of the layer that each block is in: what ends in a number, in the innermost of transformers' models, and
-    has one block of some representation (an encoder's layer two FFNs, but one attention). Where a model lies in
-    nn.Sequential or its layers in stages, what has more is no layer."""
+def layers_of(model: nn.Module, blocks: dict[str, str]) -> dict[str, str]:
+    """The name of the layer that each block is in, from their representations by name: what ends in a number, in the
+    innermost of transformers' models, and has one block of some representation (an encoder's layer two FFNs, but one
+    attention). Where a model lies in nn.Sequential or its layers in stages, what has more is no layer."""
     models = [f"{name}." for name, module in model.named_modules() if name and isinstance(module, PreTrainedModel)]
     starts, counts = {}, defaultdict(Counter)
-    for name, block in blocks.items():
+    for name, representation in blocks.items():
         ends = [number.end() for number in re.finditer(r"(?<![^.])\d+(?![^.])", name)]
         within = max((len(inner) for inner in models if name.startswith(inner)), default=0)
         starts[name] = [name[:end] for end in [end for end in ends if end > within] or ends] or [name]
         for start in starts[name]:
-            counts[start][block.representation] += 1
+            counts[start][representation] += 1
     return {name: next((s for s in parts if 1 in counts[s].values()), parts[-1]) for name, parts in starts.items()}
 
 
@@ -101,6 +101,15 @@ def check_layers(what: str, layers: Sequence[int], sites: list[Site]) -> None:
 def file_key(site: Site, parameter: str) -> str:
     """Of a tensor of an adapter at a block, in the file."""
     return f"{PREFIX}{site.name}.{CHILD}.{parameter}"
+
+
+def shapes(config: BottleneckConfig, sites: Iterable[Site]) -> dict[str, list[int]]:
+    """Of the tensors of adapters at some blocks, by their keys in the file."""
+    return {
+        file_key(site, key): list(parameter.shape)
+        for site in sites
+        for key, parameter in config.adapter(site.width, "meta").named_parameters()
+    }
 
 
 def _width(model: nn.Module, owner: nn.Module, block: Block) -> int:

@@ -28,6 +28,7 @@ from peft_kernels.integrations.rows import (
     keeping,
     outside_graph,
 )
+from peft_kernels.modules.prefix import keeping_encoded
 
 CHECKPOINT = "_gradient_checkpointing_func"
 
@@ -122,7 +123,7 @@ def _kept_checkpoint(self):
         raise AttributeError(f"'{type(self).__name__}' has no attribute '{CHECKPOINT}'")
     if is_compiling():
         return checkpoint
-    return lambda function, *args, **kwargs: checkpoint(keeping(function), *args, **kwargs)
+    return lambda function, *args, **kwargs: checkpoint(keeping(keeping_encoded(function)), *args, **kwargs)
 
 
 def _keep_checkpoint(self, checkpoint):

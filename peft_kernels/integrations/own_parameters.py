@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from peft_kernels.integrations.blocks import CHILD, sites_of
 from peft_kernels.integrations.transformers import POOL_SITE
-from peft_kernels.methods import BitFitConfig, BottleneckConfig
+from peft_kernels.methods import BitFitConfig, Config
 from peft_kernels.methods.names import ends_with
 from peft_kernels.modules import BottleneckAdapter
 
@@ -33,7 +33,7 @@ SERVED = "the model serves a pool, all of whose rows would have these values; pe
 # -- where they are ---------------------------------------------------------------------------------------------------
 
 
-def own_parameters(root: nn.Module, config: BitFitConfig | BottleneckConfig) -> dict[str, Slot]:
+def own_parameters(root: nn.Module, config: Config) -> dict[str, Slot]:
     """The parameters of the model, by name, that an adapter is to have values for. Raises where it cannot."""
     biases = biases_of(root, config) if isinstance(config, BitFitConfig) else {}
     found = biases | _saved(root, config.modules_to_save or ())

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.integrations.adapter_folders import check_tensors, read, shapes
+from peft_kernels.integrations.adapter_folders import check_tensors, read
 from peft_kernels.integrations.adapterhub import is_adapterhubs
-from peft_kernels.integrations.blocks import CHILD, chosen_sites, file_key
+from peft_kernels.integrations.blocks import CHILD, chosen_sites, file_key, shapes
 from peft_kernels.integrations.own_parameters import require_base_values
 from peft_kernels.integrations.transformers import POOL_SITE
 from peft_kernels.integrations.widened import require_unwidened
-from peft_kernels.methods import CONFIGS, BitFitConfig, BottleneckConfig
+from peft_kernels.methods import CONFIGS, BitFitConfig, BottleneckConfig, prefix_of
 from peft_kernels.modules import OF_STREAM
 from peft_kernels.ops import SiteAdapter
 
@@ -68,6 +68,11 @@ def _check_place(sites: Mapping[str, nn.Module], site: str, name: str) -> None:
 
 def _refuse(config: BottleneckConfig | BitFitConfig, source, name: str) -> None:
     """Raises for what a pool does not compute."""
+    if prefix_of(config):
+        raise ValueError(
+            f"adapter '{name}': a pool holds no prefixes; peft_kernels.load(model, {str(source)!r}) gives the model's "
+            "attentions this one, and peft_kernels.adapter_ids(model, ...) gives it to rows"
+        )
     if not isinstance(config, BottleneckConfig):
         raise ValueError(
             f"adapter '{name}': BitFit trains biases of the model, which all adapters share here; "

@@ -58,6 +58,12 @@ class Rows:
         """The rows that the model's lm_head is given."""
         return self
 
+    def of_sequences(self, count: int) -> Tensor:
+        """The id of each of so many sequences [count]; beams have that of the sequence they are of."""
+        if self.ids.dim() != 1:
+            raise ValueError(f"{self.source}: prefixes are for whole sequences; give one id per sequence")
+        return self._flat(torch.Size((count,)))
+
     def _flat(self, leading: torch.Size) -> Tensor:
         """The id of each row of a tensor with these leading sizes."""
         B, M, sizes = self.ids.shape[0], math.prod(leading), tuple(self.ids.shape)

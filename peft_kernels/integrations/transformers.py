@@ -27,6 +27,7 @@ from peft_kernels import backends
 from peft_kernels.integrations.blocks import CHILD
 from peft_kernels.integrations.groups import add_member, fused_class
 from peft_kernels.integrations.named import (
+    CHECKPOINT,
     FusedLoraModel,
     again_over,
     asking_class,
@@ -47,6 +48,7 @@ from peft_kernels.integrations.peft import (
 )
 from peft_kernels.integrations.report import PatchReport, Row
 from peft_kernels.integrations.targets import forward_is_known, group_of
+from peft_kernels.modules import Prefixes
 
 SHARDABLE = PLAIN | {DTensor}  # a layer-wise FSDP unit holds plain parameters again when its forward runs
 PLAIN_CLASS = {FusedLinear: Linear, FusedLoraModel: LoraModel}
@@ -105,6 +107,8 @@ def unpatch(model: nn.Module) -> contextlib.AbstractContextManager:
         if _serves_a_pool(module._modules.get(CHILD)):
             restore.callback(_give_back, module, module._modules.pop(CHILD), kind)
             swaps.append((module, _plain_class(beneath(kind))))
+        elif _is_for_prefixes(module):
+            continue
         elif _plain_class(kind) is not kind:
             swaps.append((module, _plain_class(kind)))
         elif isinstance(module, FusedLinear) or hasattr(beneath(kind), "family_class"):
@@ -114,6 +118,15 @@ def unpatch(model: nn.Module) -> contextlib.AbstractContextManager:
             restore.callback(module.__dict__.__setitem__, POOL_SITE, module.__dict__.pop(POOL_SITE))
     restore.callback(swap(swaps))
     return restore
+
+
+def _is_for_prefixes(module: nn.Module) -> bool:
+    """Whether a layer or a model has its class for the sake of prefixes, and not of patching."""
+    kind = beneath(type(module))
+    if hasattr(kind, "for_prefixes"):
+        return True
+    keeps = isinstance(getattr(kind, CHECKPOINT, None), property)
+    return keeps and any(isinstance(child, Prefixes) for child in module.modules())
 
 
 def _serves_a_pool(child: nn.Module | None) -> bool:
