@@ -104,7 +104,7 @@ def demo(out, *arguments):
 
 
 def test_demo(tmp_path, miniature):
-    from peft_kernels.demo import methods
+    from peft_kernels.demo import methods, prefixes
 
     result = demo(tmp_path)
     assert result.exit_code == 0, result.output
@@ -130,20 +130,28 @@ def test_demo(tmp_path, miniature):
     ]
     assert all(row["bits_after"] < row["bits_before"] and not row["problems"] for row in found["methods"])
     assert [len(claim["gains"]) for claim in found["claims"]] == [1] * len(methods.CLAIMS)
-    assert "Methods at one budget" in result.output
+    assert [(row["domain"], row["method"], row["width"]) for row in found["prefixes"]] == [
+        (domains[0], method, width)
+        for method, width in {"LoRA": 16, **{f"prefix, {name}": prefixes.LENGTH for name in prefixes.INITS}}.items()
+    ]
+    assert all(not row["problems"] for row in found["prefixes"])
+    assert "Methods at one budget" in result.output and f"Prefixes of {prefixes.LENGTH}" in result.output
     served = found["serving"]
     assert not served["problems"]
     rows = [row["adapter"] for row in served["answers"]]
     first, *others = (domain.replace(" ", "-") for domain in domains[:4])
     bottlenecks = [f"{first}-{kind}" for kind in methods.SERVED]
     assert rows == [None, first, *bottlenecks, *(who for domain in others for who in (None, domain))]
-    assert all(row["error"] <= row["bound"] and not row["problems"] for row in served["answers"])
+    assert [row["adapter"] for row in served["prefixed"]] == [None, *(f"{first}-{name}" for name in prefixes.SERVED)]
+    for row in (*served["answers"], *served["prefixed"]):
+        assert row["error"] <= row["bound"] and not row["problems"]
     assert [row["distinct"] for row in served["throughput"]] == [1, 4]
     for row in served["throughput"]:
         assert row["ratio"].keys() == row["tokens_per_second"].keys() == {"base", "pool", "patched", "peft"}
         assert {len(times) for times in row["step_times_ms"].values()} == {2}
-    assert "11 rows in one batch" in result.output and "Decode step of 4 rows" in result.output
-    for name in ("loss_curves.png", "step_times.png", "methods.png", "serving.png"):
+    assert all(f"{count} rows in one batch" in result.output for count in (11, 4))
+    assert "Decode step of 4 rows" in result.output
+    for name in ("loss_curves.png", "step_times.png", "methods.png", "prefixes.png", "serving.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 

@@ -14,7 +14,7 @@ import peft_kernels
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
-from peft_kernels.demo import corpus, methods, report, task
+from peft_kernels.demo import corpus, methods, plots, prefixes, report, task
 
 CPU = torch.device("cpu")
 
@@ -44,13 +44,14 @@ def text():
 
 
 def compare(text, base, size, folder, ticks=None):
-    return methods.compare(text, base, size, 2, 0, folder, (ticks if ticks is not None else []).append)
+    fitted = methods.fitted(base, 2)
+    return methods.compare(fitted, text, base, size, 0, folder, (ticks if ticks is not None else []).append)
 
 
 def test_every_method_gets_the_budget_of_the_first_as_nearly_as_whole_widths_allow():
     with torch.device("meta"):
         base = LlamaForCausalLM(task.SIZES["full"].config())
-    found = methods._fitted(base, 16)
+    found = methods.fitted(base, 16)
     assert found.keys() == methods.METHODS.keys()
     budget = methods.trainable(found["LoRA"].attach(base))
     assert budget == 4 * 16 * (4 * 512 + 3 * 960)
@@ -156,5 +157,32 @@ def test_the_papers_findings_are_counted_not_asserted(tmp_path):
     several = trained + [dataclasses.replace(t, budget=200, parameters=200) for t in trained]
     assert len(methods.claims(several)[0].gains) == 4
     assert [len(table.rows) for table in report.side_by_side(several)] == [1 + len(methods.METHODS)] * 2
-    report.plot_methods(tmp_path / "methods.png", several, "a device")
+    plots.methods(tmp_path / "methods.png", several, "a device")
     assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_prefixes_start_where_they_say_and_learn(size, base, text, folder, tmp_path):
+    size, ticks = dataclasses.replace(size, method_steps=16), []
+    found = prefixes.compare(4, text, base, size, 0, folder, ticks.append)
+    assert [t.method for t in found] == ["LoRA", *(prefixes.BEGINS + name for name in prefixes.INITS)]
+    assert len(ticks) == len(found) * size.method_steps
+    by_name = {t.method.removeprefix(prefixes.BEGINS): t for t in found}
+    assert by_name["zero"].losses[0] == pytest.approx(by_name["LoRA"].losses[0]), "the first loss is the base's"
+    assert by_name["random"].losses[0] != pytest.approx(by_name["LoRA"].losses[0])
+    for t in found:
+        assert t.problems == []
+        assert t.bits_after < t.bits_before
+    assert by_name["random"].parameters == 4 * 2 * size.hidden * size.layers
+    assert by_name["zero"].parameters == by_name["random"].parameters + size.heads * size.layers
+    saved = json.loads((folder / by_name["MLP"].adapter / "adapter_config.json").read_text())
+    assert saved["prefix_projection"] is False, "what the MLP gives is saved, and not the MLP"
+    longer = [dataclasses.replace(t, width=8) for t in found[1:]]
+    several = [*found, *longer, *(dataclasses.replace(t, domain="b") for t in found)]
+    first, second = report.by_length(several)
+    assert [len(table.rows) for table in (first, second)] == [1 + len(found)] * 2
+    assert [len(table.columns) for table in (first, second)] == [7, 6], "the longer one is on one domain"
+    assert f"random {by_name['random'].bits_after - by_name['LoRA'].bits_after:+.3f}" in report.prefixes_conclusion(
+        found
+    )
+    plots.prefixes(tmp_path / "prefixes.png", several, "a device")
+    assert (tmp_path / "prefixes.png").read_bytes().startswith(b"\x89PNG")

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from peft_kernels import backends
-from peft_kernels.demo import corpus, methods, report, serving, task
+from peft_kernels.demo import corpus, methods, plots, prefixes, report, serving, task
 from peft_kernels.demo.comparison import ARMS, Comparison, Lora, Outcome, compare
 
 RANKS = (4, 16, 64)  # with --all
@@ -60,7 +60,13 @@ def run(
             for text in texts[: size.method_domains]
             for found in _methods(text, base, size, rank, seed, out, progress)
         ]
-        served = _serve(base, outcomes, trained, [english, *texts], size, seed, out, progress)
+        prefixed = [
+            found
+            for text in texts[: size.method_domains]
+            for P in (prefixes.LENGTHS if everything and text is texts[0] else (prefixes.LENGTH,))
+            for found in _prefixes(P, text, base, size, seed, out, progress)
+        ]
+        served = _serve(base, outcomes, trained, prefixed, [english, *texts], size, seed, out, progress)
     english_bits = task.held_out_bits(base, english, size, device)
     seconds = time.perf_counter() - begin
     facts = facts | origin | {
@@ -75,18 +81,20 @@ def run(
         "conclusion": [
             *report.conclusion(outcomes),
             report.methods_conclusion(trained),
+            report.prefixes_conclusion(prefixed),
             report.serving_conclusion(served),
         ],
     }  # fmt: skip
-    report.write_json(out / "results.json", facts, outcomes, trained, served)
-    report.plot_losses(out / "loss_curves.png", outcomes, origin["device"])
-    report.plot_times(out / "step_times.png", outcomes, origin["device"])
-    report.plot_methods(out / "methods.png", trained, origin["device"])
-    report.plot_throughput(out / "serving.png", served, origin["device"])
-    _show(console, outcomes, trained, served, facts, out)
+    report.write_json(out / "results.json", facts, outcomes, trained, prefixed, served)
+    plots.losses(out / "loss_curves.png", outcomes, origin["device"])
+    plots.times(out / "step_times.png", outcomes, origin["device"])
+    plots.methods(out / "methods.png", trained, origin["device"])
+    plots.prefixes(out / "prefixes.png", prefixed, origin["device"])
+    plots.throughput(out / "serving.png", served, origin["device"])
+    _show(console, outcomes, trained, prefixed, served, facts, out)
     return [
         *(f"{o.domain}, {o.title}: {problem}" for o in outcomes for problem in o.problems),
-        *(f"{t.domain}, {t.method}: {problem}" for t in trained for problem in t.problems),
+        *(f"{t.domain}, {t.method}: {problem}" for t in (*trained, *prefixed) for problem in t.problems),
         *(f"one batch, many adapters: {problem}" for problem in served.problems),
     ]
 
@@ -122,22 +130,35 @@ def _compare(comparison: Comparison, base, size, seed, out: Path, progress) -> O
 def _methods(text: corpus.Text, base, size, rank: int, seed, out: Path, progress) -> list[methods.Trained]:
     title = f"{text.name}, methods, r={rank}"
     tick = _ticker(progress, title, len(methods.METHODS) * size.method_steps, [])
-    return methods.compare(text, base, size, rank, seed, out, tick)
+    return methods.compare(methods.fitted(base, rank), text, base, size, seed, out, tick)
 
 
-def _serve(base, outcomes, trained, texts: list[corpus.Text], size, seed, out: Path, progress) -> serving.Serving:
-    """The first comparison's adapters of all domains and bottleneck adapters of the first one, from their folders."""
+def _prefixes(P: int, text: corpus.Text, base, size, seed, out: Path, progress) -> list[methods.Trained]:
+    tick = _ticker(progress, f"{text.name}, prefixes, P={P}", len(prefixes.arms(P, text)) * size.method_steps, [])
+    return prefixes.compare(P, text, base, size, seed, out, tick)
+
+
+def _serve(
+    base, outcomes, trained, prefixed, texts: list[corpus.Text], size, seed, out: Path, progress
+) -> serving.Serving:
+    """The first comparison's adapters of all domains, bottlenecks of the first one, and prefixes: their folders."""
     name_of = {text.name: text.name.replace(" ", "-") for text in texts}  # a pool's names have no spaces
     english, *domains = texts
     adapters = {name_of[o.domain]: out / o.adapters["patched"] for o in outcomes if o.title == outcomes[0].title}
     folder_of = {t.method: out / t.adapter for t in trained if t.domain == domains[0].name}
     bottlenecks = {f"{name_of[domains[0].name]}-{kind}": folder_of[name] for kind, name in methods.SERVED.items()}
     text_of = {name_of[text.name]: text for text in domains} | dict.fromkeys(bottlenecks, domains[0])
+    prefix_folders = {}
+    for text in domains[: size.method_domains]:
+        for kind, folder in prefixes.served(prefixed, text.name).items():
+            prefix_folders[f"{name_of[text.name]}-{kind}"] = out / folder
+            text_of[f"{name_of[text.name]}-{kind}"] = text
     title = "one batch, many adapters"
     bar = progress.add_task(title, total=serving.turns(size), loss="")
     found = serving.serve(
-        base, adapters, bottlenecks, text_of, english, size, seed, lambda: progress.update(bar, advance=1)
-    )
+        base, adapters, bottlenecks, prefix_folders, text_of, english, size, seed,
+        lambda: progress.update(bar, advance=1),
+    )  # fmt: skip
     if progress.disable:
         progress.console.print(f"{title}: {found.seconds:.0f} s")
     return found
@@ -156,17 +177,19 @@ def _ticker(progress: Progress, title: str, steps: int, losses: list[float]):
     return tick
 
 
-def _show(console: Console, outcomes: list[Outcome], trained, served: serving.Serving, facts: dict, out: Path) -> None:
+def _show(
+    console: Console, outcomes: list[Outcome], trained, prefixed, served: serving.Serving, facts: dict, out: Path
+) -> None:
     console.print()
-    for table in (*report.tables(outcomes), *report.side_by_side(trained)):
+    for table in (*report.tables(outcomes), *report.side_by_side(trained), *report.by_length(prefixed)):
         console.print(table)
-    for table in (report.answers(served), report.throughput(served)):
+    for table in (*map(report.answers, (served.answers, served.prefixed)), report.throughput(served)):
         console.print(table)
     console.print(
         f"Base model: {facts['base']['parameters'] / 1e6:.1f} M parameters, {facts['base']['held_out_bits']:.2f} bits "
         f"per byte of held-out English. {facts['seconds']:.0f} s in all. Under {out}: results.json, loss_curves.png, "
-        "step_times.png, methods.png, serving.png, and the base model and the adapters; PEFT alone can load "
-        "LoRA's, peft_kernels.load the others."
+        "step_times.png, methods.png, prefixes.png, serving.png, and the base model and the adapters; PEFT alone can "
+        "load LoRA's, peft_kernels.load the others."
     )
     for line in facts["conclusion"]:
         console.print(f"[bold]{line}[/bold]")

@@ -25,10 +25,11 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import peft_kernels
-from peft_kernels import BottleneckConfig
+from peft_kernels import BottleneckConfig, PrefixTuningConfig
 from peft_kernels.demo import task
 from peft_kernels.demo.comparison import WARM_UP, Arm, Lora
 from peft_kernels.demo.corpus import Text
+from peft_kernels.integrations.attachments import tensors_of
 
 ATTENTION, FFN = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
@@ -54,17 +55,23 @@ class PatchedLora(Lora):
         peft_kernels.patch(model)
         return model
 
+    def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """What is saved of a model."""
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
 
 @dataclass(frozen=True)
-class Bottleneck:
-    """Bottleneck adapters at blocks of the model."""
+class Attached:
+    """Adapters of our own: bottlenecks at blocks of the model, or prefixes in its attention."""
 
-    config: BottleneckConfig
+    config: BottleneckConfig | PrefixTuningConfig
     learning_rate: float
 
     @property
     def width(self) -> int:
-        return self.config.r
+        """E, or P."""
+        prefix = isinstance(self.config, PrefixTuningConfig)
+        return self.config.num_virtual_tokens if prefix else self.config.r
 
     def attach(self, base: nn.Module) -> nn.Module:
         """A copy of the base model with fresh adapters; draws from torch's generator."""
@@ -80,16 +87,20 @@ class Bottleneck:
         peft_kernels.load(model, adapter, trainable=True)
         return model
 
+    def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """What is saved of a model; of a prefix, what its MLP gives."""
+        return tensors_of(model, "default")
 
-Method = PatchedLora | Bottleneck
+
+Method = PatchedLora | Attached
 
 
 def _bottleneck(
     insertion: str, representation: str, learning_rate: float, scaling: float = 1.0
-) -> Callable[[int], Bottleneck]:
-    def of_width(E: int) -> Bottleneck:
+) -> Callable[[int], Attached]:
+    def of_width(E: int) -> Attached:
         config = BottleneckConfig(r=E, insertion=insertion, representation=representation, scaling=scaling, init="mam")
-        return Bottleneck(config, learning_rate)
+        return Attached(config, learning_rate)
 
     return of_width
 
@@ -123,7 +134,7 @@ class Trained:
     method: str
     budget: int  # parameters of the first method
     parameters: int  # of this one
-    width: int  # r or E
+    width: int  # r, E or P
     learning_rate: float
     steps: int
     bits_before: float
@@ -145,14 +156,13 @@ class Claim:
 
 
 def compare(
-    text: Text, base: nn.Module, size: task.Size, rank: int, seed: int, folder: Path, tick: Callable
+    methods: dict[str, Method], text: Text, base: nn.Module, size: task.Size, seed: int, folder: Path, tick: Callable
 ) -> list[Trained]:
-    """Trains every method on one domain at the budget of a rank. Calls `tick(loss)` after every step of each.
+    """Trains every method on one domain. Calls `tick(loss)` after every step of each.
 
     `folder` has the base model under `base`; the adapters go into `adapters`.
     """
     device = next(base.parameters()).device
-    methods = _fitted(base, rank)
     arms = {}
     for name, method in methods.items():
         torch.manual_seed(seed)
@@ -193,7 +203,7 @@ def trainable(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _fitted(base: nn.Module, rank: int) -> dict[str, Method]:
+def fitted(base: nn.Module, rank: int) -> dict[str, Method]:
     """The methods with about as many parameters as the first one has at a rank. They are linear in r or E."""
     (first, reference), *others = METHODS.items()
     budget = trainable(reference(rank).attach(base))
@@ -214,7 +224,7 @@ def _judge(found: Trained, method: Method, model: nn.Module, text: Text, size: t
     found.adapter = f"adapters/methods/{slug}"
     method.save(model, folder / found.adapter)
     loaded = method.reload(folder / "base", folder / found.adapter, device)
-    before, after = ({n: p for n, p in m.named_parameters() if p.requires_grad} for m in (model, loaded))
+    before, after = (method.tensors(each) for each in (model, loaded))
     ids = text.held_out[: size.window].long().unsqueeze(0).to(device)
     if before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before):
         found.problems.append("the adapter that is loaded is not the one that was saved")

@@ -1,4 +1,4 @@
-"""What the demo says at the end: tables and a conclusion for people, results.json for machines, plots for both.
+"""What the demo says at the end: tables and a conclusion for people, results.json for machines.
 
 Everything is made from the outcomes; no number is written here.
 """
@@ -10,30 +10,16 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
-import matplotlib
 import torch
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from peft_kernels.demo import methods, serving
-from peft_kernels.demo.comparison import WARM_UP, Outcome
+from peft_kernels.demo.comparison import Outcome
+from peft_kernels.demo.prefixes import BEGINS
 
-matplotlib.use("Agg")
-from matplotlib import pyplot, ticker
-
-COLOURS = {"peft": "#3a6ea5", "patched": "#e4572e", "again": "#b9bec5", "base": "#5f6368", "pool": "#2e8b57"}
-NAMES = {"peft": "PEFT", "patched": "patched", "again": "PEFT again, nudged by one rounding"}
-SERVING_NAMES = {
-    "base": "base model alone",
-    "pool": "pool (attach_pool)",
-    "patched": "PEFT's adapter_names, patched",
-    "peft": "PEFT's adapter_names",
-}
-FORMS = {"LoRA": "#3a6ea5", "serial": "#2e8b57", "parallel": "#e4572e"}  # a colour for how a method's name begins
-PLACES = {"s = 4": "*", "FFN": "s", "attention": "^", "": "o"}  # a marker for the first of these in its name
 MB = 1e6
-NO_DIFFERENCE = 1e-8  # where the logarithmic axis draws a difference of zero; one rounding of a loss is 1e-7
 
 
 def tables(outcomes: list[Outcome]) -> list[Table]:
@@ -102,12 +88,12 @@ def _writing(outcomes: list[Outcome]) -> Table:
     return table
 
 
-def answers(found: serving.Serving) -> Table:
+def answers(found: list[serving.Answer]) -> Table:
     """What each row of the mixed batch wrote, what its adapter alone writes, and how far its logits are from fp64."""
     headers = ("\nadapter", "\nafter", "mixed batch\nwrites", "alone it\nwrites")
-    title = f"{len(found.answers)} rows in one batch, each with its own adapter, beside a model with that adapter alone"
+    title = f"{len(found)} rows in one batch, each with its own adapter, beside a model with that adapter alone"
     table = _table(title, headers, ("error\nmixed", "\nalone", "\nallowed", "\nequal"))
-    for a in found.answers:
+    for a in found:
         texts = ((a.prompt, -12, "dim"), (a.mixed, 0, "bold"), (a.alone, 0, ""))
         table.add_row(
             a.adapter or "none: the base",
@@ -137,7 +123,7 @@ def throughput(found: serving.Serving) -> Table:
 
 def serving_conclusion(found: serving.Serving) -> str:
     """A sentence in plain English."""
-    wrong = [a.adapter or "base" for a in found.answers if a.problems]
+    wrong = [a.adapter or "base" for a in (*found.answers, *found.prefixed) if a.problems]
     most = found.throughput[-1]
     equal = f"rows that are NOT as alone: {', '.join(wrong)}" if wrong else "every answer is that of its adapter alone"
     return (
@@ -188,13 +174,38 @@ def _sentence(title: str, outcomes: list[Outcome]) -> str:
 
 def side_by_side(trained: list[methods.Trained]) -> list[Table]:
     """For each budget, every method: parameters, held-out bits per byte on each domain, step time over LoRA's."""
-    return [_at_budget([t for t in trained if t.budget == each]) for each in dict.fromkeys(t.budget for t in trained)]
-
-
-def _at_budget(trained: list[methods.Trained]) -> Table:
-    domains, names = (list(dict.fromkeys(getattr(t, field) for t in trained)) for field in ("domain", "method"))
     title = f"Methods at one budget, {trained[0].steps} steps: held-out bits per byte; time of a step over LoRA's"
-    table = _table(title, ("method",), ("r or E", "parameters", *domains, "mean", "step"))
+    budgets = dict.fromkeys(t.budget for t in trained)
+    return [_by_method(title, "r or E", [t for t in trained if t.budget == each]) for each in budgets]
+
+
+def by_length(prefixed: list[methods.Trained]) -> list[Table]:
+    """For each length of a prefix, the same of every start of it, beside LoRA."""
+    found = []
+    for P in dict.fromkeys(t.width for t in prefixed if t.method.startswith(BEGINS)):
+        domains = [t.domain for t in prefixed if t.width == P and t.method.startswith(BEGINS)]
+        title = f"Prefixes of {P}, {prefixed[0].steps} steps: held-out bits per byte; time of a step over LoRA's"
+        fits = [t for t in prefixed if t.domain in domains and (t.width == P or not t.method.startswith(BEGINS))]
+        rows = {(t.domain, t.method): t for t in fits}  # one of LoRA, which is trained beside every length
+        found.append(_by_method(title, "r or P", [*rows.values()]))
+    return found
+
+
+def prefixes_conclusion(prefixed: list[methods.Trained]) -> str:
+    """A sentence: which start is best, and how far from LoRA."""
+    starts = [name for name in dict.fromkeys(t.method for t in prefixed) if name.startswith(BEGINS)]
+    lora = {t.domain: t.bits_after for t in prefixed if not t.method.startswith(BEGINS)}
+    behind = {name: [t.bits_after - lora[t.domain] for t in prefixed if t.method == name] for name in starts}
+    gaps = "; ".join(f"{name.removeprefix(BEGINS)} {statistics.mean(gap):+.3f}" for name, gap in behind.items())
+    return (
+        f"Prefix tuning: bits per byte over LoRA's, on average, by what the prefix begins with: {gaps}. One seed and a "
+        "short training: none of it is significant."
+    )
+
+
+def _by_method(title: str, width: str, trained: list[methods.Trained]) -> Table:
+    domains, names = (list(dict.fromkeys(getattr(t, field) for t in trained)) for field in ("domain", "method"))
+    table = _table(title, ("method",), (width, "parameters", *domains, "mean", "step"))
     of_base = [next(t.bits_before for t in trained if t.domain == domain) for domain in domains]
     table.add_row("none: the base", "", "", *(f"{bits:.3f}" for bits in (*of_base, statistics.mean(of_base))), "")
     best = [min(t.bits_after for t in trained if t.domain == domain) for domain in domains]
@@ -243,147 +254,14 @@ def _processor() -> str:
 
 
 def write_json(
-    path: Path, facts: dict, outcomes: list[Outcome], trained: list[methods.Trained], found: serving.Serving
-) -> None:
+    path: Path, facts: dict, outcomes: list[Outcome], trained: list[methods.Trained], prefixed: list[methods.Trained],
+    found: serving.Serving,
+) -> None:  # fmt: skip
     everything = facts | {
         "comparisons": [asdict(o) for o in outcomes],
         "methods": [asdict(t) for t in trained],
+        "prefixes": [asdict(t) for t in prefixed],
         "claims": [asdict(claim) for claim in methods.claims(trained)],
         "serving": asdict(found),
     }
     path.write_text(json.dumps(everything, indent=1) + "\n")
-
-
-def _style(axes) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.grid(axis="y", color="#e8eaed", linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
-def plot_losses(path: Path, outcomes: list[Outcome], device: str) -> None:
-    """For each comparison the two loss curves, and under them how far they are apart."""
-    columns = min(4 if len(outcomes) > 6 else 3, len(outcomes))
-    rows = -(-len(outcomes) // columns)
-    figure = pyplot.figure(figsize=(4.2 * columns, 4.0 * rows + 0.7), layout="constrained", dpi=150)
-    grid = figure.add_gridspec(2 * rows, columns, height_ratios=[3, 1.6] * rows)
-    for index, o in enumerate(outcomes):
-        row, column = divmod(index, columns)
-        upper = figure.add_subplot(grid[2 * row, column])
-        lower = figure.add_subplot(grid[2 * row + 1, column], sharex=upper)
-        steps = range(1, len(o.losses["peft"]) + 1)
-        upper.plot(steps, o.losses["peft"], color=COLOURS["peft"], linewidth=4, alpha=0.45, label=NAMES["peft"])
-        upper.plot(steps, o.losses["patched"], color=COLOURS["patched"], linewidth=1.3, label=NAMES["patched"])
-        upper.set_title(f"{o.domain} · {o.title}", fontsize=11, loc="left")
-        upper.tick_params(labelbottom=False)
-        for arm in ("again", "patched"):
-            apart = [max(abs(a - b), NO_DIFFERENCE) for a, b in zip(o.losses[arm], o.losses["peft"], strict=True)]
-            label = NAMES[arm] if arm == "again" else None
-            lower.plot(steps, apart, color=COLOURS[arm], linewidth=1.3, marker=".", markersize=3, label=label)
-        lower.set_yscale("log")
-        lower.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-        lower.set_xlabel("training step")
-        if column == 0:
-            upper.set_ylabel("loss (nats per byte)")
-            lower.set_ylabel(f"|loss - PEFT's|\n(0 drawn at {NO_DIFFERENCE:g})", fontsize=9)
-        _style(upper)
-        _style(lower)
-    handles = upper.get_legend_handles_labels()[0] + lower.get_legend_handles_labels()[0]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(f"Loss while adapting: PEFT and the patched model, same seeds and batches ({device})", fontsize=12)
-    figure.savefig(path)
-    pyplot.close(figure)
-
-
-def plot_times(path: Path, outcomes: list[Outcome], device: str) -> None:
-    """Every timed step of each arm with its median, and beside them the saved activations."""
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(12, 0.9 * len(outcomes) + 2), layout="constrained", dpi=150, sharey=True, width_ratios=[2, 1]
-    )
-    for index, o in enumerate(outcomes):
-        for arm, offset in (("peft", -0.17), ("patched", 0.17)):
-            times, y = o.step_times_ms[arm][WARM_UP:] or o.step_times_ms[arm], index + offset
-            spread = [y + 0.2 * (i % 7 / 6 - 0.5) for i in range(len(times))]
-            left.scatter(times, spread, s=10, color=COLOURS[arm], alpha=0.35, linewidths=0)
-            median = o.step_ms[arm]
-            left.plot([median, median], [y - 0.15, y + 0.15], color=COLOURS[arm], linewidth=3)
-            label = NAMES[arm] if not index else None
-            right.barh(y, o.saved_bytes[arm] / MB, height=0.3, color=COLOURS[arm], label=label)
-        left.annotate(f"x{o.ratio['patched']:.2f}", (1, index), xycoords=("axes fraction", "data"), ha="right",
-                      va="center", fontsize=13, weight="bold", color=COLOURS["patched"])  # fmt: skip
-        share = o.saved_bytes["patched"] / o.saved_bytes["peft"]
-        right.annotate(f"x{share:.2f}", (o.saved_bytes["patched"] / MB, index + 0.17), xytext=(4, 0),
-                       textcoords="offset points", va="center", fontsize=9, color=COLOURS["patched"])  # fmt: skip
-    left.set_yticks(range(len(outcomes)), [f"{o.domain}\n{o.title}" for o in outcomes])
-    left.set_ylim(len(outcomes) - 0.5, -0.5)
-    slowest = max(o.step_ms[arm] for o in outcomes for arm in ("peft", "patched"))
-    left.set_xlim(0, 1.4 * slowest)
-    left.set_xlabel("training step (ms): each step, its median, and the ratio of the medians")
-    right.set_xlabel("saved for the backward (MB)")
-    for axes in (left, right):
-        _style(axes)
-        axes.grid(visible=False, axis="y")
-        axes.grid(axis="x", color="#e8eaed", linewidth=0.8)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    figure.suptitle(f"One training step: PEFT and the patched model, taking turns ({device})", fontsize=12)
-    figure.savefig(path)
-    pyplot.close(figure)
-
-
-def plot_throughput(path: Path, found: serving.Serving, device: str) -> None:
-    """Tokens per second against the number of distinct adapters: medians, and half of all steps around them."""
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained", dpi=150)
-    counts = [row.distinct for row in found.throughput]
-    for arm in serving.ARMS:
-        speeds = [row.tokens_per_second[arm] for row in found.throughput]
-        quarters = [statistics.quantiles(row.step_times_ms[arm], n=4) for row in found.throughput]
-        slow, fast = (
-            [1e3 * row.rows / q[i] for row, q in zip(found.throughput, quarters, strict=True)] for i in (2, 0)
-        )
-        axes.fill_between(counts, slow, fast, color=COLOURS[arm], alpha=0.15, linewidth=0)
-        axes.plot(counts, speeds, color=COLOURS[arm], marker="o", markersize=4, label=SERVING_NAMES[arm])
-        if arm != "base":
-            axes.annotate(f"x{found.throughput[-1].ratio[arm]:.2f}", (counts[-1], speeds[-1]), xytext=(7, 0),
-                          textcoords="offset points", va="center", color=COLOURS[arm])  # fmt: skip
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(counts, counts)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("distinct adapters in the batch (at the right: time of a step over the base model's)")
-    axes.set_ylabel("tokens per second")
-    _style(axes)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.suptitle(f"Decoding {found.throughput[0].rows} rows, each with an adapter ({device})", fontsize=12)
-    figure.savefig(path)
-    pyplot.close(figure)
-
-
-def plot_methods(path: Path, trained: list[methods.Trained], device: str) -> None:
-    """Held-out bits per byte against trainable parameters: a panel for each domain, a marker for each method."""
-    domains, names = (list(dict.fromkeys(getattr(t, field) for t in trained)) for field in ("domain", "method"))
-    figure, panels = pyplot.subplots(
-        1,
-        len(domains),
-        figsize=(max(9, 3.6 * len(domains)), 5),
-        layout="constrained",
-        dpi=150,
-        squeeze=False,
-        sharex=True,
-    )
-    for axes, domain in zip(panels[0], domains, strict=True):
-        for name in names:
-            colour = next(colour for form, colour in FORMS.items() if name.startswith(form))
-            marker = next(marker for place, marker in PLACES.items() if place in name)
-            row = [t for t in trained if (t.domain, t.method) == (domain, name)]
-            thousands, bits = [t.parameters / 1e3 for t in row], [t.bits_after for t in row]
-            axes.plot(thousands, bits, color=colour, marker=marker, markersize=8, linewidth=1, label=name)
-        axes.set_title(f"{domain} (base: {row[0].bits_before:.2f})", fontsize=11, loc="left")
-        axes.set_xlabel("trainable parameters (thousands)")
-        axes.margins(0.15)
-        _style(axes)
-    if len({t.budget for t in trained}) > 1:
-        panels[0][0].set_xscale("log")
-    panels[0][0].set_ylabel("held-out bits per byte")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(f"Methods at one budget, {trained[0].steps} steps, one seed ({device})", fontsize=12)
-    figure.savefig(path)
-    pyplot.close(figure)

@@ -1,8 +1,9 @@
 """Many adapters in one batch: the base model and the demo's adapters answer together, and what many of them cost.
 
-Answers: rows of the base and of every adapter, LoRA or bottleneck, go through one `generate` of a model with a pool.
-With l the logits of a row at every byte that it wrote, l64 those of a model with that adapter alone (PEFT's, or that of
-`peft_kernels.load`) in fp64, and e = |l - l64|_max, it has to be that
+Answers: rows of the base and of every adapter, LoRA or bottleneck, go through one `generate` of a model with a pool,
+and rows of the base and of every prefix through one of a model that has them all. With l the logits of a row at every
+byte that it wrote, l64 those of a model with that adapter alone (PEFT's, or that of `peft_kernels.load`) in fp64, and
+e = |l - l64|_max, it has to be that
 
     e(mixed) <= bound,     bound = 2 e(alone) + (eps sqrt(longest) + eps) |l64|_max
 
@@ -28,9 +29,9 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import peft_kernels
-from peft_kernels import BottleneckConfig
 from peft_kernels.demo import task
 from peft_kernels.demo.corpus import Text
+from peft_kernels.methods import CONFIGS
 
 ARMS = ("base", "pool", "patched", "peft")
 DISTINCT = (1, 4, 16, 64)  # adapters in one batch, as far as there are rows for them
@@ -68,7 +69,8 @@ class Throughput:
 class Serving:
     """What both parts found."""
 
-    answers: list[Answer]
+    answers: list[Answer]  # of LoRA and bottleneck adapters
+    prefixed: list[Answer]  # of prefixes
     throughput: list[Throughput]
     problems: list[str]
     adapter_parameters: int  # of one of the adapters
@@ -82,17 +84,20 @@ def turns(size: task.Size) -> int:
 
 @torch.no_grad()
 def serve(
-    base: nn.Module, adapters: dict[str, Path], bottlenecks: dict[str, Path], texts: dict[str, Text], english: Text,
-    size: task.Size, seed: int, tick: Callable,
+    base: nn.Module, adapters: dict[str, Path], bottlenecks: dict[str, Path], prefixes: dict[str, Path],
+    texts: dict[str, Text], english: Text, size: task.Size, seed: int, tick: Callable,
 ) -> Serving:  # fmt: skip
-    """`adapters`: by name, the folder that PEFT has saved; `bottlenecks`: the same of peft_kernels.save_pretrained.
-    `texts`: by name, what each was trained on."""
+    """`adapters`: by name, the folder that PEFT has saved; `bottlenecks`, `prefixes`: those of
+    peft_kernels.save_pretrained. `texts`: by name, what each was trained on."""
     begin = time.perf_counter()
     base.eval()
-    answers = answer_together(base, adapters | bottlenecks, _questions(adapters | bottlenecks, texts, size), size)
+    answers, prefixed = (
+        answer_together(base, have(base, folders), folders, _questions(folders, texts, size), size)
+        for have, folders in ((_with_pool, adapters | bottlenecks), (_with_prefixes, prefixes))
+    )
     rows, problems, parameters = _throughput(base, list(adapters.values()), english, size, seed, tick)
-    problems += [f"{a.adapter or 'base'}: {problem}" for a in answers for problem in a.problems]
-    return Serving(answers, rows, problems, parameters, time.perf_counter() - begin)
+    problems += [f"{a.adapter or 'base'}: {problem}" for a in (*answers, *prefixed) for problem in a.problems]
+    return Serving(answers, prefixed, rows, problems, parameters, time.perf_counter() - begin)
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------
@@ -107,14 +112,28 @@ def _questions(adapters, texts: dict[str, Text], size: task.Size) -> list[tuple[
     return found
 
 
-def answer_together(
-    base: nn.Module, adapters: dict[str, Path], questions: list[tuple[str | None, Tensor]], size: task.Size
-) -> list[Answer]:
-    """All questions in one batch by a model with a pool, and every row again by one with its adapter alone."""
-    model, names = copy.deepcopy(base), list(adapters)
-    pool = peft_kernels.attach_pool(model, adapters=len(names))
+def _with_pool(base: nn.Module, adapters: dict[str, Path]) -> nn.Module:
+    model = copy.deepcopy(base)
+    pool = peft_kernels.attach_pool(model, adapters=len(adapters))
     for name, source in adapters.items():
         pool.load(name, source)
+    return model
+
+
+def _with_prefixes(base: nn.Module, adapters: dict[str, Path]) -> nn.Module:
+    model = copy.deepcopy(base)
+    for name, source in adapters.items():
+        peft_kernels.load(model, source, name)
+    peft_kernels.set_active(model, [])
+    return model.eval()
+
+
+def answer_together(
+    base: nn.Module, model: nn.Module, adapters: dict[str, Path], questions: list[tuple[str | None, Tensor]],
+    size: task.Size,
+) -> list[Answer]:  # fmt: skip
+    """All questions in one batch by a model with all adapters, and every row again by one with its adapter alone."""
+    names = list(adapters)
     prompts = torch.stack([prompt for _, prompt in questions]).long().to(next(base.parameters()).device)  # [B, S]
     ids = [-1 if name is None else names.index(name) for name, _ in questions]
     with peft_kernels.adapter_ids(ids, names):
@@ -137,9 +156,9 @@ def answer_together(
 
 
 def _alone(base: nn.Module, folder: Path) -> nn.Module:
-    """A copy of the base with one adapter, which is PEFT's or a bottleneck's."""
+    """A copy of the base with one adapter, which is PEFT's or ours."""
     model = copy.deepcopy(base)
-    if json.loads((folder / "adapter_config.json").read_text())["peft_type"] != BottleneckConfig.peft_type:
+    if json.loads((folder / "adapter_config.json").read_text())["peft_type"] not in CONFIGS:
         return PeftModel.from_pretrained(model, folder)
     peft_kernels.load(model, folder)
     return model.eval()
