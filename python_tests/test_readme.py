@@ -111,3 +111,15 @@ def test_bottleneck_adapters_of_the_readme(tmp_path, monkeypatch, capsys):
         peft_kernels.set_active(model, [])
         assert not torch.equal(model(input_ids=tokens).logits, alone)
     assert "2 blocks widened, 0 left" in capsys.readouterr().out
+
+
+def test_prefixes_of_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    torch.manual_seed(0)
+    run(example("Prefixes").body, names)
+    model, tokens, written = names["model"], names["tokens"], names["written"]
+    for row, name in enumerate(("news", "style", None, "news")):
+        peft_kernels.set_active(model, name or [])
+        alone = model.generate(tokens[row : row + 1], max_new_tokens=8, do_sample=False)
+        assert torch.equal(written[row], alone[0])
