@@ -185,7 +185,7 @@ def down_gradients(
     pieces, E, K = product.shape
     _down_kernel[(triton.cdiv(K, 64),)](
         grad_weight, grad_bias, grad_norm_weight, grad_norm_bias, product, of_low, down_weight, norm_weight, norm_bias,
-        K, E, pieces, *down_weight.stride(), BLOCK_E=32, BLOCK_K=64, num_warps=4, **OPTIONS,
+        K, E, pieces, *down_weight.stride(), BLOCK_E=32, BLOCK_K=64, num_warps=8, **OPTIONS,
     )  # fmt: skip
 
 
@@ -200,7 +200,7 @@ def up_gradients(
     _up_kernel[(triton.cdiv(N, 64),)](
         grad_weight, grad_bias, whole, product, of_wide, up_weight, up_bias, scale, N, E, pieces,
         number(scaling, product.dtype), *up_weight.stride(),
-        BLOCK_E=32, BLOCK_N=64, CHANNELS=channels, num_warps=4, **OPTIONS,
+        BLOCK_E=32, BLOCK_N=64, CHANNELS=channels, num_warps=8, **OPTIONS,
     )  # fmt: skip
     if whole is not grad_scale:
         grad_scale.copy_(whole.sum(0, keepdim=True))

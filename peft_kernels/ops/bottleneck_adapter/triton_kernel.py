@@ -271,12 +271,13 @@ def _launch(h, down_bias, down, up, out, seed, numbers, constants: dict) -> None
     back = cut(x, h.dtype, factor, 2)
     del into["LIMIT"], back["LIMIT"]
     row_tiles = triton.cdiv(M, low.M)
-    options = {"num_warps": low.num_warps, "num_stages": low.num_stages, **OPTIONS}
+    options = {"num_stages": low.num_stages, **OPTIONS}
     if one_block and 2 * row_tiles >= PROGRAMS:
         _fused_kernel[(row_tiles,)](
             h, down_bias, down, up, out, seed, M, K, N, E, *numbers,
             BLOCK_E=low.E, BLOCK_K=low.W, BLOCK_N=wide.W, NORMED=is_normed,
-            **{f"DOWN_{name}": value for name, value in into.items()}, **back, **constants, **options,
+            **{f"DOWN_{name}": value for name, value in into.items()}, **back, **constants,
+            num_warps=max(low.num_warps, wide.num_warps), **options,
         )  # fmt: skip
         return
     blocks = triton.cdiv(E, low.E)
@@ -285,14 +286,15 @@ def _launch(h, down_bias, down, up, out, seed, numbers, constants: dict) -> None
     _shrink_kernel[(row_tiles, blocks, pieces)](
         partial, down_bias if pieces == 1 else None, down, M, K, E, K_piece // low.W,
         BLOCK_M=low.M, BLOCK_E=low.E, BLOCK_K=low.W, ACCUMULATOR=constants["ACCUMULATOR"], NORMED=is_normed,
-        **into, **options,
+        **into, num_warps=low.num_warps, **options,
     )  # fmt: skip
     tiles = triton.cdiv(N, wide.W)
     spans = min(tiles, max(1, triton.cdiv(2 * PROGRAMS, row_tiles))) if one_block else tiles
     span = triton.cdiv(tiles, spans)
     _expand_kernel[(row_tiles, triton.cdiv(tiles, span))](
         h, None if pieces == 1 else partial, down_bias, up, out, seed, M, N, E, pieces, span, *numbers,
-        BLOCK_E=wide.E, BLOCK_N=wide.W, ONE_BLOCK=one_block, **back, **constants, **options,
+        BLOCK_E=wide.E, BLOCK_N=wide.W, ONE_BLOCK=one_block, **back, **constants,
+        num_warps=wide.num_warps, **options,
     )  # fmt: skip
 
 

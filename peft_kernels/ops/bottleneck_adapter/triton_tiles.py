@@ -43,7 +43,7 @@ def tile(x: torch.dtype, M: int, E: int, W: int) -> Tile:
     """For products of rows of W columns of x or y with a factor. The mask is drawn for 32 bottlenecks at a time."""
     rows = 16 if M <= 16 else 32
     if x.itemsize > 2:
-        return Tile(rows, 32, 32, 8 if x.itemsize > 4 else 4, 2 if x.itemsize > 4 else 3)  # four warps of fp64 spill
+        return Tile(rows, 32, 32, _wide_warps(x, W), 2 if x.itemsize > 4 else 3)
     return Tile(rows, 64 if E > 32 else 32, 64 if E <= 32 and _aligned(W) else 32, 4, 3)
 
 
@@ -51,21 +51,27 @@ def up_tile(x: torch.dtype, factor: torch.dtype, M: int, E: int, W: int) -> Tile
     """For products whose contraction is the bottleneck, and whose results are rows of W columns."""
     few = tile(x, M, E, W)
     if x.itemsize > 2:
-        return few
-    large = M > 16 and E <= 64 and factor.itemsize == 2 and _aligned(W)  # what else is as large spills
+        return few._replace(num_warps=8 if E > 32 else few.num_warps)  # expand makes f(h) again for each E
+    longest = 64 if factor is torch.bfloat16 else 32  # fp16 beside fp32 goes in as two parts
+    large = M > 16 and longest >= E and factor.itemsize == 2 and _aligned(W)  # what else is as large spills
     return few._replace(E=64 if 32 < E <= 64 else 32, W=128 if large else 64)
 
 
 def gradient_tile(x: torch.dtype, factor: torch.dtype, W: int) -> Tile:
     """For sums over the rows."""
     if x.itemsize > 2:
-        return Tile(32, 32, 32, 8 if x.itemsize > 4 else 4, 2)
+        return Tile(32, 32, 32, _wide_warps(x, W), 2)
     return Tile(32, 32, 128 if factor.itemsize == 2 and _aligned(W) else 64, 4, 3)
 
 
 def _aligned(W: int) -> bool:
     """Rows can be read 16 bytes at a time; if not, each element has an address of its own, in registers."""
     return W % 8 == 0
+
+
+def _wide_warps(x: torch.dtype, W: int) -> int:
+    """Warps of an fp32 or fp64 tile, which multiplies out of registers: four spill, but for aligned fp32."""
+    return 4 if x.itemsize == 4 and _aligned(W) else 8
 
 
 def product_type(x: torch.dtype, *others: torch.dtype) -> torch.dtype:
