@@ -6,8 +6,7 @@
 #include <string>
 
 #include "batched_lora/batched_lora.h"
-#include "bindings/lora_linear_check.h"
-#include "bindings/tensors.h"
+#include "bindings/checks.h"
 
 namespace pk {
 
@@ -65,16 +64,6 @@ class PoolCheck {
     if (!condition) STD_TORCH_CHECK(false, "batched_lora_: ", word(parts)...);
   }
 
-  static std::string shape_of(const Tensor& tensor) {
-    std::string text = "[";
-    for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
-    return text + "]";
-  }
-  static const char* name_of(int32_t code) {
-    static const char* const names[] = {"float32", "float16", "bfloat16", "float64"};
-    const std::optional<Dtype> dtype = dtype_of(code);
-    return dtype ? names[static_cast<int>(*dtype)] : code == aoti_torch_dtype_int32() ? "int32" : "another";
-  }
   static std::string numbered(const char* name, size_t g) { return std::string(name) + "[" + std::to_string(g) + "]"; }
 
   static void same_length(const char* name, size_t length, size_t G) {
@@ -130,13 +119,12 @@ class PoolCheck {
     require(first && table.dim() == 2 && table.size(1) >= 6 && table.size(1) % 2 == 0 && table.is_contiguous(),
             numbered("table", g), " must be contiguous, of shape [slots, 4 + 2 T], T >= 1, slots as in table[0], got ",
             [&] { return shape_of(table); });
-    const bool wide = dtype_code(a_.x) == aoti_torch_dtype_float64();
-    const int32_t wide_type = wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-    tensor(numbered("scaling", g), scaling, wide_type, "");
+    const int32_t wide = accumulator_code(a_.x);
+    tensor(numbered("scaling", g), scaling, wide, "");
     const int64_t slots = table.size(0);
     require(scaling.dim() == 1 && scaling.size(0) == slots && scaling.is_contiguous(), numbered("scaling", g),
             " must be contiguous, of shape [slots=", slots, "], got ", [&] { return shape_of(scaling); });
-    tensor(numbered("down_bias", g), down_bias, wide_type, "");
+    tensor(numbered("down_bias", g), down_bias, wide, "");
     const int64_t ranks = batched_lora::kPageRows * ((table.size(1) - batched_lora::kTablePages) / 2);
     const bool none = down_bias.dim() == 1 && down_bias.size(0) == 0;
     const bool fits = down_bias.dim() == 2 && down_bias.size(0) == slots && down_bias.size(1) == ranks;

@@ -7,8 +7,7 @@
 #include <iterator>
 #include <string>
 
-#include "bindings/lora_linear_check.h"
-#include "bindings/tensors.h"
+#include "bindings/checks.h"
 #include "common/activation.h"
 
 namespace pk {
@@ -38,9 +37,10 @@ constexpr const char* kBottleneckActivations[] = {"identity", "relu", "gelu",   
                                                   "silu",     "tanh", "sigmoid", "leaky_relu"};
 static_assert(std::size(kBottleneckActivations) == kActivations);
 
-class BottleneckCheck {
+class BottleneckCheck : TensorCheck {
  public:
-  explicit BottleneckCheck(const BottleneckArguments& arguments) : a_(arguments), device_(device_of(arguments.x)) {}
+  explicit BottleneckCheck(const BottleneckArguments& arguments)
+      : TensorCheck("bottleneck_adapter", "x", arguments.x), a_(arguments) {}
 
   void run() const {
     adapter();
@@ -58,40 +58,6 @@ class BottleneckCheck {
 
  private:
   static constexpr int64_t kMostBottleneck = 1024;
-
-  // Words that cost something are made only where the rule is broken.
-  template <class... Parts>
-  static void refuse(const Parts&... parts) {
-    STD_TORCH_CHECK(false, "bottleneck_adapter: ", parts...);
-  }
-
-  static std::string name_of(int32_t code) {
-    static const char* const names[] = {"float32", "float16", "bfloat16", "float64"};
-    const std::optional<Dtype> dtype = dtype_of(code);
-    if (dtype) return names[static_cast<int>(*dtype)];
-    if (code == aoti_torch_dtype_int32()) return "int32";
-    if (code == aoti_torch_dtype_int64()) return "int64";
-    return code == aoti_torch_dtype_uint8() ? "uint8" : "another";
-  }
-
-  static std::string shape_of(const Tensor& tensor, int64_t less = 0) {
-    std::string text = "[";
-    for (int64_t i = 0; i < tensor.dim() - less; ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
-    return text + "]";
-  }
-
-  void tensor(const char* name, const Tensor& t, int32_t dtype, const char* as) const {
-    if (dtype_code(t) != dtype) {
-      refuse(name, " must have dtype ", name_of(dtype), ", as ", as, ", got ", name_of(dtype_code(t)));
-    }
-    on_device(name, t);
-  }
-  void on_device(const char* name, const Tensor& t) const {
-    const Device device = device_of(t);
-    if (!(device == device_)) {
-      refuse(name, " must be on x's device ", words_of(device_), ", got ", words_of(device));
-    }
-  }
 
   void adapter() const {
     weights();
@@ -117,14 +83,14 @@ class BottleneckCheck {
     }
     const int64_t E = A.size(0);
     if (E < 1 || E > kMostBottleneck) refuse("down_weight must have from 1 to ", kMostBottleneck, " rows, got ", E);
-    tensor("up_weight", B, dtype_code(A), "down_weight");
+    tensor("up_weight", B, dtype_code(A), ", as down_weight");
     if (B.dim() != 2 || B.size(1) != E || B.size(0) < 1) {
       refuse("up_weight must have shape [out_features, bottleneck=", E, "], got ", shape_of(B));
     }
   }
 
   template <size_t kCount>
-  static void one_of(const char* name, const std::string& value, const char* const (&allowed)[kCount]) {
+  void one_of(const char* name, const std::string& value, const char* const (&allowed)[kCount]) const {
     for (const char* one : allowed) {
       if (value == one) return;
     }
@@ -139,23 +105,14 @@ class BottleneckCheck {
     one_of("activation", a_.activation, kBottleneckActivations);
     one_of("norm", a_.norm, kNorms);
     one_of("dropout_on", a_.dropout_on, kDropouts);
-    const double p = a_.dropout_p;
     if (!std::isfinite(a_.scaling)) refuse("scaling must be finite, got ", a_.scaling);
     if (!(std::isfinite(a_.eps) && a_.eps >= 0)) refuse("eps must be finite and not negative, got ", a_.eps);
-    if (!(0 <= p && p < 1)) refuse("dropout_p must lie in [0, 1), got ", p);
-    if (!a_.seed && p != 0) {
-      refuse("seed must be given where dropout_p > 0; peft_kernels.new_seed(x.device) makes one");
-    }
-    if (!a_.seed) return;
-    const int32_t dtype = dtype_code(*a_.seed);
-    if (dtype != aoti_torch_dtype_int64()) refuse("seed must have dtype int64, got ", name_of(dtype));
-    on_device("seed", *a_.seed);
-    if (a_.seed->dim() != 0) refuse("seed must be a 0-d tensor, got shape ", shape_of(*a_.seed));
+    dropout(a_.dropout_p, a_.seed);
   }
 
   void vector(const char* name, const OptionalTensor& t, int64_t size, const char* words) const {
     if (!t) return;
-    tensor(name, *t, dtype_code(a_.down_weight), "down_weight");
+    tensor(name, *t, dtype_code(a_.down_weight), ", as down_weight");
     if (t->dim() != 1 || t->size(0) != size) {
       refuse(name, " must have shape [", words, "=", size, "], got ", shape_of(*t));
     }
@@ -174,7 +131,7 @@ class BottleneckCheck {
     vector("down_bias", a_.down_bias, E, "bottleneck");
     vector("up_bias", a_.up_bias, N, "out_features");
     if (a_.gate) {
-      tensor("gate", *a_.gate, dtype_code(a_.down_weight), "down_weight");
+      tensor("gate", *a_.gate, dtype_code(a_.down_weight), ", as down_weight");
       if (!has_rows_of_x(*a_.gate, 0)) {
         refuse("gate must have shape ", shape_of(a_.x, 1), ", as x without its features, got ", shape_of(*a_.gate));
       }
@@ -182,7 +139,7 @@ class BottleneckCheck {
     vector("norm_weight", a_.norm_weight, K, "in_features");
     vector("norm_bias", a_.norm_bias, K, "in_features");
     if (a_.scale) {
-      tensor("scale", *a_.scale, dtype_code(a_.down_weight), "down_weight");
+      tensor("scale", *a_.scale, dtype_code(a_.down_weight), ", as down_weight");
       const bool fits = a_.scale->dim() == 1 && (a_.scale->size(0) == 1 || a_.scale->size(0) == N);
       if (!fits) refuse("scale must have shape [1] or [out_features=", N, "], got ", shape_of(*a_.scale));
     }
@@ -203,7 +160,7 @@ class BottleneckCheck {
   // t is of y's shape and x's dtype.
   void rows(const char* name, const Tensor& t) const {
     const int64_t N = a_.up_weight.size(0);
-    tensor(name, t, dtype_code(a_.x), "x");
+    tensor(name, t, dtype_code(a_.x), ", as x");
     if (!has_rows_of_x(t, 1) || t.size(t.dim() - 1) != N) {
       const std::string batch = shape_of(a_.x, 1), more = batch == "[]" ? "" : ", ";
       refuse(name, " must have shape ", batch.substr(0, batch.size() - 1), more, N, "], as x with out_features=", N,
@@ -212,7 +169,6 @@ class BottleneckCheck {
   }
 
   const BottleneckArguments& a_;
-  const Device device_;
 };
 
 // Places in `needs` and in the result of the backward.
@@ -236,10 +192,9 @@ inline void check_bottleneck_backward(const Tensor& dy, const Tensor& h, const B
   STD_TORCH_CHECK(needs.size() == kBottleneckGradients, kOp, "needs must have ", kBottleneckGradients, " entries, got ",
                   needs.size());
   BottleneckCheck(a).run_backward(dy, serial);
-  const bool wide = dtype_of(dtype_code(a.x)) == Dtype::kFloat64;
   const int64_t M = a.x.numel() / a.x.size(a.x.dim() - 1), E = a.down_weight.size(0);
   const bool fits = device_of(h) == device_of(a.x) && h.is_contiguous() && h.dim() == 2 && h.size(0) == M &&
-                    h.size(1) == E && dtype_code(h) == (wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+                    h.size(1) == E && dtype_code(h) == accumulator_code(a.x);
   STD_TORCH_CHECK(fits, kOp, "h must be the contiguous [M, bottleneck] that the forward returned");
   const auto wants = [&](BottleneckGradient which) { return needs[static_cast<size_t>(which)]; };
   STD_TORCH_CHECK(a.scale || !wants(BottleneckGradient::kScale), kOp, "scale must be given for its gradient");

@@ -2,10 +2,8 @@
 #pragma once
 
 #include <cmath>
-#include <string>
 
-#include "bindings/tensors.h"
-#include "common/dtype.h"
+#include "bindings/checks.h"
 
 namespace pk {
 
@@ -22,15 +20,6 @@ struct ForwardArguments {
   const OptionalTensor& seed;
   const char* op = "lora_linear";  // what a message begins with
 };
-
-// The dtypes of the op; nullopt for all others.
-inline std::optional<Dtype> dtype_of(int32_t code) {
-  if (code == aoti_torch_dtype_float32()) return Dtype::kFloat32;
-  if (code == aoti_torch_dtype_bfloat16()) return Dtype::kBFloat16;
-  if (code == aoti_torch_dtype_float16()) return Dtype::kFloat16;
-  if (code == aoti_torch_dtype_float64()) return Dtype::kFloat64;
-  return std::nullopt;
-}
 
 class LoraLinearCheck {
  public:
@@ -55,22 +44,6 @@ class LoraLinearCheck {
   template <class... Parts>
   void require(bool condition, const Parts&... parts) const {
     if (!condition) STD_TORCH_CHECK(false, a_.op, ": ", parts...);
-  }
-
-  static std::string name_of(int32_t code) {
-    const std::optional<Dtype> dtype = dtype_of(code);
-    if (!dtype && code == aoti_torch_dtype_int32()) return "int32";
-    if (!dtype && code == aoti_torch_dtype_int64()) return "int64";
-    if (!dtype && code == aoti_torch_dtype_uint8()) return "uint8";
-    if (!dtype) return "another";
-    static const char* const names[] = {"float32", "float16", "bfloat16", "float64"};
-    return names[static_cast<int>(*dtype)];
-  }
-
-  static std::string shape_of(const Tensor& tensor) {
-    std::string text = "[";
-    for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
-    return text + "]";
   }
 
   void same_length(const char* name, size_t length, size_t L) const {

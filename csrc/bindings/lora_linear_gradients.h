@@ -42,11 +42,9 @@ inline void check_backward(const std::vector<Tensor>& dy, const OptionalTensor& 
   STD_TORCH_CHECK(!x || x->numel() == M * weight[0].size(1), op, "_backward: x must have as many rows as dy");
   int64_t R = h_width.value_or(0);
   for (size_t l = 0; l < L && !h_width; ++l) R += lora_A[l].size(0);
-  const int32_t h_dtype =
-      dtype_of(dtype_code(weight[0])) == Dtype::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-  STD_TORCH_CHECK(
-      !h || (device_of(*h) == device && h->is_contiguous() && dtype_code(*h) == h_dtype && h->numel() == M * R), op,
-      "_backward: h must be the contiguous [M, R] that the forward returned");
+  STD_TORCH_CHECK(!h || (device_of(*h) == device && h->is_contiguous() &&
+                         dtype_code(*h) == accumulator_code(weight[0]) && h->numel() == M * R),
+                  op, "_backward: h must be the contiguous [M, R] that the forward returned");
   const GradientOrder at{G, L};
   bool reads_x = false, reads_h = false;
   for (size_t g = 0; g < G; ++g) reads_x = reads_x || needs[at.weight(g)];

@@ -6,8 +6,7 @@
 #include <iterator>
 #include <string>
 
-#include "bindings/lora_linear_check.h"
-#include "bindings/tensors.h"
+#include "bindings/checks.h"
 
 namespace pk {
 
@@ -29,14 +28,10 @@ struct PrefixArguments {
   int64_t rows() const { return cu_seqlens_q ? cu_seqlens_q->size(0) - 1 : query.size(0); }
 };
 
-inline int32_t accumulator_code(const Tensor& query) {
-  const bool wide = dtype_of(dtype_code(query)) == Dtype::kFloat64;
-  return wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-}
-
-class PrefixCheck {
+class PrefixCheck : public TensorCheck {
  public:
-  explicit PrefixCheck(const PrefixArguments& arguments) : a_(arguments), device_(device_of(arguments.query)) {}
+  explicit PrefixCheck(const PrefixArguments& arguments)
+      : TensorCheck("prefix_attention", "query", arguments.query), a_(arguments) {}
 
   void run() const {
     own();
@@ -54,12 +49,6 @@ class PrefixCheck {
     rising("cu_seqlens_k", a_.cu_seqlens_k, a_.key.size(2));
   }
 
-  void tensor(const char* name, const Tensor& t, int32_t dtype, const char* as) const {
-    if (dtype_code(t) != dtype) {
-      refuse(name, " must have dtype ", name_of(dtype), as, ", got ", name_of(dtype_code(t)));
-    }
-    on_device(name, t);
-  }
   void same_shape(const char* name, const Tensor& t, const Tensor& other, const char* as) const {
     bool same = t.dim() == other.dim();
     for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == other.size(i);
@@ -68,32 +57,6 @@ class PrefixCheck {
 
  private:
   static constexpr int64_t kMaxHeadDim = 256;
-
-  // Words that cost something are made only where the rule is broken.
-  template <class... Parts>
-  static void refuse(const Parts&... parts) {
-    STD_TORCH_CHECK(false, "prefix_attention: ", parts...);
-  }
-
-  static std::string name_of(int32_t code) {
-    static const char* const names[] = {"float32", "float16", "bfloat16", "float64"};
-    const std::optional<Dtype> dtype = dtype_of(code);
-    if (dtype) return names[static_cast<int>(*dtype)];
-    if (code == aoti_torch_dtype_int32()) return "int32";
-    if (code == aoti_torch_dtype_int64()) return "int64";
-    return code == aoti_torch_dtype_bool() ? "bool" : "another";
-  }
-  static std::string shape_of(const Tensor& tensor) {
-    std::string text = "[";
-    for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
-    return text + "]";
-  }
-  void on_device(const char* name, const Tensor& t) const {
-    const Device device = device_of(t);
-    if (!(device == device_)) {
-      refuse(name, " must be on query's device ", words_of(device_), ", got ", words_of(device));
-    }
-  }
 
   void own() const {
     const Tensor &q = a_.query, &k = a_.key;
@@ -167,7 +130,7 @@ class PrefixCheck {
 
   // Every size is 1 or the one wanted; the last is the wanted one if `exact`.
   template <size_t kSizes>
-  static void broadcasts(const char* name, const Tensor& t, const Size (&sizes)[kSizes], bool exact) {
+  void broadcasts(const char* name, const Tensor& t, const Size (&sizes)[kSizes], bool exact) const {
     bool fits = t.dim() == static_cast<int64_t>(kSizes);
     std::string words;
     for (size_t i = 0; i < kSizes; ++i) {
@@ -181,7 +144,7 @@ class PrefixCheck {
   void additive(const char* name, const Tensor& t, bool boolean) const {
     const int32_t code = dtype_code(t), type = dtype_code(a_.query), wide = accumulator_code(a_.query);
     if (code != type && code != wide && !(boolean && code == aoti_torch_dtype_bool())) {
-      const std::string more = wide == type ? "" : " or " + name_of(wide);
+      const std::string more = wide == type ? "" : std::string(" or ") + name_of(wide);
       refuse(name, " must have dtype ", boolean ? "bool or " : "", name_of(type), more, ", got ", name_of(code));
     }
     on_device(name, t);
@@ -218,7 +181,6 @@ class PrefixCheck {
     if (a_.prefix_bias && a_.composition != "merge" && a_.composition != "add") {
       refuse("prefix_bias must be None where composition is '", a_.composition, "': its prefix has no softmax");
     }
-    const double p = a_.dropout_p;
     if (!std::isfinite(a_.scale)) refuse("scale must be finite, got ", a_.scale);
     if (a_.sliding_window < 0) {
       refuse("sliding_window must not be negative (0: none), got ", a_.sliding_window);
@@ -226,16 +188,10 @@ class PrefixCheck {
     if (!(std::isfinite(a_.softcap) && a_.softcap >= 0)) {
       refuse("softcap must be finite, not negative, got ", a_.softcap);
     }
-    if (!(0 <= p && p < 1)) refuse("dropout_p must lie in [0, 1), got ", p);
-    if (!a_.seed && p != 0) {
-      refuse("seed must be given where dropout_p > 0; peft_kernels.new_seed(x.device) makes one");
-    }
-    if (!a_.seed) return;
-    tensor("seed", *a_.seed, aoti_torch_dtype_int64(), "");
-    if (a_.seed->dim() != 0) refuse("seed must be a 0-d tensor, got shape ", shape_of(*a_.seed));
+    dropout(a_.dropout_p, a_.seed);
   }
 
-  static void integers(const char* name, const OptionalTensor& t, int64_t low, int64_t high) {
+  void integers(const char* name, const OptionalTensor& t, int64_t low, int64_t high) const {
     if (!t) return;
     const Tensor numbers = dense(*t);
     const auto* values = static_cast<const int32_t*>(numbers.const_data_ptr());
@@ -245,7 +201,7 @@ class PrefixCheck {
       }
     }
   }
-  static void rising(const char* name, const OptionalTensor& t, int64_t size) {
+  void rising(const char* name, const OptionalTensor& t, int64_t size) const {
     if (!t) return;
     const Tensor numbers = dense(*t);
     const auto* ends = static_cast<const int32_t*>(numbers.const_data_ptr());
@@ -260,7 +216,6 @@ class PrefixCheck {
   }
 
   const PrefixArguments& a_;
-  const Device device_;
 };
 
 constexpr size_t kPrefixGradients = 7;  // query, key, value, prefix_key, prefix_value, gate, key_gate
