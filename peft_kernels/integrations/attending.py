@@ -11,7 +11,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from peft_kernels.integrations.rows import OUTSIDE, current, outside_graph
+from peft_kernels.integrations.packed import from_paged_cache, packed_rows
+from peft_kernels.integrations.rows import OUTSIDE, Rows, current, outside_graph
 from peft_kernels.modules import Prefix, Prefixes
 from peft_kernels.ops import new_seed, prefix_attention
 
@@ -22,8 +23,11 @@ CHILD = "prefixes"
 def mask(*, q_length: int, kv_length: int, q_offset=0, kv_offset: int = 0, allow_is_causal_skip: bool = True, **more):
     """Which keys each query sees [B, 1, S, T], True where it does; None where that is all, up to the causal ones.
 
-    A static cache has keys behind the last query, of which the op would not know: it is given a mask.
+    A static cache has keys behind the last query, of which the op would not know: it is given a mask. In a step of
+    continuous batching the op is told where each request ends.
     """
+    if packed_rows() is not None:
+        return None
     last = isinstance(q_offset, int) and q_length + q_offset == kv_length + kv_offset
     return sdpa_mask(
         q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
@@ -37,27 +41,28 @@ def attend(
     softcap: float | None = None, **more,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention of a module to its own keys and to the prefix of each row."""
-    if more.get("s_aux") is not None or more.get("cache") is not None:
-        what = "attention sinks (s_aux)" if more.get("s_aux") is not None else "the paged cache of continuous batching"
-        raise ValueError(f"prefix_attention: {what} and prefixes are not supported together")
-    prefixes = module._modules.get(CHILD)
-    rows = None if prefixes is None else current(prefixes)
+    if more.get("s_aux") is not None:
+        raise ValueError("prefix_attention: attention sinks (s_aux) and prefixes are not supported together")
+    prefixes, cache = module._modules.get(CHILD), more.pop("cache", None)
+    rows = None if prefixes is None else current(prefixes) if cache is None else packed_rows()
     if rows is OUTSIDE:
         kept = {"is_causal": is_causal, "position_bias": position_bias, "softcap": softcap}
         return outside_graph(attend, module, query, key, value, attention_mask, dropout, scaling, **kept, **more)
     if rows is not None and prefixes.of_model.isdisjoint(rows.adapters):
         rows = None  # they have adapters of another kind, and the active prefix
     found = _prefixes_of_rows(prefixes, rows, query) if prefixes is not None else None
-    if found is None and (prefixes is None or prefixes.base_attention == "sdpa"):
+    if found is None and cache is None and (prefixes is None or prefixes.base_attention == "sdpa"):
         plain = {"is_causal": is_causal, "position_bias": position_bias, "softcap": softcap}
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **plain, **more
         )
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal, where = getattr(module, "is_causal", True) if is_causal is None else is_causal, {}
+    if cache is not None:
+        key, value, where = from_paged_cache(module, cache, key, value, more.get("sliding_window"), more)
     keys, values, composition, by_row = found or (*_none(key), "merge", {})
     out = prefix_attention(
         query, key, value, keys, values,
-        attn_mask=_biased(attention_mask, position_bias, prefixes.slot),
+        attn_mask=_biased(attention_mask, position_bias, prefixes.slot), **where,
         composition=composition, scale=scaling, is_causal=bool(causal) and attention_mask is None,
         softcap=softcap or 0.0, dropout_p=dropout, seed=new_seed(query.device) if dropout else None, **by_row,
     )  # fmt: skip
@@ -83,7 +88,7 @@ def _none(key: Tensor) -> tuple[Tensor, Tensor]:
     return nothing, nothing
 
 
-def _prefixes_of_rows(prefixes: Prefixes, rows, query: Tensor):
+def _prefixes_of_rows(prefixes: Prefixes, rows: Rows | None, query: Tensor):
     """Keys and values [n, Hkv, P, D], the composition, and what says which row has which; None where none has any."""
     if rows is None:
         if prefixes.active_name is None:
@@ -92,12 +97,13 @@ def _prefixes_of_rows(prefixes: Prefixes, rows, query: Tensor):
         keys, values = (t[None].to(query.dtype) for t in prefix())
         return keys, values, prefix.composition, {} if prefix.gate is None else {"gate": prefix.gate}
     rows.look(prefixes)
-    here = [name for name in rows.adapters if name in prefixes]
+    names = [*rows.adapters, prefixes.active_name if rows.others_active else None]  # the last is that of -1
+    here = [name for name in dict.fromkeys(names) if name in prefixes]
     if not here:
         return None
-    place = [here.index(name) if name in prefixes else -1 for name in rows.adapters]
+    place = [here.index(name) if name in here else -1 for name in names]
     ids = rows.of_sequences(query.shape[0]).to(query.device)
-    ids = torch.tensor([*place, -1], dtype=torch.int32, device=query.device)[ids.long()]  # the last is that of -1
+    ids = torch.tensor(place, dtype=torch.int32, device=query.device)[ids.long()]
     found = [prefixes[name] for name in here]
     if len({prefix.composition for prefix in found}) > 1:
         raise ValueError(f"adapter_ids: the prefixes {', '.join(here)} must have the same composition")

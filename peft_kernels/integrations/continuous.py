@@ -1,14 +1,16 @@
-"""transformers' continuous batching with one adapter per request: the engine is theirs, the adapters are a pool's.
+"""transformers' continuous batching with one adapter per request: the engine is theirs, the adapters are a pool's, or
+the prefixes of the model.
 
 The engine packs the tokens of all running requests into one row [1, T] at every step. What is added here is the slot of
 each token, in a buffer that keeps its address, since steps may be replays of captured graphs. Requests pin their
 adapter's version from the moment that they are added until they have ended. Blocks of the cache are not shared between
-requests: transformers knows them by their tokens alone, and keys and values depend on the adapter too.
+requests: transformers knows them by their tokens alone, and keys and values depend on the adapter too. Prefixes are
+said anew to each step, with the number of its requests, so none of its parts may be compiled or captured.
 """
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,10 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from peft_kernels.integrations.pooled import pool_of
+from peft_kernels.integrations.attachments import root_of
+from peft_kernels.integrations.packed import PackedRows, known_to_the_engine, packed
+from peft_kernels.integrations.pooled import find_pool, pool_of
+from peft_kernels.integrations.prefixes import prefix_names, prefixes_in
 from peft_kernels.integrations.rows import Rows, entered
 from peft_kernels.ops import AdapterPool
 
@@ -61,16 +66,17 @@ class KeptRows(TokenRows):
 
 
 class Requests:
-    """The slots of requests, by id, and the pins that keep them as they are.
+    """The slots and the prefixes of requests, by id, and the pins that keep the slots as they are.
 
     A request goes when the engine's scheduler knows neither it nor a further sequence of it any more; one that it has
-    not seen yet stays, unless it was cancelled.
+    not seen yet stays, unless it was cancelled. `prefixes`: names of those of the model, as they are now.
     """
 
-    def __init__(self, pool: AdapterPool):
-        self.pool = pool
+    def __init__(self, pool: AdapterPool | None, prefixes: Set[str] = frozenset()):
+        self.pool, self.prefixes = pool, prefixes
         self._lock = threading.Lock()
         self._slots: dict[str, int] = {}
+        self._names: dict[str, str | None] = {}
         self._pins: dict[str, contextlib.ExitStack] = {}
         self._seen: set[str] = set()
 
@@ -81,11 +87,30 @@ class Requests:
                     f"add_request: request_id must be another one than those of running requests, without '{CHILD}', "
                     f"got {request_id!r}"
                 )
-            self._slots[request_id] = -1 if adapter is None else pins.enter_context(self.pool.pin(adapter))
+            self.require(adapter)
+            pooled = adapter is not None and self.pool is not None
+            self._slots[request_id] = pins.enter_context(self.pool.pin(adapter)) if pooled else -1
+            self._names[request_id] = adapter if adapter in self.prefixes else None
             self._pins[request_id] = pins.pop_all()
+
+    def require(self, adapter: str | None) -> None:
+        """Raises KeyError where there is no such adapter."""
+        if adapter is None or adapter in self.prefixes:
+            return
+        if self.pool is None:
+            has = ", ".join(map(repr, sorted(self.prefixes)))
+            raise KeyError(f"the model has no prefix {adapter!r}; it has {has}")
+        self.pool.slot(adapter)
 
     def slot(self, request_id: str) -> int:
         return self._slots[_parent(request_id)]
+
+    def prefix(self, request_id: str) -> str | None:
+        """The name of a request's prefix; None: the active one."""
+        name = self._names[_parent(request_id)]
+        if name is not None and name not in self.prefixes:
+            raise RuntimeError(f"continuous batching: the prefix {name!r} was taken off before its requests had ended")
+        return name
 
     def cancel(self, request_id: str) -> None:
         self._seen.add(request_id)
@@ -97,7 +122,7 @@ class Requests:
             gone = [i for i in self._slots if i in self._seen and i not in known]
             pins = [self._pins.pop(i) for i in gone]
             for request_id in gone:
-                del self._slots[request_id]
+                del self._slots[request_id], self._names[request_id]
             self._seen = (self._seen | known) & self._slots.keys()
         for pin in pins:
             pin.close()
@@ -120,10 +145,12 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     ids: Tensor | None  # int32 [T'], T' the most tokens of a step
     kept: Tensor  # int32, as many as a step has requests at most
     growths: int  # of the pool, when the graphs that are there were captured
+    packed: PackedRows | None  # the prefixes of the step, in a model that has some
 
     def add_request(self, input_ids: list[int], request_id: str | None = None, *args, adapter: str | None = None,
                     **kwargs) -> str | None:  # fmt: skip
-        """As transformers', with the name of an adapter of the pool, or None for the base model.
+        """As transformers', with the name of an adapter of the pool or of a prefix, or None for neither. A request
+        without a prefix of its own has the active one, if one is.
 
         Raises:
             KeyError: there is no such adapter.
@@ -155,7 +182,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def _create_batch_processor(self):
         processor = super()._create_batch_processor()
-        if self.ids is None:
+        if self.ids is None and self.requests.pool is not None:
             device = self.requests.pool.device
             self.ids = torch.full((processor.max_batch_tokens,), -1, dtype=torch.int32, device=device)
             self.kept = torch.zeros(processor.scheduler.max_requests_per_batch, dtype=torch.int32, device=device)
@@ -171,8 +198,13 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         """A forward of the engine, each time with a route of its own: those that are captured must hold theirs."""
 
         def run(model, *args):
-            keeps = self.batch_processor.model_runner.supports_logits_to_keep(self.model)
-            with entered(TokenRows(self.requests.pool, self.ids, self.kept if keeps else None)):
+            with contextlib.ExitStack() as step:
+                if self.requests.pool is not None:
+                    keeps = self.batch_processor.model_runner.supports_logits_to_keep(self.model)
+                    kept = self.kept if keeps else None
+                    step.enter_context(entered(TokenRows(self.requests.pool, self.ids, kept)))
+                if self.packed is not None:
+                    step.enter_context(packed(self.packed))
                 return forward(model, *args)
 
         run.with_rows = True
@@ -186,6 +218,14 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         step = buffers if pairs is None else pairs[buffers.current_pair].host_io
         batch = [r.state.request_id for r in step.requests_in_batch]
         self.requests.let_go([*scheduler.active_requests, *scheduler.waiting_requests, *forked, *batch])
+        if self.requests.prefixes:
+            lengths = [r.query_length for r in step.requests_in_batch]
+            self.packed = PackedRows([self.requests.prefix(i) for i in batch], lengths, self.model.device)
+        if self.requests.pool is not None:
+            self._write_slots(step, buffers, pairs)
+        super()._generation_step()
+
+    def _write_slots(self, step, buffers, pairs) -> None:
         slots = [s for r in step.requests_in_batch for s in [self.requests.slot(r.state.request_id)] * r.query_length]
         ids = torch.tensor(slots + [-1] * (step.num_q_tokens - len(slots)), dtype=torch.int32)
         on_gpu = buffers.compute_stream is not None
@@ -198,7 +238,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             self.growths = self.requests.pool.growths
             for each in (buffers,) if pairs is None else (pair.device_io for pair in pairs):
                 each.graphs = type(each.graphs)()  # the pool's tensors lie elsewhere now
-        super()._generation_step()
 
 
 def init_continuous_batching(
@@ -207,15 +246,18 @@ def init_continuous_batching(
     continuous_batching_config: ContinuousBatchingConfig | None = None,
     **kwargs,
 ) -> AdapterBatchingManager:
-    """transformers' `model.init_continuous_batching` for a model with a pool: requests may each have an adapter.
+    """transformers' `model.init_continuous_batching` for a model with a pool, with prefixes, or with both: requests may
+    each have an adapter.
 
     Args:
-        model: what `peft_kernels.attach_pool` was given.
+        model: what `peft_kernels.attach_pool`, or `peft_kernels.attach` with a prefix, was given.
         generation_config, kwargs: as transformers has them.
-        continuous_batching_config: as transformers has it, with allow_block_sharing=False.
+        continuous_batching_config: as transformers has it, with allow_block_sharing=False; with prefixes, without
+            CUDA graphs, compiled steps and asynchronous batching.
 
     Raises:
-        ValueError: the model has no pool, or the config lets requests share blocks of the cache.
+        ValueError: the model has neither, its prefixes join in differently, or the config lets requests share blocks
+            of the cache, or asks for what prefixes do not go with.
 
     Example:
         >>> manager = peft_kernels.init_continuous_batching(model)
@@ -224,7 +266,10 @@ def init_continuous_batching(
         >>> print(manager.get_result(request).generated_tokens)
         >>> manager.stop(block=True)
     """
-    pool = pool_of(model)
+    root = root_of(model)
+    prefixes = prefix_names(root)
+    pool = find_pool(model) if prefixes else pool_of(model)
+    _require_one_composition(root)
     cached = getattr(model, "_cached_continuous_batching_manager", None)
     if cached is not None and not isinstance(cached, AdapterBatchingManager):
         raise ValueError(
@@ -238,10 +283,37 @@ def init_continuous_batching(
             "init_continuous_batching: allow_block_sharing must be False; blocks are shared by their tokens alone, and "
             "a request would read keys and values of another one's adapter"
         )
-    manager = model.init_continuous_batching(generation_config, continuous_batching_config, **kwargs)
+    with known_to_the_engine(root) if prefixes else contextlib.nullcontext():
+        manager = model.init_continuous_batching(generation_config, continuous_batching_config, **kwargs)
+    if prefixes:
+        _require_plain_steps(manager.continuous_batching_config)
     if manager is not cached:
-        manager.__class__, manager.requests, manager.ids = AdapterBatchingManager, Requests(pool), None
+        manager.__class__, manager.requests = AdapterBatchingManager, Requests(pool, prefixes)
+        manager.ids = manager.packed = None
     return manager
+
+
+def _require_one_composition(root: nn.Module) -> None:
+    found = {prefix.composition: name for _, prefixes in prefixes_in(root) for name, prefix in prefixes.items()}
+    if len(found) > 1:
+        raise ValueError(
+            "init_continuous_batching: the prefixes of a model must have one composition, as requests share a step; "
+            + ", ".join(f"{name!r} has {composition!r}" for composition, name in found.items())
+        )
+
+
+def _require_plain_steps(config: ContinuousBatchingConfig) -> None:
+    asked = {
+        "use_cuda_graph": any(config.cuda_graph_booleans),
+        "varlen_compile_config": config.varlen_compile_config is not None,
+        "decode_compile_config": config.decode_compile_config is not None,
+        "use_async_batching": config.use_async_batching,
+    }
+    if wrong := [name for name, is_asked in asked.items() if is_asked]:
+        raise ValueError(
+            f"init_continuous_batching: {', '.join(wrong)} must be left out in a model with prefixes: which requests, "
+            "and how many, have which is said anew to each step, and neither a graph nor a compiled step is told"
+        )
 
 
 def generate_batch(
@@ -255,9 +327,10 @@ def generate_batch(
     """Generates for many prompts by continuous batching, each with its own adapter.
 
     Args:
-        model: what `peft_kernels.attach_pool` was given.
+        model: as in `init_continuous_batching`.
         inputs: the tokens of each prompt.
-        adapters: for each prompt a name in the pool, or None for the base model.
+        adapters: for each prompt the name of an adapter of the pool or of a prefix, or None for neither. One without a
+            prefix of its own has the active one, if one is: `set_active(model, [])` before, and it has none.
         generation_config, continuous_batching_config: as in `init_continuous_batching`.
         max_new_tokens: for each prompt; if not given, the generation config's.
 
@@ -276,15 +349,14 @@ def generate_batch(
     """
     if isinstance(adapters, str) or len(adapters) != len(inputs):
         raise ValueError(f"generate_batch: adapters must have one entry per input ({len(inputs)}), got {adapters!r}")
-    pool = pool_of(model)
-    for adapter in {*adapters} - {None}:
-        pool.slot(adapter)  # raises where there is none, before anything has started
     sequences = getattr(generation_config or model.generation_config, "num_return_sequences", None) or 1
     if sequences > 1:
         raise ValueError(f"generate_batch: num_return_sequences must be 1, got {sequences}")
     with torch.inference_mode(False), torch.no_grad():  # the engine's thread writes to what is made here
         manager = init_continuous_batching(model, generation_config, continuous_batching_config)
         try:
+            for adapter in adapters:
+                manager.requests.require(adapter)  # before anything has started
             return _generate(manager, inputs, adapters, max_new_tokens)
         finally:
             manager.stop(block=True)

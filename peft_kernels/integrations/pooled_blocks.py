@@ -71,7 +71,7 @@ def _refuse(config: BottleneckConfig | BitFitConfig, source, name: str) -> None:
     if prefix_of(config):
         raise ValueError(
             f"adapter '{name}': a pool holds no prefixes; peft_kernels.load(model, {str(source)!r}) gives the model's "
-            "attentions this one, and peft_kernels.adapter_ids(model, ...) gives it to rows"
+            "attentions this one, and peft_kernels.adapter_ids gives it to rows"
         )
     if not isinstance(config, BottleneckConfig):
         raise ValueError(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.integrations.named import subclass
-from peft_kernels.integrations.rows import OUTSIDE, current, outside_graph
+from peft_kernels.integrations.packed import PackedRows, packed_rows
+from peft_kernels.integrations.rows import OUTSIDE, Rows, current, outside_graph
 
 CHILD = "prefix_shifts"
 TABLES = ("wpe", "embed_positions")
@@ -83,7 +84,7 @@ def shifting_class(family_class: type) -> type:
     @functools.wraps(family_class.forward)
     def forward(self, *args, **kwargs):
         shifts = self._modules[CHILD]
-        rows = current(shifts)
+        rows = packed_rows() or current(shifts)
         if rows is OUTSIDE:
             return outside_graph(forward, self, *args, **kwargs)
         if rows is not None and shifts.of_model.isdisjoint(rows.adapters):
@@ -99,8 +100,12 @@ def shifting_class(family_class: type) -> type:
     return subclass(shifting_class, family_class, {"forward": forward, "for_prefixes": True})
 
 
-def _shift_of_rows(shifts: Shifts, rows, positions: Tensor) -> int | Tensor:
+def _shift_of_rows(shifts: Shifts, rows: Rows, positions: Tensor) -> int | Tensor:
     rows.look(shifts.by_name)
+    if isinstance(rows, PackedRows):
+        names = [*rows.adapters, shifts.active_name]  # the last is that of -1
+        by_id = [shifts.by_name.get(name, 0) for name in names]
+        return torch.tensor(by_id, device=positions.device)[rows.of_tokens().long()]  # [T]
     by_row = [0 if i < 0 else shifts.by_name.get(rows.adapters[i], 0) for i in rows.ids.tolist()]
     if len(set(by_row)) <= 1:
         return by_row[0] if by_row else 0

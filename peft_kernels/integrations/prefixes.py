@@ -146,6 +146,11 @@ def prefix_tensors(root: nn.Module, name: str) -> dict[str, Tensor]:
     return found
 
 
+def prefix_names(root: nn.Module) -> set[str]:
+    """Names of all prefixes of a model: a set that changes with them."""
+    return root.__dict__.get(NAMES, set())
+
+
 def prefixes_in(root: nn.Module) -> list[tuple[str, Prefixes]]:
     """The prefixes of each attention, with its name; none are in there where a method left it out."""
     return [(n.rpartition(".")[0], module) for n, module in root.named_modules() if isinstance(module, Prefixes)]

@@ -34,6 +34,7 @@ class Rows:
     """
 
     one_forward = False  # whether each forward has an object of its own
+    others_active = False  # whether rows of id -1 have the active prefix
 
     def __init__(self, source: str, ids: Tensor, count: int, expand: int = 1):
         self.source, self.ids, self.count, self.expand = source, ids, count, expand
@@ -111,6 +112,7 @@ class RowAdapters(Rows):
             )
         if pool not in self._in_pools:
             slots = [self._pins.enter_context(pool.pin(name)) for name in self.adapters]
+            self.look([name for name, slot in zip(self.adapters, slots, strict=True) if slot >= 0])
             outside = pool.slots  # what the route counts as out of range: ids on a GPU are not looked at before
             slot_of = torch.tensor([outside, -1, *slots, outside], dtype=torch.int32, device=self.ids.device)
             ids = slot_of[self.ids.long().clamp(-2, len(slots)) + 2]

@@ -15,7 +15,8 @@ from types import FunctionType
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.integrations.pooled import ModelPool, PoolSite, pool_of
+from peft_kernels.integrations.pool_sites import PoolSite
+from peft_kernels.integrations.pooled import ModelPool, pool_of
 from peft_kernels.integrations.rows import expansion
 from peft_kernels.integrations.transformers import POOL_SITE, forward_was_replaced
 
