@@ -107,7 +107,7 @@ class _Call:
         N, size = wide.shape[1], self.dtype.itemsize
         block_m, block_n = (64, 128 if aligned(N) else 64) if size == 2 else (32, 32)
         if self.dtype is torch.float16:
-            block_m = 32  # parts of wide: more rows spill
+            block_m, block_n = 32, 64  # parts of wide: more spill
         block_r = min(32, rank_block(max(self.ranks)))
         rank_blocks, blocks = triton.cdiv(max(self.ranks), block_r), triton.cdiv(N, block_n)
         wanted = triton.cdiv(2 * PROGRAMS, self.L * rank_blocks * blocks)
