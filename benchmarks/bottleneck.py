@@ -14,14 +14,12 @@ Caches are emptied before every step, as in a model, where the other layers do i
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 
-from benchmarks import gate, measure, record
-from benchmarks.batched_lora.timing import clock
+from benchmarks import gate, record, runs
 from benchmarks.bottleneck_arms import ARMS, NAME, Cell, build, kernels
 from benchmarks.runs import Run
 from benchmarks.shapes import BF16, F32, MODELS
@@ -87,28 +85,18 @@ def _star(dtype: torch.dtype, blocks: list, Ms: tuple[int, ...], directions: tup
 
 def time_cell(cell: Cell, kinds: tuple[str, ...], run: Run) -> list[Row]:
     """All arms of a cell, and a row that says why for each that could not be timed."""
-    torch.manual_seed(0)
-    torch.compiler.reset()
-    arms, left_out = build(cell, run.device, kinds)
-    step = clock(run.device)
-    able, failed = measure.runnable(arms, step, FOREIGN)
-    times = measure.interleave(able, step, run.rounds, run.seconds)
     added = 2 * cell.E / (3 * cell.f)  # [E, d] and [d, E] beside three times [f, d]
-    rows = [
-        Row(**labels(cell, arm.name, arm.backend), **columns, flop_ratio=1 + added * (arm not in able[:2]),
-            not_timed="", **run.origin)
-        for arm, columns in measure.compared(times, able[0], able[1])
-    ]  # fmt: skip
-    nothing = record.no_numbers(Row)
-    for name, reason in (left_out | {arm.name: reason for arm, reason in failed.items()}).items():
-        rows.append(Row(**labels(cell, name, ""), rounds=0, **nothing, not_timed=reason, **run.origin))
-    return rows
+    times, absent = runs.timed(build, cell, kinds, FOREIGN, run)
+
+    def more(arm, columns):
+        return {"flop_ratio": 1 + added * (arm.name not in ("ffn", "ffn_again"))}
+
+    return runs.rows_of(Row, partial(labels, cell), times, absent, more, run)
 
 
 def labels(cell: Cell, arm: str, backend: str) -> dict[str, str | int]:
     """The columns that say what was timed."""
-    given = dataclasses.asdict(cell) | {"dtype": str(cell.dtype).removeprefix("torch.")}
-    return {"op": NAME, "arm": arm, "backend": backend} | given
+    return runs.labels(NAME, cell, arm, backend)
 
 
 def refuse_wrong_results(cells: list[Cell], device: torch.device) -> int:
@@ -123,21 +111,9 @@ def refuse_wrong_results(cells: list[Cell], device: torch.device) -> int:
     return ran
 
 
-def time_cells(cells: list[Cell], kinds: tuple[str, ...], run: Run, say: Callable[[str], None], out: Path | None):
-    """Cell by cell, said and written as they finish."""
-    record.one_by_one(cells, lambda cell: time_cell(cell, kinds, run), described, Row, say, out)
-
-
 def described(cell: Cell, rows: list[Row], seconds: float) -> str:
     """One block per cell."""
-    ffn = rows[0]
-    lines = [f"{cell.title}: FFN {ffn.ms_p50:.3f} ms, A/A {ffn.aa_spread:.1%}, {ffn.rounds} rounds, {seconds:.0f} s"]
-    for row in rows[2:]:
-        outcome = f"{row.ratio_p50:.3f} ({row.ratio_p20:.3f} - {row.ratio_p80:.3f})"
-        lines.append(
-            f"  {row.arm + ' ' + row.backend:20s} {f'not timed: {row.not_timed}' if row.not_timed else outcome}"
-        )
-    return "\n".join(lines)
+    return runs.described(cell, rows, seconds, "FFN")
 
 
 # -- the README's table -----------------------------------------------------------------------------------------------
@@ -191,18 +167,11 @@ def _place(row: Row) -> tuple:
 
 def markdown(rows: list[Row], origin: str) -> str:
     """All that stands between the README's markers."""
-    cells: dict[tuple, dict[str, Row]] = {}
-    for row in rows:
-        cells.setdefault(_place(row), {})[_contender(row)] = row
-    timed = list(dict.fromkeys(_contender(row) for row in rows if row.arm in ARMS and not row.not_timed))
-    lines = []
-    for (dtype, d, E, M, adapters, direction), arms in cells.items():
-        ffn = arms["ffn"]
-        ratios = ["" if arm not in arms or arms[arm].not_timed else f"{arms[arm].ratio_p50:.2f}" for arm in timed]
-        lines.append(
-            [dtype, f"{d} x {ffn.f}", str(E), str(M), str(adapters), direction, f"{ffn.ms_p50:.3g}",
-             f"{ffn.aa_spread:.1%}", *ratios]
-        )  # fmt: skip
+    timed, cells = runs.ratio_lines(rows, "ffn", ARMS, _place, _contender)
+    lines = [
+        [ffn.dtype, f"{ffn.d} x {ffn.f}", str(ffn.E), str(ffn.M), str(ffn.adapters), ffn.direction, *texts]
+        for ffn, texts in cells
+    ]
     header = ["dtype", "d x f", "E", "M", "adapters", "", "FFN, ms", "A/A", *timed]
     text = (
         "Time of a frozen SwiGLU block with parallel adapters over the block alone, medians, caches emptied before "

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import peft_kernels
-from benchmarks.runs import Arm
+from benchmarks.runs import Arm, NotHere, arms_of
 from peft_kernels import backends
 
 NAME = "bottleneck_adapter"
@@ -32,10 +32,6 @@ class Cell:
     def title(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{dtype} {self.d} x {self.f} E={self.E} M={self.M} {self.adapters} adapters {self.direction}"
-
-
-class NotHere(Exception):  # noqa: N818  (no error: a contender that this cell is not for)
-    """Why a contender is not timed in a cell."""
 
 
 class Problem:
@@ -187,11 +183,6 @@ _MAKERS = {"eager": _eager, "compiled": _compiled, "adapterhub": _adapterhub, "w
 def build(cell: Cell, device: torch.device, kinds: tuple[str, ...]) -> tuple[list[Arm], dict[str, str]]:
     """The block twice and the arms of the given kinds; and for each contender that cannot be here, why."""
     problem = Problem(cell, device)
-    arms = [Arm(name, "torch", problem.step(problem.ffn, ())) for name in ("ffn", "ffn_again")]
-    left_out = {}
-    for kind in kinds:
-        try:
-            arms += _MAKERS[kind](problem)
-        except NotHere as reason:
-            left_out[kind] = str(reason)
-    return arms, left_out
+    base = [Arm(name, "torch", problem.step(problem.ffn, ())) for name in ("ffn", "ffn_again")]
+    arms, left_out = arms_of(problem, _MAKERS, kinds)
+    return base + arms, left_out

@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from benchmarks.runs import Arm
+from benchmarks.runs import Arm, NotHere, arms_of
 from peft_kernels import backends
 
 NAME = "prefix_attention"
@@ -36,10 +36,6 @@ class Cell:
         dtype, heads = str(self.dtype).removeprefix("torch."), f"{self.Hq}/{self.Hkv} heads of {self.D}"
         whose = "shared" if self.prefixes == 1 else "one a row"
         return f"{dtype} {heads} B={self.B} S={self.S} T={self.T} P={self.P} {whose} {self.direction}"
-
-
-class NotHere(Exception):  # noqa: N818  (no error: a contender that this cell is not for)
-    """Why a contender is not timed in a cell."""
 
 
 class Problem:
@@ -205,11 +201,6 @@ _MAKERS = {"peft": _peft, "cat": _cat, "flex": _flex, "merged": _merged, "op": _
 def build(cell: Cell, device: torch.device, kinds: tuple[str, ...]) -> tuple[list[Arm], dict[str, str]]:
     """Attention without a prefix twice and the arms of the given kinds; and for each that cannot be here, why."""
     problem = Problem(cell, device)
-    arms = [Arm(name, "torch", problem.step(none(problem), with_prefix=False)) for name in ("none", "none_again")]
-    left_out = {}
-    for kind in kinds:
-        try:
-            arms += _MAKERS[kind](problem)
-        except NotHere as reason:
-            left_out[kind] = str(reason)
-    return arms, left_out
+    base = [Arm(name, "torch", problem.step(none(problem), with_prefix=False)) for name in ("none", "none_again")]
+    arms, left_out = arms_of(problem, _MAKERS, kinds)
+    return base + arms, left_out

@@ -14,14 +14,12 @@ Caches are emptied before every step, as in a model, where the other layers do i
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 
-from benchmarks import gate, measure, record
-from benchmarks.batched_lora.timing import clock
+from benchmarks import gate, record, runs
 from benchmarks.prefix_arms import ARMS, NAME, Cell, build, kernels
 from benchmarks.runs import Run
 from benchmarks.shapes import BF16, F32
@@ -100,30 +98,18 @@ def _prefill(dtype, heads, shapes) -> list[Cell]:
 
 def time_cell(cell: Cell, kinds: tuple[str, ...], run: Run) -> list[Row]:
     """All arms of a cell, and a row that says why for each that could not be timed."""
-    torch.manual_seed(0)
-    torch.compiler.reset()
-    arms, left_out = build(cell, run.device, kinds)
-    step = clock(run.device)
-    able, failed = measure.runnable(arms, step, FOREIGN)
-    times = measure.interleave(able, step, run.rounds, run.seconds)
     pairs = cell.S * cell.T - cell.S * (cell.S - 1) // 2
-    rows = [
-        Row(**labels(cell, arm.name, arm.backend), **columns,
-            flop_ratio=1 + cell.S * cell.P / pairs * (arm not in able[:2]), not_timed="", **run.origin)
-        for arm, columns in measure.compared(times, able[0], able[1])
-    ]  # fmt: skip
-    nothing = record.no_numbers(Row)
-    absent = [(name, "", reason) for name, reason in left_out.items()]
-    absent += [(arm.name, arm.backend, reason) for arm, reason in failed.items()]
-    for name, backend, reason in absent:
-        rows.append(Row(**labels(cell, name, backend), rounds=0, **nothing, not_timed=reason, **run.origin))
-    return rows
+    times, absent = runs.timed(build, cell, kinds, FOREIGN, run)
+
+    def more(arm, columns):
+        return {"flop_ratio": 1 + cell.S * cell.P / pairs * (arm.name not in ("none", "none_again"))}
+
+    return runs.rows_of(Row, partial(labels, cell), times, absent, more, run)
 
 
 def labels(cell: Cell, arm: str, backend: str) -> dict[str, str | int]:
     """The columns that say what was timed."""
-    given = dataclasses.asdict(cell) | {"dtype": str(cell.dtype).removeprefix("torch.")}
-    return {"op": NAME, "arm": arm, "backend": backend} | given
+    return runs.labels(NAME, cell, arm, backend)
 
 
 def refuse_wrong_results(cells: list[Cell], device: torch.device) -> int:
@@ -135,22 +121,9 @@ def refuse_wrong_results(cells: list[Cell], device: torch.device) -> int:
     return gate.check(registry.ops()[NAME], [name for name, _ in kernels(device)], pairs, device)
 
 
-def time_cells(cells: list[Cell], kinds: tuple[str, ...], run: Run, say: Callable[[str], None], out: Path | None):
-    """Cell by cell, said and written as they finish."""
-    record.one_by_one(cells, lambda cell: time_cell(cell, kinds, run), described, Row, say, out)
-
-
 def described(cell: Cell, rows: list[Row], seconds: float) -> str:
     """One block per cell."""
-    base = rows[0]
-    lines = [
-        f"{cell.title}: no prefix {base.ms_p50:.3f} ms, A/A {base.aa_spread:.1%}, {base.rounds} rounds, {seconds:.0f} s"
-    ]
-    for row in rows[2:]:
-        outcome = f"{row.ratio_p50:.3f} ({row.ratio_p20:.3f} - {row.ratio_p80:.3f})"
-        name = f"{row.arm} {row.backend}"
-        lines.append(f"  {name:20s} {f'not timed: {row.not_timed}' if row.not_timed else outcome}")
-    return "\n".join(lines)
+    return runs.described(cell, rows, seconds, "no prefix")
 
 
 # -- the README's table -----------------------------------------------------------------------------------------------
@@ -195,19 +168,12 @@ def _place(row: Row) -> tuple:
 
 def markdown(rows: list[Row], origin: str) -> str:
     """All that stands between the README's markers."""
-    cells: dict[tuple, dict[str, Row]] = {}
-    for row in rows:
-        cells.setdefault(_place(row), {})[_contender(row)] = row
-    timed = list(dict.fromkeys(_contender(row) for row in rows if row.arm in ARMS and not row.not_timed))
+    timed, cells = runs.ratio_lines(rows, "none", ARMS, _place, _contender)
     lines = []
-    for (dtype, B, S, T, P, prefixes, direction), arms in cells.items():
-        base = arms["none"]
-        ratios = ["" if arm not in arms or arms[arm].not_timed else f"{arms[arm].ratio_p50:.2f}" for arm in timed]
-        whose = "shared" if prefixes == 1 else "one a row"
-        lines.append(
-            [dtype, str(B), str(S), str(T), str(P), whose, direction, f"{base.ms_p50:.3g}", f"{base.aa_spread:.1%}",
-             *ratios]
-        )  # fmt: skip
+    for none, texts in cells:
+        sizes = [str(size) for size in (none.B, none.S, none.T, none.P)]
+        whose = "shared" if none.prefixes == 1 else "one a row"
+        lines.append([none.dtype, *sizes, whose, none.direction, *texts])
     header = ["dtype", "B", "S", "T", "P", "prefix", "", "none, ms", "A/A", *timed]
     first = rows[0]
     text = (

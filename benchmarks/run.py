@@ -260,7 +260,14 @@ def time_by_module(
     console.print(f"gate: {ran} samples right; {len(cells)} cells")
     seconds = timing.SECONDS[grid] if seconds < 0 else seconds
     run = timing.Run.here(device, rounds or timing.LEAST_ROUNDS[grid], seconds)
-    timing.time_cells(cells, wanted, run, lambda text: console.print(escape(text)), out)
+    record.one_by_one(
+        cells,
+        lambda cell: timing.time_cell(cell, wanted, run),
+        timing.described,
+        timing.Row,
+        lambda text: console.print(escape(text)),
+        out,
+    )
 
 
 def show_limits(device: torch.device, rounds: int, out: Path | None) -> None:

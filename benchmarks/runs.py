@@ -1,12 +1,21 @@
-"""What the benchmarks that are modules of their own share: an arm that needs no arguments, and what a run is."""
+"""What the benchmarks that are modules of their own share: arms and who is left out, the clock, rows, their words."""
 
+import dataclasses
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import torch
 
-from benchmarks import record
+from benchmarks import limits, measure, record
+
+_DEFAULT_CACHE = 32 << 20  # where the system does not say
+
+
+class NotHere(Exception):  # noqa: N818  (no error: a contender that this cell is not for)
+    """Why a contender is not timed in a cell."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,3 +44,118 @@ class Run:
     def here(cls, device: torch.device, rounds: int, seconds: float) -> Self:
         """A run on this machine, now."""
         return cls(device, rounds, seconds, record.provenance(device))
+
+
+def arms_of(problem, makers: dict[str, Callable], kinds: tuple[str, ...]) -> tuple[list, dict[str, str]]:
+    """The arms of the given kinds; and for each kind that cannot be here, why."""
+    arms, left_out = [], {}
+    for kind in kinds:
+        try:
+            arms += makers[kind](problem)
+        except NotHere as reason:
+            left_out[kind] = str(reason)
+    return arms, left_out
+
+
+def last_cache() -> int:
+    """Bytes of the processor's largest cache."""
+    texts = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(text[:-1]) << {"K": 10, "M": 20}[text[-1]] for text in texts), default=_DEFAULT_CACHE)
+
+
+def clock(device: torch.device) -> Callable[[Arm], float]:
+    """ms of one step of an arm that finds nothing in a cache."""
+    if device.type == "cuda":
+        return limits.clock(device)
+    other = torch.ones(2 * last_cache() // 4)
+
+    def wall(arm: Arm) -> float:
+        other.sum()
+        start = time.perf_counter_ns()
+        arm.run()
+        return (time.perf_counter_ns() - start) * 1e-6
+
+    return wall
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def timed(build: Callable, cell, kinds: tuple[str, ...], foreign: tuple[str, ...], run: Run) -> tuple[dict, list]:
+    """The times of the arms that `build` makes; and (arm, backend, reason) for each that has none.
+
+    Only those of `foreign` backends may fail.
+    """
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    arms, left_out = build(cell, run.device, kinds)
+    step = clock(run.device)
+    able, failed = measure.runnable(arms, step, foreign)
+    absent = [(name, "", reason) for name, reason in left_out.items()]
+    absent += [(arm.name, arm.backend, reason) for arm, reason in failed.items()]
+    return measure.interleave(able, step, run.rounds, run.seconds), absent
+
+
+def rows_of(
+    kind: type[record.Origin],
+    labels: Callable[[str, str], dict],
+    times: dict,
+    absent: list[tuple[str, str, str]],
+    more: Callable[[object, dict], dict],
+    run: Run,
+) -> list:
+    """A row for every arm, whose first two are the base twice, and one that says why for each that is absent.
+
+    labels(arm, backend) names what was timed; more(arm, columns) is what a row has beside measure.compared's columns.
+    """
+    base, again = list(times)[:2]
+    rows = [
+        kind(**labels(arm.name, arm.backend), **columns, **more(arm, columns), not_timed="", **run.origin)
+        for arm, columns in measure.compared(times, base, again)
+    ]
+    nothing = record.no_numbers(kind)
+    for name, backend, reason in absent:
+        rows.append(kind(**labels(name, backend), rounds=0, **nothing, not_timed=reason, **run.origin))
+    return rows
+
+
+def labels(op: str, cell, arm: str, backend: str) -> dict[str, str | int]:
+    """The columns that say what was timed: those of the cell, which is a dataclass."""
+    given = dataclasses.asdict(cell) | {"dtype": str(cell.dtype).removeprefix("torch.")}
+    return {"op": op, "arm": arm, "backend": backend} | given
+
+
+def described(cell, rows: list, seconds: float, base: str, more: Callable[[object], str] = lambda row: "") -> str:
+    """One block per cell: the base by its name, then every other arm's ratio to it and what more(row) says."""
+    first = rows[0]
+    lines = [
+        f"{cell.title}: {base} {first.ms_p50:.3f} ms, A/A {first.aa_spread:.1%}, {first.rounds} rounds, {seconds:.0f} s"
+    ]
+    for row in rows[2:]:
+        outcome = f"not timed: {row.not_timed}"
+        if not row.not_timed:
+            outcome = f"{row.ratio_p50:.3f} ({row.ratio_p20:.3f} - {row.ratio_p80:.3f}){more(row)}"
+        lines.append(f"  {f'{row.arm} {row.backend}':24s} {outcome}")
+    return "\n".join(lines)
+
+
+# -- the README's table -----------------------------------------------------------------------------------------------
+
+
+def ratio_lines(
+    rows: list, base: str, arms: tuple[str, ...], place: Callable, contender: Callable
+) -> tuple[list[str], list[tuple[object, list[str]]]]:
+    """The contenders that were timed; for each cell its base row and the texts of ms, A/A and each contender's ratio.
+
+    place(row) is the cell's key, contender(row) the name of a column.
+    """
+    cells: dict[tuple, dict] = {}
+    for row in rows:
+        cells.setdefault(place(row), {})[contender(row)] = row
+    timed = list(dict.fromkeys(contender(row) for row in rows if row.arm in arms and not row.not_timed))
+    lines = []
+    for cell in cells.values():
+        first = cell[base]
+        ratios = ["" if arm not in cell or cell[arm].not_timed else f"{cell[arm].ratio_p50:.2f}" for arm in timed]
+        lines.append((first, [f"{first.ms_p50:.3g}", f"{first.aa_spread:.1%}", *ratios]))
+    return timed, lines

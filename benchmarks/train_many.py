@@ -14,17 +14,16 @@ import dataclasses
 import importlib.util
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import peft_kernels
-from benchmarks import gate, measure, record
+from benchmarks import gate, measure, record, runs
 from benchmarks.runs import Arm, Run
 from benchmarks.shapes import BF16, F32
 from benchmarks.tables import grid_table
@@ -202,28 +201,18 @@ def time_cell(cell: Cell, kinds: tuple[str, ...], run: Run) -> list[Row]:
     """All arms of a cell, and a row that says why for each that could not be timed."""
     arms, left_out = build(cell, run.device, kinds)
     times = measure.interleave(arms, lambda arm: arm.run(), run.rounds, run.seconds)
-    peft, again = (arm for arm in times if arm.name in ("peft", "peft_again"))
     tokens = cell.adapters * cell.rows * cell.tokens
-    rows = [
-        Row(
-            **labels(cell, arm.name, arm.backend),
-            **columns,
-            tokens_per_s=1e3 * tokens / columns["ms_p50"],
-            not_timed="",
-            **run.origin,
-        )
-        for arm, columns in measure.compared(times, peft, again)
-    ]
-    nothing = record.no_numbers(Row)
-    for name, reason in left_out.items():
-        rows.append(Row(**labels(cell, name, "peft"), rounds=0, **nothing, not_timed=reason, **run.origin))
-    return rows
+    absent = [(name, "peft", reason) for name, reason in left_out.items()]
+
+    def more(arm, columns):
+        return {"tokens_per_s": 1e3 * tokens / columns["ms_p50"]}
+
+    return runs.rows_of(Row, partial(labels, cell), times, absent, more, run)
 
 
 def labels(cell: Cell, arm: str, backend: str) -> dict[str, str | int]:
     """The columns that say what was timed."""
-    given = dataclasses.asdict(cell) | {"dtype": str(cell.dtype).removeprefix("torch.")}
-    return {"op": NAME, "arm": arm, "backend": backend, "adapter_dtype": "float32"} | given
+    return runs.labels(NAME, cell, arm, backend) | {"adapter_dtype": "float32"}
 
 
 def refuse_wrong_results(cells: list[Cell], device: torch.device) -> int:
@@ -235,21 +224,9 @@ def refuse_wrong_results(cells: list[Cell], device: torch.device) -> int:
     return sum(gate.check(registry.ops()[op], names, pairs, device) for op in ("lora_linear", "batched_lora"))
 
 
-def time_cells(cells: list[Cell], kinds: tuple[str, ...], run: Run, say: Callable[[str], None], out: Path | None):
-    """Cell by cell, said and written as they finish."""
-    record.one_by_one(cells, lambda cell: time_cell(cell, kinds, run), described, Row, say, out)
-
-
 def described(cell: Cell, rows: list[Row], seconds: float) -> str:
     """One block per cell."""
-    peft = rows[0]
-    lines = [
-        f"{cell.title}: PEFT {peft.ms_p50:.1f} ms, A/A {peft.aa_spread:.1%}, {peft.rounds} rounds, {seconds:.0f} s"
-    ]
-    for row in rows[2:]:
-        outcome = f"{row.ratio_p50:.3f} ({row.ratio_p20:.3f} - {row.ratio_p80:.3f})  {row.tokens_per_s:.0f} tokens/s"
-        lines.append(f"  {row.arm:12s} {f'not timed: {row.not_timed}' if row.not_timed else outcome}")
-    return "\n".join(lines)
+    return runs.described(cell, rows, seconds, "PEFT", lambda row: f"  {row.tokens_per_s:.0f} tokens/s")
 
 
 # -- the README's table -----------------------------------------------------------------------------------------------

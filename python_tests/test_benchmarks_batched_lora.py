@@ -9,7 +9,7 @@ import typer
 from benchmark_rows import mixed_rows, write
 from typer.testing import CliRunner
 
-from benchmarks import gate, record, run, shapes
+from benchmarks import gate, record, run, runs, shapes
 from benchmarks.batched_lora import arms, cells, tables, timing
 from peft_kernels import backends, registry, testing
 
@@ -144,7 +144,7 @@ def test_a_failure_of_ours_is_not_forgiven(monkeypatch):
 
 def test_the_command_times_the_quick_grid(tmp_path, monkeypatch):
     monkeypatch.setattr(gate, "check", lambda *arguments: 24)
-    monkeypatch.setattr(timing, "last_cache", lambda: 1 << 20)
+    monkeypatch.setattr(runs, "last_cache", lambda: 1 << 20)
     app = typer.Typer()
     app.command()(run.main)
     options = ["--op", "batched_lora", "--arms", "gather_bmm,op", "--rounds", "1", "--seconds", "0"]

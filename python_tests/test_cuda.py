@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cuda_calls import assert_replays, nothing_waits, on_another_stream, other_inputs, same
 from torch._subclasses import FakeTensorMode
 
 from peft_kernels import backends, registry, testing
@@ -25,10 +26,6 @@ def evaluated(backend, arguments):
     return OP.evaluate(*testing.operators(backend, OP), arguments, testing.output_gradients(y))
 
 
-def same(one, other):
-    return all(torch.equal(one[name].cpu(), other[name].cpu()) for name in one)
-
-
 @on_gpu
 @each
 @each_case
@@ -41,21 +38,7 @@ def test_graph_replays_new_inputs_and_a_new_seed(backend, rows, pair, whole):
     def run():
         return OP.evaluate(forward, backward, held, dy) if whole else {"y": forward(*held.values())[0][0]}
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what a library sets up at its first call must not be captured
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    graph.replay()
-    before = {name: out.clone() for name, out in captured.items()}
-    assert same(before, run())
-    held["x"].neg_()
-    held["seed"].fill_(1234)
-    graph.replay()
-    assert same(captured, run()) and not same(captured, before)
+    assert_replays(run, lambda: other_inputs(held))
 
 
 @on_gpu
@@ -64,15 +47,7 @@ def test_graph_replays_new_inputs_and_a_new_seed(backend, rows, pair, whole):
 def test_another_stream(backend, rows, pair):
     arguments = problem("cuda", *pair, rows=(rows,), **SIZES)
     expected = evaluated(backend, arguments)
-    x = arguments["x"].clone()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        arguments["x"].zero_()
-        torch.cuda._sleep(50_000_000)  # work on a wrong stream would see the zeros
-        arguments["x"].copy_(x)
-        got = evaluated(backend, arguments)
-    torch.cuda.current_stream().wait_stream(stream)
+    got = on_another_stream(lambda: evaluated(backend, arguments), arguments["x"])
     assert same(got, expected)
 
 
@@ -99,12 +74,9 @@ def test_nothing_waits_for_the_device(backend):
     y, h = testing.operators(backend, OP)[0](*arguments.values())
     dy = [torch.ones_like(out) for out in y]
     rest = [arguments[n] for n in ("weight", "lora_A", "lora_B", "member", "scaling", "dropout_p", "seed")]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         testing.operators(backend, OP)[0](*arguments.values())
         testing.operators(backend, OP)[1](dy, arguments["x"], h, *rest, [True] * 14)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 BY_ROW = registry.ops()["batched_lora"]
@@ -125,21 +97,15 @@ def test_graph_replays_with_other_adapters_for_the_rows(backend, pair):
     forward, backward = testing.operators(backend, BY_ROW)
     held = row_problem(pair)
     dy = testing.gradients_for(BY_ROW, held)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        BY_ROW.evaluate(forward, backward, held, dy)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = BY_ROW.evaluate(forward, backward, held, dy)
-    graph.replay()
-    before = {name: out.clone() for name, out in captured.items()}
-    assert same(before, BY_ROW.evaluate(forward, backward, held, dy))
-    ids = route.row_ids(held["route"], 150)
-    held["route"].copy_(route.reference(ids.flip(0).where(ids.flip(0) != 1, -1), 3))
-    graph.replay()
-    assert same(captured, BY_ROW.evaluate(forward, backward, held, dy)) and not same(captured, before)
+
+    def run():
+        return BY_ROW.evaluate(forward, backward, held, dy)
+
+    def change():
+        ids = route.row_ids(held["route"], 150).flip(0)
+        held["route"].copy_(route.reference(ids.where(ids != 1, -1), 3))
+
+    assert_replays(run, change)
 
 
 @on_gpu
@@ -147,11 +113,8 @@ def test_graph_replays_with_other_adapters_for_the_rows(backend, pair):
 def test_nothing_waits_for_the_device_where_rows_have_adapters(backend):
     arguments = row_problem((BF16, F32))
     dy = testing.gradients_for(BY_ROW, arguments)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         BY_ROW.evaluate(*testing.operators(backend, BY_ROW), arguments, dy)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, F32), (F32, F32)], ids=str)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cuda_calls import assert_replays, nothing_waits, on_another_stream, other_inputs, same
 
 from peft_kernels import backends, registry, testing
 from peft_kernels.ops.bottleneck_adapter.samples import problem
@@ -23,10 +24,6 @@ each_case = pytest.mark.parametrize("case", CASES)
 each_pair = pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, F32), (F32, F32)], ids=str)
 
 
-def same(one, other):
-    return all(torch.equal(one[name], other[name]) for name in one)
-
-
 @on_gpu
 @each
 @each_case
@@ -39,21 +36,7 @@ def test_graph_replays_new_inputs_and_a_new_seed(backend, rows, pair, case):
     def run():
         return OP.evaluate(*testing.operators(backend, OP), held, dy)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what a library sets up at its first call must not be captured
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    graph.replay()
-    before = {name: out.clone() for name, out in captured.items()}
-    assert same(before, run())
-    held["x"].neg_()
-    held["seed"].fill_(1234)
-    graph.replay()
-    assert same(captured, run()) and not same(captured, before)
+    assert_replays(run, lambda: other_inputs(held))
 
 
 @on_gpu
@@ -63,15 +46,7 @@ def test_another_stream(backend, case):
     arguments = problem("cuda", BF16, BF16, rows=(150,), **CASES[case])
     dy = testing.gradients_for(OP, arguments)
     expected = OP.evaluate(*testing.operators(backend, OP), arguments, dy)
-    x = arguments["x"].clone()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        arguments["x"].zero_()
-        torch.cuda._sleep(50_000_000)  # work on a wrong stream would see the zeros
-        arguments["x"].copy_(x)
-        got = OP.evaluate(*testing.operators(backend, OP), arguments, dy)
-    torch.cuda.current_stream().wait_stream(stream)
+    got = on_another_stream(lambda: OP.evaluate(*testing.operators(backend, OP), arguments, dy), arguments["x"])
     assert same(got, expected)
 
 
@@ -82,8 +57,5 @@ def test_another_stream(backend, case):
 def test_nothing_waits_for_the_device(backend, pair, case):
     arguments = problem("cuda", *pair, rows=(150,), **CASES[case])
     dy = testing.gradients_for(OP, arguments)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         OP.evaluate(*testing.operators(backend, OP), arguments, dy)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cuda_calls import captured
 
 import peft_kernels
 from peft_kernels import backends, registry, testing
@@ -40,14 +41,7 @@ def test_graph_replays_other_ids(pair):
     def run():
         forward(held["y"], held["x"], make_route(ids), *rest)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    graph, _ = captured(run)
     for name, batch in BATCHES.items():
         results = []
         for step in (graph.replay, run):

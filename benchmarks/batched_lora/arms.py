@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import peft_kernels
 from benchmarks.batched_lora.cells import Cell
+from benchmarks.runs import NotHere, arms_of
 from peft_kernels import backends, registry
 from peft_kernels.registry import Cost
 
@@ -22,10 +23,6 @@ MOST_GATHERED = 1 << 30  # bytes of copies of factors that an arm may make
 # Kinds of arm: HF PEFT's mixed batch; torch.bmm over gathered factors; torch's grouped product over sorted rows; a
 # weight with the one adapter merged in, where all rows have the same; ours; sorting the rows, once for a whole model.
 ARMS = ("peft", "gather_bmm", "grouped_mm", "merged", "op", "route")
-
-
-class NotHere(Exception):  # noqa: N818  (no error: a contender that this cell is not for)
-    """Why a contender is not timed in a cell."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,14 +90,9 @@ class Problem:
 def build(cell: Cell, device: torch.device, kinds: tuple[str, ...]) -> tuple[list[Arm], dict[str, str]]:
     """Both base arms and the arms of the given kinds; and for each contender that cannot be here, why."""
     problem = Problem(cell, device)
-    arms = [Arm(name, "torch", problem.base, problem.base_cost()) for name in ("base", "base_again")]
-    left_out = {}
-    for kind in kinds:
-        try:
-            arms += _MAKERS[kind](problem)
-        except NotHere as reason:
-            left_out[kind] = str(reason)
-    return arms, left_out
+    base = [Arm(name, "torch", problem.base, problem.base_cost()) for name in ("base", "base_again")]
+    arms, left_out = arms_of(problem, _MAKERS, kinds)
+    return base + arms, left_out
 
 
 def _with_base(problem: Problem, name: str, backend: str, add: Callable[[list[Tensor]], object]) -> list[Arm]:

@@ -5,29 +5,22 @@
 #include <string>
 #include <vector>
 
-#include "bottleneck_adapter/bottleneck_adapter_cuda.h"
 #include "common/activation.h"
+#include "tests/bottleneck_adapter_cases.h"
 #include "tests/device_array.h"
 #include "tests/typed_values.h"
 
 using namespace pk;
 using namespace pk::bottleneck_adapter;
 using pk::test::Array;
+using pk::test::expect;
+using pk::test::kDropout;
+using pk::test::keeps;
+using pk::test::kP;
+using pk::test::kSeed;
 using pk::test::ran;
 
 namespace {
-
-constexpr uint64_t kSeed = 0x0123456789ABCDEFull;
-constexpr double kP = 0.3;
-const Dropout kDropout = make_dropout(kP, kSeed, 0);
-int failures = 0, cases = 0;
-
-void expect(bool holds, const std::string& what) {
-  ++cases;
-  if (holds) return;
-  ++failures;
-  printf("FAILED %s: %s\n", test::kWhere, what.c_str());
-}
 
 // Numbers of a dtype; what is not filled is NaN until a kernel writes it.
 struct Values {
@@ -50,10 +43,6 @@ struct Values {
     return std::fabs((*this)[i] - wanted) <= eps * (std::fabs(wanted) + (test::bytes_of(type) > 2 ? size : 0x1p-6));
   }
 };
-
-bool keeps(bool drops, int64_t m, int64_t n) {
-  return !drops || kept(kDropout, static_cast<uint32_t>(m), static_cast<uint32_t>(n));
-}
 
 double numeric_slope(int activation, double h) {
   const double step = 1e-5;
@@ -332,6 +321,5 @@ int main() {
   }
   for (const int64_t rows : {1, 128, 129, 9000}) column_sums(single, rows, 33);
   column_sums(twice, 200, 1);
-  printf("%s: %d cases, %d failures\n", test::kWhere, cases, failures);
-  return failures != 0;
+  return test::said();
 }

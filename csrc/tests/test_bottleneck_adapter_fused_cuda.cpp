@@ -7,29 +7,22 @@
 #include <utility>
 #include <vector>
 
-#include "bottleneck_adapter/bottleneck_adapter_cuda.h"
 #include "common/activation.h"
+#include "tests/bottleneck_adapter_cases.h"
 #include "tests/device_array.h"
 #include "tests/typed_values.h"
 
 using namespace pk;
 using namespace pk::bottleneck_adapter;
 using pk::test::Array;
+using pk::test::expect;
+using pk::test::kDropout;
+using pk::test::keeps;
+using pk::test::kP;
+using pk::test::kSeed;
 using pk::test::ran;
 
 namespace {
-
-constexpr uint64_t kSeed = 0x0123456789ABCDEFull;
-constexpr double kP = 0.3;
-const Dropout kDropout = make_dropout(kP, kSeed, 0);
-int failures = 0, cases = 0;
-
-void expect(bool holds, const std::string& what) {
-  ++cases;
-  if (holds) return;
-  ++failures;
-  printf("FAILED %s: %s\n", test::kWhere, what.c_str());
-}
 
 // [rows][cols] numbers, rows `stride` apart; what lies between them, and what is not filled, is NaN.
 struct Matrix {
@@ -89,10 +82,6 @@ void put_outlier(const Sizes& s, Matrix& x, Matrix& A, Matrix& B) {
     }
   }
   for (int64_t n = 0; n < s.N; ++n) B.set(n, 0, 0);
-}
-
-bool keeps(bool drops, int64_t m, int64_t n) {
-  return !drops || kept(kDropout, static_cast<uint32_t>(m), static_cast<uint32_t>(n));
 }
 
 // h is rounded once: it has few bits. y has the rounding of its type, and of u and B to two parts.
@@ -327,6 +316,5 @@ int main() {
     }
   }
   the_shape_decides();
-  printf("%s: %d cases, %d failures\n", test::kWhere, cases, failures);
-  return failures != 0;
+  return test::said();
 }
