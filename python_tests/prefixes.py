@@ -19,7 +19,8 @@ ROWS: list[str | None] = []  # the prefix of each row, for the slow attention; [
 def slow_attention(
     module, query, key, value, attention_mask, dropout=0.0, scaling=None, position_bias=None, softcap=None, **_
 ):
-    """Concatenation; every query sees the whole prefix, and of its own keys what the full mask says."""
+    """Concatenation; every query sees the whole prefix, and of its own keys what the full mask says. A prefix that does
+    not share the softmax adds its part, with its gate."""
     prefixes, outs = module.prefixes, []
     names = [*ROWS] or [prefixes.active_name]
     names = [name for name in names for _ in range(len(query) // len(names))]
@@ -28,11 +29,19 @@ def slow_attention(
         pk, pv = prefixes[name]() if name in prefixes else (key[r, :, :0], value[r, :, :0])
         k, v = (torch.cat([p.to(t.dtype), t[r]], 1).repeat_interleave(group, 0) for p, t in ((pk, key), (pv, value)))
         logits = query[r] @ k.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        raw = logits[..., : pk.shape[1]]
         logits = softcap * torch.tanh(logits / softcap) if softcap else logits
         before, own = logits.split([pk.shape[1], key.shape[2]], -1)
         own = own if position_bias is None else own + position_bias[0]
         own = own.masked_fill(~attention_mask[r], -torch.inf)
-        weights = torch.softmax(torch.cat([before, own], -1), -1).nan_to_num(0)  # a query that sees nothing
+        if name not in prefixes or prefixes[name].composition == "merge":
+            weights = torch.softmax(torch.cat([before, own], -1), -1).nan_to_num(0)  # a query that sees nothing
+        else:
+            features = (nn.functional.elu(query[r]) + 1) @ k[:, : pk.shape[1]].mT
+            joins = {"add": torch.softmax(before, -1), "relu": torch.relu(raw), "linear": features}
+            gate = 1 if prefixes[name].gate is None else prefixes[name].gate[0, :, None, None]
+            part = gate * joins[prefixes[name].composition]
+            weights = torch.cat([part, torch.softmax(own, -1).nan_to_num(0)], -1)
         outs.append(weights @ v)
     return torch.stack(outs).transpose(1, 2).contiguous(), None
 

@@ -1,4 +1,4 @@
-"""Heads that are trained and saved with an adapter: modules_to_save, of bottleneck adapters and of BitFit."""
+"""Heads that are trained and saved with an adapter: modules_to_save, of every method of our own."""
 
 import copy
 import os
@@ -18,12 +18,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import peft_kernels
-from peft_kernels import BitFitConfig, BottleneckConfig
+from peft_kernels import BitFitConfig, BottleneckConfig, MAMConfig, PrefixTuningConfig, PTuningV2Config
 
 HEAD = ["classifier"]
 CONFIGS = {
     "bottleneck": BottleneckConfig.pfeiffer(r=4, modules_to_save=HEAD),
     "bitfit": BitFitConfig(["query", "intermediate.dense"], modules_to_save=HEAD),
+    "prefix": PTuningV2Config(num_virtual_tokens=3, prefix_dropout=0.0, modules_to_save=HEAD),
+    "mam": MAMConfig(
+        PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=6),
+        BottleneckConfig.scaled_parallel(r=4, modules_to_save=HEAD),
+    ),
 }
 KEYS = {"base_model.model.classifier.weight", "base_model.model.classifier.bias"}
 
@@ -326,7 +331,7 @@ def _work(rank: int, path: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
     try:
-        for config in (CONFIGS["bottleneck"], CONFIGS["bitfit"]):
+        for config in (CONFIGS["bottleneck"], CONFIGS["bitfit"], CONFIGS["prefix"]):
             _switch_and_save(config, f"{path}/{rank}")
         dist.barrier()
     except BaseException:

@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import peft_kernels
-from peft_kernels import BitFitConfig, BottleneckConfig
+from peft_kernels import BitFitConfig, BottleneckConfig, PrefixTuningConfig
 from peft_kernels.integrations.attachments import NOTE
 
 DOUBLE = Path(__file__).parent / "data" / "adapterhub" / "bert" / "double_seq_bn"
-CONFIG = BottleneckConfig(r=2)
+CONFIG, PREFIX = BottleneckConfig(r=2), PrefixTuningConfig(num_virtual_tokens=3)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def one_process(tmp_path_factory):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("config", [CONFIG, BitFitConfig()])
+@pytest.mark.parametrize("config", [CONFIG, BitFitConfig(), PREFIX])
 def test_ddp_comes_after_what_makes_parameters_trainable(config, one_process, tmp_path):
     model = base_model("gpt2")
     peft_kernels.attach(model, config, "a")
@@ -40,7 +40,7 @@ def test_ddp_comes_after_what_makes_parameters_trainable(config, one_process, tm
     for call in (
         lambda: peft_kernels.attach(wrapped, config, "c"),
         lambda: peft_kernels.load(wrapped, tmp_path, "c"),
-        *([lambda: peft_kernels.set_active(wrapped, "a")] if config is CONFIG else []),
+        *([lambda: peft_kernels.set_active(wrapped, "a")] if config in (CONFIG, PREFIX) else []),
     ):
         with pytest.raises(
             ValueError, match=r"DistributedDataParallel, .*before, and DistributedDataParallel\(model\)"
@@ -84,6 +84,29 @@ def test_adapters_are_noted_at_one_module(tmp_path):
     with pytest.raises(ValueError, match=r"the adapter 'a' is no longer at model.layers.1.mlp"):
         peft_kernels.save_pretrained(model, tmp_path / "none", "a")
     assert not (tmp_path / "none").exists()
+
+
+def test_prefixes_are_noted_at_one_module(tmp_path):
+    model = base_model("llama")
+    peft_kernels.attach(model.model, PREFIX, "a")
+    for call in (
+        lambda: peft_kernels.attach(model, PREFIX, "b"),
+        lambda: peft_kernels.set_active(model, []),
+        lambda: peft_kernels.save_pretrained(model, tmp_path, "a"),
+        lambda: peft_kernels.detach(model, "a"),
+    ):
+        with pytest.raises(ValueError, match="model has adapters that were attached to it; pass that module"):
+            call()
+    peft_kernels.detach(model.model, "a")
+    assert model.config._attn_implementation == "sdpa"
+    peft_kernels.attach(model, PREFIX, "a")
+    for call in (
+        lambda: peft_kernels.attach(model.model, PREFIX, "z"),
+        lambda: peft_kernels.detach(model.model, "a"),
+    ):
+        with pytest.raises(ValueError, match=r"layers.0.self_attn has an adapter 'a' that was attached to another"):
+            call()
+    peft_kernels.save_pretrained(model, tmp_path, "a")
 
 
 def test_a_head_beside_an_adapter_of_adapterhub_is_named(tmp_path):

@@ -117,9 +117,19 @@ def test_packed_sequences_are_the_sequences_alone(composition, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("composition", ["merge", "add"])
 def test_rows_do_not_depend_on_the_batch(composition, backend):
-    """Each row is, bit for bit, what it is alone; so are the gradients of a prefix that one row has."""
+    """Each row is, bit for bit, what it is alone; so are the gradients of a prefix that one row has, wherever the row
+    is. Those of a prefix of several rows are summed in the order of the rows."""
     a = problem("cpu", torch.float32, B=4, S=11, n=3, ids=(2, -1, 0, 2), lengths=(5, 3, 4), composition=composition)
     out = attend(a, backend)[0]
+    dout, order = testing.output_gradients([out])[0], torch.tensor([2, 3, 1, 0])
+    found = []
+    for rows in (torch.arange(4), order, order):
+        given, _ = leaves(a | {name: a[name][rows] for name in ("query", "key", "value", "prefix_ids")})
+        prefixes = [given[name] for name in ("prefix_key", "prefix_value")]
+        found.append(torch.autograd.grad(attend(given, backend)[0], prefixes, dout[rows]))
+    for plain, moved, again in zip(*found, strict=True):
+        assert torch.equal(moved[:2], plain[:2]) and plain[0].any() and torch.equal(again, moved)
+        torch.testing.assert_close(moved, plain)
     for r in range(4):
         alone = {name: a[name][r : r + 1] for name in ("query", "key", "value", "prefix_ids")}
         assert torch.equal(attend(a | alone, backend)[0], out[r : r + 1])

@@ -44,6 +44,15 @@ def test_a_step_is_that_of_the_concatenation(name, padding):
     assert_like_slow(prefixed(name), padded(padding))
 
 
+@pytest.mark.parametrize("gate", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("composition", ["add", "relu", "linear"])
+@pytest.mark.parametrize("name", ["gemma2", "t5"])
+def test_a_step_of_each_composition(name, composition, gate):
+    """Capped logits, windows in some layers; a bias of positions, all three slots."""
+    config = PrefixTuningConfig(num_virtual_tokens=3, composition=composition, gate=gate)
+    assert_like_slow(prefixed(name, config), padded("left"))
+
+
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_query_sees_all_of_the_prefix(name, padding):
@@ -212,10 +221,25 @@ def test_beams_have_the_prefix_of_their_row(name):
         assert torch.equal(together[row], model.generate(**batch, **GREEDY, num_beams=3)[row])
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral"])
 @torch.no_grad()
-def test_assisted_decoding_is_greedy():
-    model, ids = prefixed(), inputs(1, 5)["input_ids"]
-    found = model.generate(input_ids=ids, **GREEDY, assistant_model=base_model("llama").eval())
+def test_assisted_and_chunked_decoding_are_greedy(name):
+    model, ids = prefixed(name), inputs(1, 5)["input_ids"]
+    expected = greedy(slow(model), ids, 6)
+    for way in (
+        {"assistant_model": base_model(name).eval()},
+        {"prompt_lookup_num_tokens": 2},
+        {"prefill_chunk_size": 2},
+    ):
+        assert torch.equal(model.generate(input_ids=ids, **GREEDY, **way), expected), way
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a cache is offloaded from a GPU")
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+@torch.no_grad()
+def test_generation_with_an_offloaded_cache(cache):
+    model, ids = prefixed().cuda(), inputs(3, 5)["input_ids"].cuda()
+    found = model.generate(input_ids=ids, **GREEDY, cache_implementation=cache, disable_compile=True)
     assert torch.equal(found, greedy(slow(model), ids, 6))
 
 

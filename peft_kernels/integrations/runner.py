@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from peft_kernels.integrations.pool_sites import PoolSite
 from peft_kernels.integrations.pooled import ModelPool, pool_of
+from peft_kernels.integrations.prefixes import prefix_names
 from peft_kernels.integrations.rows import expansion
 from peft_kernels.integrations.transformers import POOL_SITE, forward_was_replaced
 
@@ -88,7 +89,7 @@ class Runner:
 
     Raises:
         ValueError: the model has no pool, or a module of it has a forward of its own, such as a compiled one, which a
-            copy would share; or a call has not one adapter for each row.
+            copy would share; or a call has not one adapter for each row, or names a prefix.
         RuntimeError: a second thread calls while a call runs, or no served layer ran in a call.
         KeyError: there is no such adapter.
 
@@ -137,6 +138,13 @@ class Runner:
         try:
             with contextlib.ExitStack() as pins:
                 slot_of = {name: pins.enter_context(self.pool.pin(name)) for name in {*adapters} - {None}}
+                named = [name for name, slot in slot_of.items() if slot < 0 or name in prefix_names(self._model)]
+                if named:
+                    raise ValueError(
+                        f"Runner: {named[0]!r} is a prefix, and a runner gives rows the adapters of its pool; all rows "
+                        "have the prefix that was active when it was made, and peft_kernels.adapter_ids gives each its "
+                        "own"
+                    )
                 self._rows.set([slot_of.get(name, -1) for name in adapters], expand)
                 yield
                 if not self._rows.seen:

@@ -49,13 +49,13 @@ def prefix_attention(
         cu_seqlens_q, cu_seqlens_k: int32 `[sequences + 1]`, where packed sequences begin and end in a batch of 1; a
             sequence sees its own keys alone, and ids and gates have one row for each.
         composition: "merge", one softmax over both; "add", one for each, the results added (LLaMA-Adapter,
-            arXiv:2303.16199); "relu", relu(l_P) for the prefix (multi-head adapter, arXiv:2110.04366); "linear",
-            (elu(q) + 1) P_k^T (arXiv:2506.13674).
+            arXiv:2303.16199); "relu", relu(scale q P_k^T) for the prefix (multi-head adapter, arXiv:2110.04366);
+            "linear", (elu(q) + 1) P_k^T (arXiv:2506.13674).
         scale: None: 1 / sqrt(D).
         is_causal: query i sees keys up to i + T - S. The prefix is seen by every query.
         sliding_window: how many keys up to its own a query sees; 0: all.
         window_over_prefix: whether the prefix slides out of the window too, as if it lay in the cache (HF PEFT).
-        softcap: logits become softcap tanh(logits / softcap), before the mask; 0: they do not.
+        softcap: the logits of a softmax become softcap tanh(logits / softcap), before the mask; 0: they do not.
         dropout_p: probability of dropping a weight, in [0, 1); seed: 0-d int64 from `new_seed`, where it is above 0.
         return_lse: also return the log-sum-exp.
 

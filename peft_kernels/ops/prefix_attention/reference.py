@@ -3,7 +3,7 @@
 o = drop(w_X) V + g drop(w_P) P_v     with logits   l_X = cap(scale q K^T) + mask,   l_P = cap(c scale q P_k^T) + bias
     merge   w = softmax of [l_P, l_X] together          Li and Liang 2021 (arXiv:2101.00190)
     add     w_X = softmax(l_X), w_P = softmax(l_P)      Zhang et al. 2023 (arXiv:2303.16199), gate by gate
-    relu    w_X = softmax(l_X), w_P = relu(l_P)         multi-head adapter, He et al. 2022 (arXiv:2110.04366, table 1)
+    relu    w_X = softmax(l_X), w_P = relu(c scale q P_k^T)     multi-head adapter, He et al. 2022 (arXiv:2110.04366)
     linear  w_X = softmax(l_X), w_P = c (elu(q) + 1) P_k^T          Wang et al. 2025 (arXiv:2506.13674)
 q [B, Hq, S, D], K and V [B, Hkv, T, D], prefixes [n, Hkv, P, D], of which a row has one or none; g and c a number per
 row and head; cap(l) = softcap tanh(l / softcap). lse [B, Hq, S] is the natural logarithm of the sum that w_X is divided
