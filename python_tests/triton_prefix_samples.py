@@ -52,6 +52,10 @@ def test_matches_oracle(sample, pair):
     check(sample.make("cpu", *pair))
 
 
+def test_dropout_where_tiles_are_half_of_what_is_drawn():
+    check(problem("cpu", F64, D=72, S=5, T=37, P=35, p=0.3, B=1))
+
+
 def run(arguments):
     """Everything that comes out, by name."""
     return OP.evaluate(FORWARD, BACKWARD, arguments, testing.gradients_for(OP, arguments))
