@@ -59,12 +59,13 @@ def forward_tile(q: Tensor, group: int, *, extra: int) -> Tile:
 
 
 def backward_tile(q: Tensor, group: int, *, extra: int) -> Tile:
-    """Likewise; what has more than scores and a softmax to keep in registers takes small tiles, or it would spill."""
+    """Likewise; what has more than scores and a softmax to keep in registers takes small tiles, or it would spill, as
+    64 keys of 64 numbers do on sm_80."""
     M, D, size = group * q.shape[2], q.shape[3], q.element_size()
     if size > 2:
         return _wide_tile(D, size)
     if M > 32 and D <= 128 and not extra:
-        return Tile(64, 64, 4 if D <= 32 else 8, 1)
+        return Tile(64, 32 if 32 < D <= 64 else 64, 4 if D <= 32 else 8, 1)
     return Tile(16 if D > 128 or extra > 1 else 32, 32, 4 if D <= 64 else 8, 1)
 
 
