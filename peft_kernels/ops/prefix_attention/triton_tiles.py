@@ -53,6 +53,8 @@ def forward_tile(q: Tensor, group: int, *, extra: int) -> Tile:
     rows, keys = 16 if M <= 16 else 32, 64 if D <= 128 and not extra else 32
     if size > 2:
         return Tile(rows, 32, 4, 1) if size == 4 and D <= 64 else _wide_tile(D, size)
+    if D > 128 and extra:
+        return Tile(rows, keys, 8, 1)
     return Tile(rows, keys, 4, 2) if M <= 32 else Tile(64, keys, 4 if D <= 64 else 8, 1)
 
 
@@ -222,18 +224,16 @@ def features(q, ACCUMULATOR: tl.constexpr):
 
 @triton.jit
 def scores(a, b, D: tl.constexpr, FEATURES: tl.constexpr, PARTS: tl.constexpr, ACCUMULATOR: tl.constexpr):
-    """a b^T of two sets of rows, FEATURES: elu(a) + 1 for a. Wide numbers are read CHUNK columns at a time: operands of
-    scalar products lie in registers, a row for each thread, which would spill."""
+    """a b^T of two sets of rows, FEATURES: elu(a) + 1 for a. Wide numbers and features are read CHUNK columns at a
+    time: whole rows of them, which a product takes from registers, would spill."""
     acc = tl.zeros((a[0].shape[0], b[0].shape[0]), ACCUMULATOR)
-    if a[0].dtype == ACCUMULATOR:
+    if FEATURES or a[0].dtype == ACCUMULATOR:
         for d in range(0, D, CHUNK):
             left = tl.load(a[1] + d, mask=inside(a[2], D - d, CHUNK), other=0.0)
             right = tl.load(b[1] + d, mask=inside(b[2], D - d, CHUNK), other=0.0)
             if FEATURES:
                 left = features(left, ACCUMULATOR)
-            acc = product(left, tl.trans(right), acc)
-    elif FEATURES:
-        acc = product_of_splits(features(a[0], ACCUMULATOR), tl.trans(b[0]), acc, b[0].dtype, PARTS, 1, PARTS)
+            acc = product_of_splits(left, tl.trans(right), acc, b[0].dtype, PARTS, 1, PARTS)
     else:
         acc = product(a[0], tl.trans(b[0]), acc)
     return acc
