@@ -9,14 +9,16 @@ def in_all_dtypes(op):
     return [_run(sample, pair) for sample in _quick(op) for pair in sample.dtypes]
 
 
-def in_turns(op, long=()):
+def in_turns(op, long=(), wide=None):
     """The same; by default in one pair, another for each sample, and none of those that are `long`.
 
-    What leaves the range of fp16 can fail in fp16 alone, and is run in it.
+    `wide`: which samples take turns in fp32 and fp64, the others in 16 bits; None: all in any. What leaves the range of
+    fp16 can fail in fp16 alone, and is run in it.
     """
     half = (torch.float16, torch.float16)
     for place, sample in enumerate(_quick(op)):
-        chosen = half if sample.id.startswith("beyond-fp16") else sample.dtypes[place % len(sample.dtypes)]
+        turns = [pair for pair in sample.dtypes if wide is None or (pair[0].itemsize > 2) == (sample.id in wide)]
+        chosen = half if sample.id.startswith("beyond-fp16") else turns[place % len(turns)]
         for pair in sample.dtypes:
             later = sample.id in long or pair != chosen
             yield _run(sample, pair, marks=[pytest.mark.slow] if later else [])

@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
+SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # what a block may use; 99 KiB for all that runs sm_80's
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -90,6 +91,17 @@ class Recorder:
                 binary.asm["ptx"],
             )
         )
+
+
+def assert_fits(arch: int, case: str, compiled: list[Compiled]) -> None:
+    """Every kernel stays in registers and in the memory that a block may use."""
+    for kernel in compiled:
+        what = f"{kernel.name} for sm_{arch}, {case}: {kernel}"
+        assert kernel.shared <= SHARED[arch], what
+        assert kernel.stack == kernel.local == 0, what
+        assert kernel.tensor_memory <= 512, what
+        # ptxas before 13.3 may miscompile a pipelined wgmma whose left operand sits in registers (triton issue 9433)
+        assert kernel.stages == 1 or not kernel.wgmma_from_registers, what
 
 
 def _resources(cubin: bytes) -> tuple[int, int, int]:

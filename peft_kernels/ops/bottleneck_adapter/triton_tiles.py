@@ -7,7 +7,6 @@ fp32. Left operands are computed in registers, so no tile has more than 32 rows:
 pipelined wgmma must not (triton issue 9433). Tiles depend on shapes and dtypes only.
 """
 
-import struct
 from typing import NamedTuple
 
 import torch
@@ -16,14 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peft_kernels.ops.common.triton_dropout import keep_tile
-from peft_kernels.ops.common.triton_products import accumulator
-
-TYPES = {
-    torch.float64: tl.float64,
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
+from peft_kernels.ops.common.triton_products import OPTIONS, TYPES, accumulator, as_number, number
 
 
 class Tile(NamedTuple):
@@ -34,9 +26,6 @@ class Tile(NamedTuple):
     W: int
     num_warps: int
     num_stages: int
-
-
-OPTIONS = {"maxnreg": 255, "enable_fp_fusion": True}  # of every launch: left alone, ptxas spills to use fewer
 
 
 def tile(x: torch.dtype, M: int, E: int, W: int) -> Tile:
@@ -99,23 +88,9 @@ def cut(x: torch.dtype, left: torch.dtype, right: torch.dtype, limit: int) -> di
     }
 
 
-def number(value: float, dtype: torch.dtype) -> float | int:
-    """A number for a kernel. Triton takes a Python float as fp32: for fp64 its bits go in, as an integer."""
-    return struct.unpack("<q", struct.pack("<d", value))[0] if dtype is torch.float64 else value
-
-
 def vector(tensor: Tensor | None) -> Tensor | None:
     """A bias, scale, gate or norm's weight in one dimension, contiguous."""
     return None if tensor is None else tensor.reshape(-1).contiguous()
-
-
-@triton.jit
-def as_number(value, DTYPE: tl.constexpr):
-    """What `number` was given."""
-    if tl.float64 == DTYPE:
-        return tl.cast(value, tl.int64).to(tl.float64, bitcast=True)
-    else:
-        return value
 
 
 @triton.jit(do_not_specialize=["M", "eps"])

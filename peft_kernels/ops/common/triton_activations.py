@@ -33,7 +33,7 @@ def _sigmoid_slope(h):
 
 
 @triton.jit
-def _tanh(h):
+def tanh(h):
     e = tl.exp(-2.0 * tl.abs(h))
     far = (1.0 - e) / (1.0 + e)
     square = tl.where(tl.abs(h) < 0.4, h * h, 0.0)
@@ -54,7 +54,7 @@ def activated(h, number):
     elif number == _SILU:
         h = h * _sigmoid(h)
     elif number == _TANH:
-        h = _tanh(h)
+        h = tanh(h)
     elif number == _SIGMOID:
         h = _sigmoid(h)
     elif number == _LEAKY_RELU:

@@ -6,12 +6,30 @@ two of fp16 (22 bits) where it stays fp32.
 h and ds reach as far as fp32 does, the largest fp16 is 65504: they go in as bf16, and so does fp16 that meets them.
 """
 
+import struct
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+TYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+OPTIONS = {"maxnreg": 255, "enable_fp_fusion": True}  # of a launch: left alone, ptxas spills to use fewer registers
 PROGRAMS = 264  # what split work aims at: two programs for each of an H200's 132 processors
+
+
+@triton.jit
+def as_number(value, DTYPE: tl.constexpr):
+    """What `number` was given."""
+    if tl.float64 == DTYPE:
+        return tl.cast(value, tl.int64).to(tl.float64, bitcast=True)
+    else:
+        return value
 
 
 @triton.jit
@@ -58,6 +76,11 @@ def product_of_splits(
         if i + 1 < A_PARTS:
             rest_a = rest_of(rest_a, part_a)
     return accumulator
+
+
+def number(value: float, dtype: torch.dtype) -> float | int:
+    """A number for a kernel. Triton takes a Python float as fp32: for fp64 its bits go in, as an integer."""
+    return struct.unpack("<q", struct.pack("<d", value))[0] if dtype is torch.float64 else value
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -329,6 +329,7 @@ PREFIX_ATTENTION = register(
         public=NAME,
         autograd=autograd,
         autocast=autocast,
-        backends=("reference", "cpu"),
+        backends=("reference", "cpu", "triton"),
+        python_backends={"triton": "peft_kernels.ops.prefix_attention.triton_kernel"},
     )
 )

@@ -178,6 +178,8 @@ def samples() -> list[Sample]:
         _plain("window-over-prefix", "the prefix slides out of the window", window=4, over_prefix=True, S=19, n=2,
                ids=(0, 1), lengths=(5, 2)),
         _plain("softcap", "capped logits, own and of the prefix", softcap=1.5, mask="additive"),
+        _plain("window-widest", "a window over everything, to which 32 bits can add nothing", window=2**31 - 1,
+               over_prefix=True, Hq=2, S=5, T=9),
         _plain("gates", "a gate per row and head on values and on logits", gates=(1, 1), **several),
         _plain("gates-row", "a gate per row", gates=(1, 0), softcap=2.0),
         _plain("gates-head", "a gate per head", gates=(0, 1)),
