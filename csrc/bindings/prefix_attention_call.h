@@ -9,6 +9,9 @@
 
 namespace pk {
 
+using prefix_attention::Composition;
+using prefix_attention::Problem;
+
 // A Problem filled from tensors, and the tensors that keep the memory alive.
 class PrefixCall {
  public:
@@ -53,7 +56,7 @@ class PrefixCall {
   }
 
   // Rows with unit stride: the tensor itself, or a copy.
-  View view(const Tensor& tensor) {
+  prefix_attention::View view(const Tensor& tensor) {
     const bool in_place = tensor.stride(3) == 1;
     alive_.push_back(in_place ? tensor : torch::stable::contiguous(tensor));
     const Tensor& t = alive_.back();
@@ -69,7 +72,7 @@ class PrefixCall {
     return static_cast<const int32_t*>(alive_.back().const_data_ptr());
   }
 
-  Mask mask(const OptionalTensor& tensor) {
+  prefix_attention::Mask mask(const OptionalTensor& tensor) {
     if (!tensor) return {};
     alive_.push_back(tensor->size(3) == 1 || tensor->stride(3) == 1 ? *tensor : torch::stable::contiguous(*tensor));
     const Tensor& t = alive_.back();
@@ -78,7 +81,7 @@ class PrefixCall {
             stride(t, 0),       stride(t, 1), stride(t, 2)};
   }
 
-  Gate gate(const OptionalTensor& tensor) {
+  prefix_attention::Gate gate(const OptionalTensor& tensor) {
     if (!tensor) return {};
     alive_.push_back(dense(*tensor));
     const Tensor& t = alive_.back();
@@ -99,10 +102,10 @@ using PrefixOutputs = std::tuple<Tensor, Tensor, Tensor>;
 
 // out, lse and prefix_lse, uninitialised; the call's kernels write them.
 inline PrefixOutputs prefix_outputs(PrefixCall& call, const Tensor& query) {
-  prefix_attention::Problem& p = call.problem;
+  Problem& p = call.problem;
   const int32_t wide = accumulator_code(query);
   const Device device = device_of(query);
-  const bool adds = p.composition == prefix_attention::Composition::kAdd;
+  const bool adds = p.composition == Composition::kAdd;
   const Tensor out = by_token(query), lse = empty({p.B, p.Hq, p.S}, wide, device);
   const Tensor prefix_lse = adds ? empty({p.B, p.Hq, p.S}, wide, device) : empty({0}, wide, device);
   p.out = out.mutable_data_ptr();
@@ -119,7 +122,7 @@ struct PrefixGradients {
 
 // The gradients that are needed, uninitialised, and empty tensors; the call's kernels write them, and read the rest.
 inline std::vector<Tensor> prefix_gradients(PrefixCall& call, const PrefixGradients& g) {
-  prefix_attention::Problem& p = call.problem;
+  Problem& p = call.problem;
   const PrefixArguments& a = g.a;
   const Device device = device_of(a.query);
   void** const outputs[kPrefixGradients] = {&p.dq, &p.dk, &p.dv, &p.dpk, &p.dpv, &p.dgate, &p.dkey_gate};
