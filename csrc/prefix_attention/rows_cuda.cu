@@ -21,23 +21,6 @@ struct Shape {
   static constexpr int kBytes = 2 * (kQueries + kSlots * kSlot);
 };
 
-enum class Role { kSoftmax, kSum, kWeights };
-
-// What is done in a turn, with the keys of the prefix or with their own.
-struct Turn {
-  bool prefix;
-  Role role;
-};
-
-__device__ __forceinline__ int count_turns(Composition composition) {
-  return composition == Composition::kAdd ? 3 : 2;
-}
-__device__ __forceinline__ Turn turn_of(Composition composition, int turn) {
-  if (composition == Composition::kMerge) return {turn == 0, Role::kSoftmax};
-  if (turn == 0) return {false, Role::kSoftmax};
-  return {true, composition == Composition::kAdd && turn == 1 ? Role::kSum : Role::kWeights};
-}
-
 // What the copies bring next: keys, then values, of a tile of a turn.
 struct Next {
   int turn = -1, j0 = 0;
