@@ -6,5 +6,6 @@
 namespace pk {
 
 void bind_prefix_attention_cpu(torch::stable::detail::StableLibrary& library);
+void bind_prefix_attention_cuda(torch::stable::detail::StableLibrary& library);
 
 }  // namespace pk

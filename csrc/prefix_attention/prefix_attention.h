@@ -61,6 +61,7 @@ struct Problem {
   bool causal, window_over_prefix;
   int64_t window;
   Dropout own_dropout, prefix_dropout;
+  const uint64_t* seed;  // on a GPU, where it stays: the key of both; null: nothing is dropped
 
   void* out;               // [B, S, Hq, D]
   void *lse, *prefix_lse;  // [B, Hq, S]; the second for kAdd

@@ -329,7 +329,7 @@ PREFIX_ATTENTION = register(
         public=NAME,
         autograd=autograd,
         autocast=autocast,
-        backends=("reference", "cpu", "triton"),
+        backends=("reference", "cpu", "cuda", "triton"),
         python_backends={"triton": "peft_kernels.ops.prefix_attention.triton_kernel"},
     )
 )
