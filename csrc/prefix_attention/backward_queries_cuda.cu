@@ -9,7 +9,8 @@
 namespace pk::prefix_attention {
 namespace {
 
-template <class T, int kDim>
+// kFeatures: the weights of `linear` are asked for, not their gradients alone, which do not hang on q.
+template <class T, int kDim, bool kFeatures>
 struct RowTile {
   using Acc = AccOf<T>;
   static constexpr int kKeys = kStep<T, kDim>, kTiles = kKeys / 8;
@@ -40,7 +41,7 @@ struct RowTile {
   __device__ __forceinline__ bool active() const { return 16 * warp_index() < rows; }
 
   __device__ __forceinline__ Operand<T, TableRows<T>> queries(bool prefix) const {
-    const bool featured = prefix && p.composition == Composition::kLinear;
+    const bool featured = kFeatures && prefix && p.composition == Composition::kLinear;
     return {{static_cast<const T*>(p.q.data), shared.rows.q}, shared.q, featured};
   }
   __device__ __forceinline__ Operand<T, TableRows<T>> gradients() const {
@@ -62,9 +63,7 @@ struct RowTile {
     copy_operand<kOwn, kDim>(gradients(), static_cast<int>(p.D), vector);
     cp_async_commit();
     cp_async_wait<0>();
-    if (!queries(prefix).featured) return;
     __syncthreads();
-    make_features<kOwn, kDim>(shared.q, static_cast<int>(p.D));
   }
 
   // use(j0, products of q and keys, of dO and values, keys) for each step of keys, by warps that have rows.
@@ -108,7 +107,7 @@ struct RowTile {
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads) prefix_attention_backward_shares_kernel(const Backward call, bool vector) {
-  using Rows = RowTile<T, kDim>;
+  using Rows = RowTile<T, kDim, true>;
   using Acc = AccOf<T>;
   PK_DYNAMIC_SHARED(typename Rows::Memory, shared);
   Rows tile(call, *shared, vector, blockIdx.x);
@@ -119,7 +118,6 @@ __global__ void __launch_bounds__(kThreads) prefix_attention_backward_shares_ker
   const Side<Acc> side(p, true);
   Acc share[2] = {}, along[2] = {}, lost[2] = {};  // sums of w dw; of w dw raw, without w but for a softmax; of w raw
   tile.load_rows(true, nullptr);
-  __syncthreads();
   tile.over_keys(true, [&](int j0, auto& products, auto& dps, const auto&) {
 #pragma unroll
     for (int i = 0; i < 4 * Rows::kTiles; ++i) {
@@ -151,7 +149,7 @@ __global__ void __launch_bounds__(kThreads) prefix_attention_backward_shares_ker
 template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, 2)
     prefix_attention_backward_queries_kernel(const Backward call, bool vector, int columns) {
-  using Rows = RowTile<T, kDim>;
+  using Rows = RowTile<T, kDim, false>;
   using Acc = AccOf<T>;
   PK_DYNAMIC_SHARED(typename Rows::Memory, shared);
   Rows tile(call, *shared, vector, blockIdx.x / columns);
@@ -165,7 +163,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     const bool prefix = pass == 0;
     const Side<Acc> side(p, prefix);
     tile.load_rows(prefix, prefix ? call.prefix_less : call.own_less);
-    __syncthreads();
     tile.over_keys(prefix, [&](int j0, auto& products, auto& dps, const auto& keys) {
 #pragma unroll
       for (int i = 0; i < 4 * Rows::kTiles; ++i) {
@@ -211,7 +208,7 @@ cudaError_t backward_shares(const Backward& call, cudaStream_t stream) {
     constexpr int kDim = decltype(dim)::value;
     const dim3 grid(static_cast<unsigned>(tiles)), block(kThreads);
     return PK_LAUNCH((prefix_attention_backward_shares_kernel<T, kDim>), grid, block,
-                     sizeof(typename RowTile<T, kDim>::Memory), stream, call, all_vectors(call.problem));
+                     sizeof(typename RowTile<T, kDim, true>::Memory), stream, call, all_vectors(call.problem));
   });
 }
 
@@ -222,7 +219,7 @@ cudaError_t backward_queries(const Backward& call, cudaStream_t stream) {
     const int64_t columns = blocks(call.problem.D, kDim);
     const dim3 grid(static_cast<unsigned>(tiles * columns)), block(kThreads);
     return PK_LAUNCH((prefix_attention_backward_queries_kernel<T, kDim>), grid, block,
-                     sizeof(typename RowTile<T, kDim>::Memory), stream, call, all_vectors(call.problem),
+                     sizeof(typename RowTile<T, kDim, false>::Memory), stream, call, all_vectors(call.problem),
                      static_cast<int>(columns));
   });
 }

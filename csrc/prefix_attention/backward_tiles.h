@@ -114,7 +114,7 @@ template <class T, class Rows>
 struct Operand {
   Rows rows;
   T* tile;        // of shared memory, where it is copied to
-  bool featured;  // rows of q count as elu(q) + 1: in the tile already, of wider types as they are read
+  bool featured;  // rows of q count as elu(q) + 1, which a tile does not hold: on the left, and of wider types
 
   __device__ __forceinline__ AccOf<T> read(const T* row, int d) const {
     const AccOf<T> value = row ? static_cast<AccOf<T>>(row[d]) : AccOf<T>(0);
@@ -149,7 +149,18 @@ __device__ __forceinline__ void make_features(T* tile, int D) {
 
 // -- products ---------------------------------------------------------------------------------------------------------
 
-// sums += left[row0 ... row0 + 16] right[0 ... 8 kTiles]^T, over the head dim.
+// Features of two neighbours: rounded, and the rest.
+template <class T>
+__device__ __forceinline__ void split_features(uint32_t& pair, uint32_t& rest) {
+  const float first = to_float(T{static_cast<uint16_t>(pair)}), second = to_float(T{static_cast<uint16_t>(pair >> 16)});
+  uint32_t parts[2];
+  split_pair<T>(feature(first), feature(second), parts);
+  pair = parts[0];
+  rest = parts[1];
+}
+
+// sums += left[row0 ... row0 + 16] right[0 ... 8 kTiles]^T, over the head dim. Features on the left are not rounded:
+// gradients of gates, which may be wider than q, come from such products.
 template <int kDim, int kTiles, class T, class Left, class Right>
 __device__ __forceinline__ void multiply(AccOf<T> (&sums)[kTiles][4], const Operand<T, Left>& left, int row0,
                                          const Operand<T, Right>& right, int D) {
@@ -160,8 +171,12 @@ __device__ __forceinline__ void multiply(AccOf<T> (&sums)[kTiles][4], const Oper
     const T* const b_row = right.tile + (lane / 16 * 8 + lane % 8) * kPitch + lane / 8 % 2 * 8;
 #pragma unroll
     for (int d = 0; d < kDim; d += 16) {
-      uint32_t a[4];
+      uint32_t a[4], rest[4] = {};
       ldmatrix(a, a_row + d);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (left.featured) split_features<T>(a[i], rest[i]);
+      }
 #pragma unroll
       for (int j = 0; j < kTiles; j += 2) {
         uint32_t b[4];
@@ -169,6 +184,9 @@ __device__ __forceinline__ void multiply(AccOf<T> (&sums)[kTiles][4], const Oper
         const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
         mma_m16n8k16<T>(sums[j], a, first);
         mma_m16n8k16<T>(sums[j + 1], a, second);
+        if (!left.featured) continue;
+        mma_m16n8k16<T>(sums[j], rest, first);
+        mma_m16n8k16<T>(sums[j + 1], rest, second);
       }
     }
   } else {
