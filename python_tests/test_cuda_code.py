@@ -34,6 +34,10 @@ BUDGET = {
     "batched_lora_forward_pool_*_plain_kernel": 160,
     "bottleneck_adapter_forward_fused_kernel": 128,
     "bottleneck_adapter_*_kernel": 88,
+    "prefix_attention_forward_rows_kernel": 255,
+    "prefix_attention_forward_split_kernel": 200,
+    "prefix_attention_forward_merge_kernel": 64,
+    "prefix_attention_forward_plain_kernel": 200,
 }
 # Instructions of every instance: tensor cores, and ldmatrix where operands go through shared memory
 MEANT = {
@@ -45,9 +49,19 @@ MEANT = {
     "pool_shrink": "HMMA",
     "pool_expand": "HMMA LDSM",
     "forward_fused": "HMMA LDSM",
+    "forward_rows": "HMMA LDSM",
+    "forward_split": "HMMA LDSM",
 }
 # By cp.async, but for the instances that take rows without 16-byte alignment
-COPIED = ("forward_shrink", "backward_dy_pass", "backward_x_pass", "pool_expand", "forward_fused")
+COPIED = (
+    "forward_shrink",
+    "backward_dy_pass",
+    "backward_x_pass",
+    "pool_expand",
+    "forward_fused",
+    "forward_rows",
+    "forward_split",
+)
 MOST_SECONDS = 8 * 60  # of nvcc, on two cores: half of the processor time
 
 

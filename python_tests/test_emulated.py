@@ -26,7 +26,8 @@ def _preloaded(build):
 
 
 @pytest.mark.parametrize("build", ["plain", "asan", "race"])
-def test_every_sample_emulated(build, count_sample):
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=[pytest.mark.slow])])
+def test_every_sample_emulated(build, which, count_sample):
     library = HERE.parent / f"build/cmake/pk_ops_emulated_{build}.so"
     backend = f"emulated-{build}", "cpu"
     if not library.exists():
@@ -48,7 +49,7 @@ def test_every_sample_emulated(build, count_sample):
         "no:faulthandler",
     ]
     run = subprocess.run(
-        [*command, "emulated_samples.py"],
+        [*command, "-m", which, "emulated_samples.py"],
         cwd=HERE,
         env=os.environ | named | _preloaded(build),
         capture_output=True,

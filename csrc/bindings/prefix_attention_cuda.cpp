@@ -21,6 +21,10 @@ PrefixOutputs forward(const PrefixArguments& arguments) {
     STD_TORCH_CHECK(error == cudaSuccess, "prefix_attention: the kernel ", kernel, " could not be launched on device ",
                     device.index, ": ", words_of(error));
   };
+  if (p.type == Dtype::kFloat32 || p.type == Dtype::kFloat64) {
+    launched("plain", forward_plain(p, on.stream()));
+    return outputs;
+  }
   if (!splits_keys(p)) {
     launched("rows", forward_rows(p, on.stream()));
     return outputs;

@@ -235,9 +235,47 @@ __device__ __forceinline__ void multiply_rows(float (&s)[kKeys / 8][4], const T*
   }
 }
 
-// o += w values: weights of 16 rows, rounded to T, and kKeys rows of a tile.
+// elu(q) + 1.
+__device__ __forceinline__ float feature(float q) {
+  return q > 0 ? q + 1 : expf(q);
+}
+
+// s = (elu(left) + 1) keys^T, the features as two parts: rounded once they would be most of the error.
 template <int kD, int kKeys, class T>
-__device__ __forceinline__ void multiply_values(float (&o)[kD / 8][4], const float (&w)[kKeys / 8][4],
+__device__ __forceinline__ void multiply_features(float (&s)[kKeys / 8][4], const T* left, const T* keys) {
+  const int lane = lane_index();
+  left += lane % 16 * tile_pitch(kD) + lane / 16 * 8;
+  keys += (lane / 16 * 8 + lane % 8) * tile_pitch(kD) + lane / 8 % 2 * 8;
+#pragma unroll
+  for (int i = 0; i < kKeys / 2; ++i) s[i / 4][i % 4] = 0.f;
+#pragma unroll 1
+  for (int k = 0; k < kD; k += 16) {
+    uint32_t pairs[4], a[2][4];
+    ldmatrix(pairs, left + k);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t parts[2];
+      split_pair<T>(feature(to_float(T{static_cast<uint16_t>(pairs[i])})),
+                    feature(to_float(T{static_cast<uint16_t>(pairs[i] >> 16)})), parts);
+      a[0][i] = parts[0], a[1][i] = parts[1];
+    }
+#pragma unroll
+    for (int j = 0; j < kKeys; j += 16) {
+      uint32_t right[4];
+      ldmatrix(right, keys + j * tile_pitch(kD) + k);
+      const uint32_t first[2] = {right[0], right[1]}, second[2] = {right[2], right[3]};
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        mma_m16n8k16<T>(s[j / 8], a[part], first);
+        mma_m16n8k16<T>(s[j / 8 + 1], a[part], second);
+      }
+    }
+  }
+}
+
+// o += w values: weights of 16 rows, rounded to T, and kKeys rows of a tile, of which kCols columns.
+template <int kD, int kKeys, int kCols = kD, class T>
+__device__ __forceinline__ void multiply_values(float (&o)[kCols / 8][4], const float (&w)[kKeys / 8][4],
                                                 const T* values) {
   const int lane = lane_index();
   values += lane % 16 * tile_pitch(kD) + lane / 16 * 8;
@@ -249,7 +287,7 @@ __device__ __forceinline__ void multiply_values(float (&o)[kD / 8][4], const flo
         pack(from_float<T>(low[0]), from_float<T>(low[1])), pack(from_float<T>(low[2]), from_float<T>(low[3])),
         pack(from_float<T>(high[0]), from_float<T>(high[1])), pack(from_float<T>(high[2]), from_float<T>(high[3]))};
 #pragma unroll
-    for (int d = 0; d < kD; d += 16) {
+    for (int d = 0; d < kCols; d += 16) {
       uint32_t right[4];
       ldmatrix_trans(right, values + k * tile_pitch(kD) + d);
       const uint32_t first[2] = {right[0], right[1]}, second[2] = {right[2], right[3]};

@@ -14,7 +14,8 @@
 
 namespace pk::prefix_attention {
 
-cudaError_t forward_rows(const Problem& problem, cudaStream_t stream);
+cudaError_t forward_rows(const Problem& problem, cudaStream_t stream);   // of 16-bit types
+cudaError_t forward_plain(const Problem& problem, cudaStream_t stream);  // the same of the others
 
 // The room that forward_split fills for forward_merge, of set_splits.
 bool splits_keys(const Problem& problem);

@@ -6,7 +6,7 @@
 //   relu, linear  a softmax over own keys; o /= sum; o += g w_P P_v
 // Grid: a block of 4 warps for each tile and head of keys; tiles hold rows of one sequence. A warp has 16 rows. Tiles
 // of keys and of values take turns in a ring of three, by cp.async; those that no row sees are not read. Products by
-// mma.sync: weights, and the features of q for linear, are rounded to the type first.
+// mma.sync: weights are rounded to the type first.
 #include "prefix_attention/softmax_tiles.h"
 
 namespace pk::prefix_attention {
@@ -20,23 +20,6 @@ struct Shape {
   static constexpr int kPitch = tile_pitch(kD), kQueries = kTileRows * kPitch, kSlot = kTileKeys * kPitch;
   static constexpr int kBytes = 2 * (kQueries + kSlots * kSlot);
 };
-
-enum class Role { kSoftmax, kSum, kWeights };
-
-// What is done in a turn, with the keys of the prefix or with their own.
-struct Turn {
-  bool prefix;
-  Role role;
-};
-
-__device__ __forceinline__ int count_turns(Composition composition) {
-  return composition == Composition::kAdd ? 3 : 2;
-}
-__device__ __forceinline__ Turn turn_of(Composition composition, int turn) {
-  if (composition == Composition::kMerge) return {turn == 0, Role::kSoftmax};
-  if (turn == 0) return {false, Role::kSoftmax};
-  return {true, composition == Composition::kAdd && turn == 1 ? Role::kSum : Role::kWeights};
-}
 
 // What the copies bring next: keys, then values, of a tile of a turn.
 struct Next {
@@ -76,18 +59,6 @@ __device__ __forceinline__ void advance(Next& next, Composition composition, con
   }
 }
 
-// q becomes elu(q) + 1 in the warp's rows of shared memory.
-template <int kD, class T>
-__device__ __forceinline__ void make_features(T* rows) {
-  __syncwarp();
-  for (int i = lane_index(); i < kWarpRows * kD; i += 32) {
-    T& element = rows[i / kD * tile_pitch(kD) + i % kD];
-    const float q = to_float(element);
-    element = from_float<T>(q > 0 ? q + 1 : expf(q));
-  }
-  __syncwarp();
-}
-
 // out = factor o for the warp's rows, by way of shared memory that only the warp uses: whole vectors.
 template <int kD, class T>
 __device__ __forceinline__ void store_out(const Problem& p, T* rows, const Place* places, float (&o)[kD / 8][4],
@@ -111,7 +82,7 @@ __device__ __forceinline__ void store_out(const Problem& p, T* rows, const Place
 }
 
 template <class T, int kD>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     prefix_attention_forward_rows_kernel(const __grid_constant__ Problem p, const Vectors vectors) {
   using S = Shape<kD>;
   constexpr int kKeys = S::kTileKeys;
@@ -178,14 +149,17 @@ __global__ void __launch_bounds__(kThreads)
     const float factor[2] = {turn.prefix ? scale * upper.key_gate : scale,
                              turn.prefix ? scale * lower.key_gate : scale};
     const float gate[2] = {upper.gate, lower.gate};
-    if (turn.prefix && linear && range.begin < range.end) make_features<kD>(queries);
 #pragma unroll 1
     for (int j0 = range.begin; j0 < range.end; j0 += kKeys) {
       const bool idle = sight.none(j0, kKeys);
       float w[kKeys / 8][4];
       const T* const keys = take();
       if (!idle) {
-        multiply_rows<kD, kKeys>(w, queries, keys);
+        if (turn.prefix && linear) {
+          multiply_features<kD, kKeys>(w, queries, keys);
+        } else {
+          multiply_rows<kD, kKeys>(w, queries, keys);
+        }
         finish_logits<T>(w, factor, softened ? static_cast<float>(p.softcap) : 0.f, turn.prefix ? p.bias : p.mask, mine,
                          sight, j0, softened ? -INFINITY : 0.f);
         if (turn.role != Role::kWeights) {

@@ -8,6 +8,24 @@ namespace pk::prefix_attention {
 
 constexpr float kLog2e = 1.44269504088896341f;
 
+// What is done with the keys of the prefix or with their own, turn by turn: o = sum of e^l v, the sum of e^l alone, or
+// o += w v. An o that a later turn does not share is divided by its sum first.
+enum class Role { kSoftmax, kSum, kWeights };
+
+struct Turn {
+  bool prefix;
+  Role role;
+};
+
+__device__ __forceinline__ int count_turns(Composition composition) {
+  return composition == Composition::kAdd ? 3 : 2;
+}
+__device__ __forceinline__ Turn turn_of(Composition composition, int turn) {
+  if (composition == Composition::kMerge) return {turn == 0, Role::kSoftmax};
+  if (turn == 0) return {false, Role::kSoftmax};
+  return {true, composition == Composition::kAdd && turn == 1 ? Role::kSum : Role::kWeights};
+}
+
 // e^(l - below), where a logit of -inf is 0 whatever the rest.
 __device__ __forceinline__ float below_of(float high) {
   return high == -INFINITY ? 0.f : high;

@@ -329,6 +329,6 @@ PREFIX_ATTENTION = register(
         public=NAME,
         autograd=autograd,
         autocast=autocast,
-        backends=("reference", "cpu"),
+        backends=("reference", "cpu", "cuda"),
     )
 )
