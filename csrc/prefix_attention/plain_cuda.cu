@@ -139,7 +139,8 @@ __device__ __forceinline__ void bring(T* keys, const T* from, int64_t stride, in
 }
 
 template <class T, int kD>
-__global__ void __launch_bounds__(kThreads, 2) prefix_attention_forward_plain_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kThreads, 2)
+    prefix_attention_forward_plain_kernel(const __grid_constant__ Problem p) {
   using S = Shape<T, kD>;
   constexpr int kKeys = S::kTileKeys, kEach = kKeys / kLanes;
   PK_DYNAMIC_SHARED(T, shared);
