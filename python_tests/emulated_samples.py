@@ -302,12 +302,23 @@ ATTENTIONS = {
 }
 each_attention = pytest.mark.parametrize("case", ATTENTIONS)
 each_dtype = pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+of_values = pytest.mark.skipif(BUILD != "plain", reason="the same values; what these builds look for is in the samples")
 
 
 def attend(arguments, **changes):
     return testing.operators(f"emulated_{BUILD}", ATTENTION)[0](*(arguments | changes).values())[:2]
 
 
+def attention_gradients(arguments, needs=None, **changes):
+    forward, backward = testing.operators(f"emulated_{BUILD}", ATTENTION)
+    values = list((arguments | changes).values())
+    out, *sums = forward(*values)
+    dout = testing.output_gradients([torch.zeros_like(out)])[0]
+    needs = needs or [arguments[name] is not None for name in prefix_samples.GRADIENTS]
+    return backward(dout, *values[:13], out, *sums, *values[13:], needs)
+
+
+@of_values
 @each_dtype
 @each_attention
 def test_an_attention_has_the_same_bits_for_every_schedule(case, dtype):
@@ -315,11 +326,12 @@ def test_an_attention_has_the_same_bits_for_every_schedule(case, dtype):
     runs = []
     for schedule in [(0, LATE), (1, EARLY), (3, RANDOM)]:
         set_schedule(*schedule)
-        runs.append(attend(arguments))
+        runs.append([*attend(arguments), *attention_gradients(arguments)])
     for other in runs[1:]:
         assert all(torch.equal(*both) for both in zip(runs[0], other, strict=True))
 
 
+@of_values
 @each_dtype
 @each_attention
 def test_nan_stays_in_its_row_of_an_attention(case, dtype):
@@ -333,6 +345,38 @@ def test_nan_stays_in_its_row_of_an_attention(case, dtype):
         assert torch.equal(before, after)
 
 
+@of_values
+@each_dtype
+@pytest.mark.parametrize("case", ["rows", "decode", "add", "linear-decode"])
+def test_nan_stays_in_its_row_of_an_attentions_gradients(case, dtype):
+    """Row 1 has no prefix: its keys and values have NaN too, for the head that reads them, and nothing else."""
+    arguments = prefix_samples.problem("cpu", dtype, **ATTENTIONS[case])
+    clean = attention_gradients(arguments)
+    query = arguments["query"].clone()
+    query[1, 2, 0] = math.nan
+    dirty = attention_gradients(arguments, query=query)
+    assert dirty[0][1, 2, 0].isnan().all() and dirty[1][1, 1, 0].isnan().all()
+    dirty[0][1, 2, 0] = clean[0][1, 2, 0]
+    for i in (1, 2):
+        dirty[i][1, 1] = clean[i][1, 1]
+    for before, after in zip(clean[:5], dirty[:5], strict=True):
+        assert not before.isnan().any() and torch.equal(before, after)
+
+
+@of_values
+@each_dtype
+@each_attention
+def test_only_needed_gradients_of_an_attention_are_written(case, dtype):
+    arguments = prefix_samples.problem("cpu", dtype, **ATTENTIONS[case])
+    for i, gradient in enumerate(attention_gradients(arguments)):
+        if arguments[prefix_samples.GRADIENTS[i]] is not None:
+            with testing.poisoned_memory():
+                alone = attention_gradients(arguments, [j == i for j in range(7)])
+            assert torch.equal(alone[i], gradient), prefix_samples.GRADIENTS[i]
+            assert all(alone[j].numel() == 0 for j in range(7) if j != i)
+
+
+@of_values
 @each_dtype
 @pytest.mark.parametrize("case", [case for case in ATTENTIONS if "B" in ATTENTIONS[case] and case != "decode-split"])
 def test_a_row_of_an_attention_has_the_bits_of_the_row_alone(case, dtype):
@@ -350,10 +394,12 @@ def test_what_is_out_of_range_is_bounded(S, dtype):
     """On a GPU nobody reads these before the kernels do."""
     arguments = prefix_samples.problem("cpu", dtype, B=4, S=S, T=S + 4, n=3, ids=(-1, -1, 0, 1), lengths=(5, 0, 5))
     ids, lengths = torch.tensor([-7, 3, 0, 1]).int(), torch.tensor([99, -2, 5]).int()
-    wild = attend(arguments, prefix_ids=ids, prefix_lengths=lengths)
-    assert all(torch.equal(*both) for both in zip(wild, attend(arguments), strict=True))
+    for run in (attend, attention_gradients):
+        wild = run(arguments, prefix_ids=ids, prefix_lengths=lengths)
+        assert all(torch.equal(*both) for both in zip(wild, run(arguments), strict=True))
     packed = ((0, 0, 4, 9), (0, 2, 6, 9))
     arguments = prefix_samples.problem("cpu", dtype, B=1, S=9, packed=packed, ids=(0, 0, 0))
     ends = [torch.tensor(values).int() for values in ((-3, 0, 4, 50), (-1, 2, 6, 50))]
-    wild = attend(arguments, cu_seqlens_q=ends[0], cu_seqlens_k=ends[1])
-    assert all(torch.equal(*both) for both in zip(wild, attend(arguments), strict=True))
+    for run in (attend, attention_gradients):
+        wild = run(arguments, cu_seqlens_q=ends[0], cu_seqlens_k=ends[1])
+        assert all(torch.equal(*both) for both in zip(wild, run(arguments), strict=True))

@@ -189,4 +189,6 @@ std::vector<Tensor> call_prefix_backward(const Tensor& dout, const Tensor& query
   return backward({arguments, dout, out, lse, prefix_lse, needs});
 }
 
+std::vector<Tensor> prefix_attention_backward_cuda(const PrefixGradients& gradients);
+
 }  // namespace pk

@@ -40,6 +40,7 @@ PrefixOutputs forward(const PrefixArguments& arguments) {
 
 void bind_prefix_attention_cuda(torch::stable::detail::StableLibrary& library) {
   library.impl("prefix_attention", TORCH_BOX(&call_prefix<forward>));
+  library.impl("prefix_attention_backward", TORCH_BOX(&call_prefix_backward<prefix_attention_backward_cuda>));
 }
 
 }  // namespace pk
