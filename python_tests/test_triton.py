@@ -23,11 +23,11 @@ from peft_kernels import backends, registry
 HERE = Path(__file__).parent
 OLDEST = Path(sys.prefix, "triton-3.6")  # the oldest supported Triton, where `make test` puts it beside the pinned one
 SHARDS = {
-    "triton_samples.py": 2,
+    "triton_samples.py": 4,
     "triton_pool_samples.py": 2,
     "triton_training_samples.py": 2,
     "triton_adapter_samples.py": 2,
-}  # a minute each, or less; what is marked slow takes minutes and is not cut
+}  # a minute or two each; what is marked slow takes minutes and is not cut
 QUIET = ["-q", "-W", "ignore", "-p", "no:cacheprovider"]
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # what a block may use; 99 KiB for all that runs sm_80's
