@@ -3,6 +3,9 @@ by the pinned Triton and by the oldest that is supported.
 
 Interpretation shows that arithmetic and bounds are right, compilation that ptxas takes the kernels and keeps them in
 registers and shared memory. On a GPU the same kernels also run through test_ops.py.
+
+`make test` interprets every sample in one pair of dtypes (interpreted_samples.py), compiles the shapes of a model with
+the pinned Triton for the three architectures, and with the oldest for sm_90; the rest is slow.
 """
 
 import importlib.metadata
@@ -20,12 +23,12 @@ from peft_kernels import backends, registry
 HERE = Path(__file__).parent
 OLDEST = Path(sys.prefix, "triton-3.6")  # the oldest supported Triton, where `make test` puts it beside the pinned one
 SHARDS = {
-    "triton_samples.py": 8,
+    "triton_samples.py": 4,
     "triton_pool_samples.py": 2,
     "triton_training_samples.py": 2,
     "triton_adapter_samples.py": 2,
     "triton_prefix_samples.py": 2,
-}  # a minute each, or less
+}  # a minute or two each; what is marked slow takes minutes and is not cut
 QUIET = ["-q", "-W", "ignore", "-p", "no:cacheprovider"]
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 # (activations, factors), dropout, ranks per projection; M = 1, 16, 40, 200 and 8192 take different tiles
@@ -50,10 +53,7 @@ def _too_old_for_numpy():
 @pytest.mark.parametrize(
     "samples,which,shard",
     [(file, "not slow", f"{i}/{count}") for file, count in SHARDS.items() for i in range(count)]
-    + [
-        pytest.param(file, "slow", "0/1", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
-        for file in ("triton_training_samples.py", "triton_adapter_samples.py", "triton_prefix_samples.py")
-    ],
+    + [pytest.param(file, "slow", "0/1", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]) for file in SHARDS],
 )
 def test_every_sample_interpreted(samples, which, shard):
     command = [sys.executable, "-m", "pytest", *QUIET, "-m", which, samples, "--shard", shard]
@@ -305,8 +305,9 @@ def test_every_tile_compiled_ahead_of_time(arch, case, M):
 @pytest.mark.parametrize(
     "test",
     [
-        "test_compiled_ahead_of_time",
+        "test_compiled_ahead_of_time[90]",
         "test_triton_prefix.py::test_compiled_ahead_of_time[90]",
+        *(pytest.param(f"test_compiled_ahead_of_time[{arch}]", marks=pytest.mark.slow) for arch in (80, 100)),
         pytest.param("test_triton_prefix.py::test_every_kernel_compiled_ahead_of_time", marks=pytest.mark.slow),
         pytest.param("test_every_tile_compiled_ahead_of_time", marks=pytest.mark.slow),
         pytest.param("test_every_pool_kernel_compiled_ahead_of_time", marks=pytest.mark.slow),
