@@ -5,7 +5,7 @@ import copy
 import torch
 from models import VOCAB, base_model
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 import peft_kernels
@@ -57,7 +57,9 @@ AttentionMaskInterface.register(SLOW, full_mask)
 def slow(model: nn.Module) -> nn.Module:
     """A copy of a model with prefixes that attends to them the slow way."""
     model = copy.deepcopy(model)
-    model.set_attn_implementation(SLOW)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config._attn_implementation != SLOW:
+            part.set_attn_implementation(SLOW)
     return model
 
 

@@ -1,4 +1,5 @@
-"""Two processes over gloo train a patched model: DDP and FSDP2 give the losses of one process on the whole batch."""
+"""Two processes over gloo train a patched model, or a prefix: DDP and FSDP2 give the losses of one process on the whole
+batch."""
 
 import os
 import traceback
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from models import calls_per_forward, in_double, inputs, peft_model
+from prefixes import prefixed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -15,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import peft_kernels
+from peft_kernels import PrefixTuningConfig
 
 STEPS, WORLD = 3, 2
 
@@ -33,7 +36,7 @@ def train(model, batch, reduce=lambda loss: loss):
 
 def shard_layers(model):
     mesh = init_device_mesh("cpu", (WORLD,))
-    for layer in model.base_model.model.model.layers:
+    for layer in (module for module in model.modules() if isinstance(module, LlamaDecoderLayer)):
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -56,20 +59,45 @@ def shard_leaves(model):
 WAYS = {"ddp": DistributedDataParallel, "fsdp_layers": shard_layers, "fsdp1": wrap_layers, "fsdp_leaves": shard_leaves}
 
 
+PREFIXES = {
+    "baked": PrefixTuningConfig(num_virtual_tokens=3),
+    "projected": PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=6),
+}
+PREFIX_WAYS = {
+    "ddp": DistributedDataParallel,
+    "fsdp_layers": shard_layers,
+    "fsdp1": wrap_layers,
+    "fsdp_whole": lambda model: fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,))),
+}
+SHARD_THE_MLP = ("fsdp_layers", "fsdp1")
+
+
+def mean(loss):
+    dist.all_reduce(loss)
+    return loss / WORLD
+
+
+def part(rank):
+    return {name: tensor[rank::WORLD] for name, tensor in inputs(rows=4).items()}
+
+
 def run(way, patch_first, rank):
     model = peft_model("llama")
     report = peft_kernels.patch(model) if patch_first else None
     wrapped = WAYS[way](model)
     report = report or peft_kernels.patch(model)
-
-    def mean(loss):
-        dist.all_reduce(loss)
-        return loss / WORLD
-
-    batch = {name: tensor[rank::WORLD] for name, tensor in inputs(rows=4).items()}
-    losses = train(wrapped, batch, mean)
+    losses = train(wrapped, part(rank), mean)
     reasons = {*report.fallbacks, *(row.reason for row in report.left)}
     return losses, report.fused, calls_per_forward(report), reasons
+
+
+def train_prefix(way, kind, rank):
+    """The losses, or what is said."""
+    model = PREFIX_WAYS[way](prefixed("llama", PREFIXES[kind]))
+    try:
+        return train(model, part(rank), mean)
+    except RuntimeError as error:
+        return str(error)
 
 
 def work(rank, path):
@@ -77,6 +105,7 @@ def work(rank, path):
     dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=WORLD)
     try:
         found = {(way, first): run(way, first, rank) for way in WAYS for first in (True, False)}
+        found |= {(way, kind): train_prefix(way, kind, rank) for way in PREFIX_WAYS for kind in PREFIXES}
         if rank == 0:
             torch.save(found, f"{path}/found")
         dist.barrier()
@@ -93,15 +122,29 @@ def found(tmp_path_factory):
     return torch.load(f"{path}/found")
 
 
+def assert_those_of_one_process(losses, model):
+    exact, plain = train(in_double(model), inputs(rows=4)), train(model, inputs(rows=4))
+    rounding = torch.finfo(torch.float32).eps
+    assert plain[-1] < plain[0]
+    for loss, single, reference in zip(losses, plain, exact, strict=True):
+        # the mean of two halves is another order of summation than the whole batch's
+        assert abs(loss - reference) <= 2 * abs(single - reference) + STEPS * WORLD * rounding * reference
+
+
+@pytest.mark.parametrize("kind", PREFIXES)
+@pytest.mark.parametrize("way", PREFIX_WAYS)
+def test_a_prefix_has_the_losses_of_one_process(way, kind, found):
+    if kind == "projected" and way in SHARD_THE_MLP:
+        assert "sharded it with one of them; shard the model as one unit" in found[way, kind]
+    else:
+        assert_those_of_one_process(found[way, kind], prefixed("llama", PREFIXES[kind]))
+
+
 @pytest.mark.parametrize("patch_first", [True, False], ids=["patched_before", "patched_after"])
 @pytest.mark.parametrize("way", WAYS)
 def test_losses_equal_those_of_one_process(way, patch_first, found):
     losses, fused, calls, reasons = found[way, patch_first]
-    plain, exact = train(peft_model("llama"), inputs(rows=4)), train(in_double(peft_model("llama")), inputs(rows=4))
-    rounding = torch.finfo(torch.float32).eps
-    for loss, single, reference in zip(losses, plain, exact, strict=True):
-        # the mean of two halves is another order of summation than the whole batch's
-        assert abs(loss - reference) <= 2 * abs(single - reference) + STEPS * WORLD * rounding * reference
+    assert_those_of_one_process(losses, peft_model("llama"))
     if way == "fsdp_leaves":
         assert fused == 0 and any("lora_A is a FSDPLinear" in reason for reason in reasons)
     else:

@@ -105,15 +105,24 @@ def test_several_sequences_of_a_request_while_the_model_is_called():
         assert [t for i, t in found.items() if i.partition("__")[0] == request] == [tokens] * 2
 
 
-def test_a_prefix_that_goes_takes_its_requests_along():
+@pytest.mark.parametrize(
+    ("gone", "text"),
+    [
+        (["long"], "the prefix 'long' was taken off before its requests had ended"),
+        (LENGTHS, "the last prefix was taken"),
+    ],
+    ids=["one", "all"],
+)
+def test_a_prefix_that_goes_takes_its_requests_along(gone, text):
     model = several()
     manager = peft_kernels.init_continuous_batching(model, greedy(), small_cache())
     manager.add_request(PROMPTS[0], adapter="long")
-    peft_kernels.detach(model, "long")
+    for name in gone:
+        peft_kernels.detach(model, name)
     manager.start()
     output = manager.get_result(timeout=60)
     manager.stop(block=True)
-    assert "the prefix 'long' was taken off before its requests had ended" in output.error
+    assert text in output.error
 
 
 def test_errors():

@@ -145,6 +145,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     ids: Tensor | None  # int32 [T'], T' the most tokens of a step
     kept: Tensor  # int32, as many as a step has requests at most
     growths: int  # of the pool, when the graphs that are there were captured
+    has_prefixes: bool
     packed: PackedRows | None  # the prefixes of the step, in a model that has some
 
     def add_request(self, input_ids: list[int], request_id: str | None = None, *args, adapter: str | None = None,
@@ -218,7 +219,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         step = buffers if pairs is None else pairs[buffers.current_pair].host_io
         batch = [r.state.request_id for r in step.requests_in_batch]
         self.requests.let_go([*scheduler.active_requests, *scheduler.waiting_requests, *forked, *batch])
-        if self.requests.prefixes:
+        if self.has_prefixes:
+            if not self.requests.prefixes:  # the model attends as it did before, which needs masks that nobody makes
+                raise RuntimeError("continuous batching: the last prefix was taken off while the engine ran")
             lengths = [r.query_length for r in step.requests_in_batch]
             self.packed = PackedRows([self.requests.prefix(i) for i in batch], lengths, self.model.device)
         if self.requests.pool is not None:
@@ -289,7 +292,7 @@ def init_continuous_batching(
         _require_plain_steps(manager.continuous_batching_config)
     if manager is not cached:
         manager.__class__, manager.requests = AdapterBatchingManager, Requests(pool, prefixes)
-        manager.ids = manager.packed = None
+        manager.ids, manager.packed, manager.has_prefixes = None, None, bool(prefixes)
     return manager
 
 

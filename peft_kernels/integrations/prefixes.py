@@ -256,14 +256,16 @@ def remove_prefix(root: nn.Module, name: str) -> None:
 
 
 def _attend_to_prefixes(root: nn.Module) -> None:
+    models = [module for module in root.modules() if isinstance(module, PreTrainedModel)]
     if NOTE not in root.__dict__:
-        models = [module for module in root.modules() if isinstance(module, PreTrainedModel)]
         configs = {id(module.config): module.config for module in models}
         for config in list(configs.values()):
             children = (getattr(config, key, None) for key in config.sub_configs)
             configs |= {id(child): child for child in children if child is not None}
         root.__dict__[NOTE] = [(config, config._attn_implementation_internal) for config in configs.values()]
-    root.set_attn_implementation(KEY)
+    for model in models:  # the root is the first; transformers 5.17 leaves out T5's stacks, whose configs are copies
+        if model.config._attn_implementation != KEY:
+            model.set_attn_implementation(KEY)
     _swap_callers(root)
 
 

@@ -25,7 +25,7 @@ class PrefixTuningConfig(MethodConfig):
     Args:
         num_virtual_tokens: P, from 1 to 8192.
         prefix_projection: whether an MLP gives the keys and values in training. `save_pretrained` writes what the MLP
-            gives and not the MLP.
+            gives and not the MLP. It belongs to no layer: FSDP must shard the model as one unit then.
         encoder_hidden_size: the width inside of the MLP; None: the model's.
         slots: of "encoder" (self-attention that looks both ways), "decoder" (causal) and "cross"; None: all that the
             model has. Each slot has a prefix of its own: [PREFIX, x, PREFIX', y].

@@ -36,6 +36,11 @@ class PrefixEncoder(nn.Module):
         nn.init.normal_(self.embedding)
 
     def forward(self) -> Tensor:
+        if hasattr(self.embedding, "placements") or self.embedding.dim() != 2:  # FSDP's: sharded, or a flat piece
+            raise RuntimeError(
+                "PrefixEncoder: an MLP of a prefix runs once for all layers, and FSDP has sharded it with one of them; "
+                "shard the model as one unit, or train with prefix_projection=False"
+            )
         return torch.tanh(self.down(self.embedding))
 
 
