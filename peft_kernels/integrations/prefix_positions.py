@@ -34,7 +34,7 @@ class Shifts(nn.Module):
 def tables_of(root: nn.Module) -> list[nn.Module]:
     """The learned positions of the decoders of a model."""
     modules = dict(root.named_modules())
-    whole = getattr(root.config, "is_encoder_decoder", False)
+    whole = getattr(getattr(root, "config", None), "is_encoder_decoder", False)
     return [
         module
         for name, module in modules.items()

@@ -74,7 +74,7 @@ def _slot(root: nn.Module, name: str, module: nn.Module) -> str:
     if CROSS.intersection(parts):
         return "cross"
     if getattr(root.config, "is_encoder_decoder", False):
-        return "encoder" if "encoder" in parts else "decoder"
+        return next((part for part in parts if part in ("encoder", "decoder")), "decoder")  # a BERT has an encoder too
     return "decoder" if getattr(module, "is_causal", True) else "encoder"
 
 
@@ -99,13 +99,20 @@ def _first(owner, *names: str) -> int | None:
 
 def plan_prefixes(root: nn.Module, config: PrefixTuningConfig) -> dict[str, PrefixSite]:
     """The attentions that get a prefix. Raises for what cannot be done."""
+    if not isinstance(root, PreTrainedModel):
+        raise ValueError(
+            f"attach: prefixes are for transformers' models, which a {type(root).__name__} is not, though it may be a "
+            "part of one or have one inside: pass that"
+        )
     every = prefix_sites(root)
-    family = getattr(getattr(root, "config", None), "model_type", type(root).__name__)
-    if not every or not isinstance(root, PreTrainedModel) or not root._can_set_attn_implementation():
+    family = getattr(root.config, "model_type", type(root).__name__)
+    if not every or not root._can_set_attn_implementation():
         raise ValueError(
             f"attach: {family} computes its attention itself and does not ask transformers' attention interface for "
             f"it, so no prefix can reach it; the same holds for {', '.join(UNSUPPORTED)}"
         )
+    if sinks := [site.name for site in every if getattr(root.get_submodule(site.name), "sinks", None) is not None]:
+        raise ValueError(f"attach: {sinks[0]} has attention sinks, which do not go together with prefixes")
     slots = config.slots or {site.slot for site in every}
     if missing := [slot for slot in slots if not any(site.slot == slot for site in every)]:
         has = ", ".join(dict.fromkeys(site.slot for site in every))
@@ -229,12 +236,17 @@ def _fill_with_text(root: nn.Module, config: PrefixTuningConfig, prefixes: dict[
 
 def activate_prefixes(root: nn.Module, names: Iterable[str], trained: Iterable[str], skip_layers: tuple) -> None:
     """Every row has the prefix among these names, of which there may be one."""
-    layers = {site.name: site.layer for site in prefix_sites(root)} if skip_layers else {}
-    for owner, prefixes in prefixes_in(root):
+    found = prefixes_in(root)
+    layers = {site.name: site.layer for site in prefix_sites(root)} if skip_layers and found else {}
+    for owner, prefixes in found:
         here = () if layers.get(owner) in skip_layers else names
         prefixes.active_name = next((name for name in here if name in prefixes), None)
         for name, prefix in prefixes.items():
-            prefix.requires_grad_(name in trained and name in names)
+            prefix.requires_grad_(name in trained and name == prefixes.active_name)
+    for _, prefixes in found:  # an MLP lies in one layer, which may be skipped, and others have it too
+        active = prefixes[prefixes.active_name] if prefixes.active_name in trained else None
+        if active is not None and active.encoder is not None:
+            active.encoder.requires_grad_(True)
     activate_shift(root, tuple(names))
 
 
@@ -294,14 +306,14 @@ def _has_rows(layer: nn.Module) -> bool:
 
 @functools.cache
 def encoding_class(family_class: type) -> type:
-    """A model whose forward first runs the MLPs of its active prefixes."""
+    """A model whose forward first runs the MLPs of its prefixes."""
 
     @functools.wraps(family_class.forward)
     def forward(self, *args, **kwargs):
         if torch.compiler.is_compiling():
             return family_class.forward(self, *args, **kwargs)
-        active = (prefix for _, prefixes in prefixes_in(self) for prefix in prefixes.values())
-        encoders = {prefix.encoder: None for prefix in active if prefix.encoder is not None}
+        every = (prefix for _, prefixes in prefixes_in(self) for prefix in prefixes.values())
+        encoders = {prefix.encoder: None for prefix in every if prefix.encoder is not None}
         with encoded(encoders):
             return family_class.forward(self, *args, **kwargs)
 
