@@ -7,6 +7,7 @@ has its own again. Checkpointed layers take what belongs to a call along into th
 
 import functools
 import inspect
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from peft_kernels.integrations.attending import CHILD, KEY
 from peft_kernels.integrations.blocks import layers_of, sites_of
 from peft_kernels.integrations.checkpoints import PREFIX
 from peft_kernels.integrations.named import again_over, asks_for_rows, beneath, keeping_class, subclass
-from peft_kernels.integrations.prefix_positions import activate_shift, add_shift, remove_shift, tables_of
+from peft_kernels.integrations.prefix_positions import Shifts, activate_shift, add_shift, remove_shift, tables_of
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.methods import PrefixTuningConfig
 from peft_kernels.modules import Prefix, PrefixEncoder, Prefixes
@@ -163,6 +164,11 @@ def prefixes_in(root: nn.Module) -> list[tuple[str, Prefixes]]:
     return [(n.rpartition(".")[0], module) for n, module in root.named_modules() if isinstance(module, Prefixes)]
 
 
+def device_of(attention: nn.Module) -> torch.device:
+    """Where its prefixes go: where its weights are, which are buffers where some quantised layers have them."""
+    return next(itertools.chain(attention.parameters(), attention.buffers())).device
+
+
 # -- in and out -------------------------------------------------------------------------------------------------------
 
 
@@ -176,10 +182,11 @@ def add_prefixes(
     """Puts a prefix in, a new one or that of a file; it is not attended to yet."""
     made, encoders = {}, {}
     for site in places:
-        base = next(root.get_submodule(site.name).parameters())
-        if base.is_meta:
+        attention = root.get_submodule(site.name)
+        if device_of(attention).type == "meta":
             raise ValueError(f"attach: the parameters of {site.name} are on meta; move them to a device first")
-        where = {"device": base.device, "dtype": torch.float64 if base.dtype is torch.float64 else torch.float32}
+        double = any(parameter.dtype is torch.float64 for parameter in attention.parameters())
+        where = {"device": device_of(attention), "dtype": torch.float64 if double else torch.float32}
         encoder = None
         if config.prefix_projection:
             width = root.config.get_text_config().hidden_size
@@ -218,15 +225,24 @@ def _fill_with_text(root: nn.Module, config: PrefixTuningConfig, prefixes: dict[
     are where the model would have them then: at -P to -1, seen from the first token."""
     if any(site.slot != "decoder" for site in prefixes) or root.config.is_encoder_decoder:
         raise ValueError(f"attach: init='text' is for decoder-only models, which a {type(root).__name__} is not")
-    P, training = config.num_virtual_tokens, root.training
+    P, count = config.num_virtual_tokens, root.get_input_embeddings().num_embeddings
+    if not all(0 <= token < count for token in config.text):
+        raise ValueError(f"attach: text must be ids in [0, {count}), the tokens of this model, got {list(config.text)}")
     tokens = torch.tensor([config.text], device=root.device)
     turned = config.shift_positions and not tables_of(root)  # learned ones are at 0 to P - 1 either way
     shifted = {"position_ids": torch.arange(-P, 0, device=root.device)[None]} if turned else {}
+    training = [module for module in root.modules() if module.training]
+    others = [(m, m.active_name) for m in root.modules() if isinstance(m, (Prefixes, Shifts))]
     root.eval()
     try:
+        for module, _ in others:
+            module.active_name = None  # a model attends to one prefix, and this one is not there yet
         layers = root(input_ids=tokens, use_cache=True, **shifted).past_key_values.layers
     finally:
-        root.train(training)
+        for module, name in others:
+            module.active_name = name
+        for module in training:
+            module.training = True
     for site, prefix in prefixes.items():
         layer = layers[root.get_submodule(site.name).layer_idx]
         if layer.keys.shape[2] != P:
