@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import transformers as hf
 from models import LAYERS, base_model, inputs
 from peft import PeftModel, TaskType, get_peft_model
 from peft import PrefixTuningConfig as PeftsConfig
@@ -127,6 +128,58 @@ def test_text_then_tokens_is_the_whole_text(name):
     config = PrefixTuningConfig(num_virtual_tokens=4, init="text", text=ids[0, :4].tolist(), shift_positions=True)
     peft_kernels.attach(model, config)
     assert torch.equal(model.generate(input_ids=ids[:, 4:], **GREEDY), whole)
+
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+WINDOWS = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
+PARTLY = {  # rotary embeddings of a part of each head, or of some layers
+    "phi": (hf.PhiForCausalLM, hf.PhiConfig(**SMALL, partial_rotary_factor=0.5)),
+    "glm": (hf.GlmForCausalLM, hf.GlmConfig(**SMALL, head_dim=16, pad_token_id=0)),
+    "smollm3": (hf.SmolLM3ForCausalLM, hf.SmolLM3Config(**SMALL, no_rope_layers=[1, 0], pad_token_id=0)),
+    "cohere2": (hf.Cohere2ForCausalLM, hf.Cohere2Config(**SMALL, **WINDOWS)),
+    "exaone4": (hf.Exaone4ForCausalLM, hf.Exaone4Config(**SMALL, **WINDOWS)),
+}
+
+
+@pytest.mark.parametrize("name", PARTLY)
+@torch.no_grad()
+def test_keys_are_turned_where_the_model_turns_them(name, tmp_path):
+    torch.manual_seed(0)
+    model_class, config = PARTLY[name]
+    ours, ids = model_class(config).eval(), inputs(2, 9)["input_ids"]
+    whole = copy.deepcopy(ours)
+    theirs = get_peft_model(whole, PeftsConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4)).eval()
+    for parameter in theirs.prompt_encoder.parameters():
+        parameter.normal_()
+    theirs.save_pretrained(tmp_path / "theirs")
+    peft_kernels.load(ours, tmp_path / "theirs")
+    torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    peft_kernels.export_prefix(ours, tmp_path / "ours")
+    files = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("ours", "theirs")]
+    torch.testing.assert_close(*(tensors["prompt_embeddings"] for tensors in files))
+
+
+def test_a_file_in_16_bits_is_not_rounded_again(tmp_path):
+    theirs = pefts("llama")
+    theirs.save_pretrained(tmp_path)
+    file, found = tmp_path / "adapter_model.safetensors", {}
+    for dtype in (torch.bfloat16, torch.float32):
+        rounded = theirs.get_prompt_embedding_to_save("default").detach().bfloat16().to(dtype)
+        save_file({"prompt_embeddings": rounded}, file)
+        model = base("llama")
+        peft_kernels.load(model, tmp_path)
+        found[dtype] = model.state_dict()
+    for key, tensor in found[torch.float32].items():
+        assert torch.equal(found[torch.bfloat16][key], tensor)
+    save_file({"prompt_embeddings": rounded.int()}, file)
+    with pytest.raises(ValueError, match=r"must be of a floating-point dtype, got torch\.int32"):
+        peft_kernels.load(base("llama"), tmp_path)
+    save_file({"prompt_embeddings": rounded}, file)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn are on meta; move them to a device first"):
+        peft_kernels.load(base("llama").to("meta"), tmp_path)
 
 
 def test_what_peft_has_not_is_refused(tmp_path):

@@ -33,6 +33,7 @@ BAD_FIELDS = {
         {"init": "text"},
         "text must be the ids of num_virtual_tokens=20 tokens where init is 'text', got None",
     ),
+    "no-list": ({"init": "text", "text": 5}, "text must be the ids of num_virtual_tokens=20 tokens .*, got 5"),
     "stray-text": ({"text": [1]}, "text must be None where init is not 'text'"),
     "dropout": ({"prefix_dropout": 1.0}, r"prefix_dropout must be a probability in \[0, 1\), got 1.0"),
     "composition": ({"composition": "cat"}, "composition must be one of merge, add, relu, linear, got 'cat'"),
@@ -87,6 +88,23 @@ def test_text_in_front_of_the_tokens_is_the_text(name):
     config = PrefixTuningConfig(num_virtual_tokens=4, init="text", text=ids[0, :4].tolist(), shift_positions=True)
     peft_kernels.attach(model, config)
     torch.testing.assert_close(model(input_ids=ids[:, 4:]).logits, whole)
+
+
+def test_text_leaves_the_model_as_it_was_and_other_prefixes_out():
+    model = several().train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    config = PrefixTuningConfig(num_virtual_tokens=2, init="text", text=[5, 6])
+    found = []
+    for active in ("long", []):
+        peft_kernels.set_active(model, active)
+        peft_kernels.attach(model, config, "text")
+        found.append([prefixes["text"].weight.clone() for _, prefixes in prefixes_in(model)])
+        peft_kernels.detach(model, "text")
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(ValueError, match=r"text must be ids in \[0, \d+\), the tokens of this model, got \[5, 9999\]"):
+        peft_kernels.attach(model, PrefixTuningConfig(num_virtual_tokens=2, init="text", text=[5, 9999]))
 
 
 def test_text_needs_a_decoder_and_room():

@@ -31,9 +31,10 @@ from peft_kernels.integrations.prefixes import (
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.integrations.widened import require_unwidened
 from peft_kernels.methods import BitFitConfig, BottleneckConfig, Config, blocks_of, prefix_of
-from peft_kernels.modules import OF_STREAM, BottleneckAdapters, Prefixes
+from peft_kernels.modules import OF_STREAM, BottleneckAdapter, BottleneckAdapters, Prefixes
 
 Places = dict[str, Site | PrefixSite | Slot]  # blocks by the names of their owners, attentions and biases by their own
+Made = list[tuple[nn.Module, BottleneckAdapter]]  # adapters, with the owners of their blocks
 
 MADE = "FSDP or a parametrization has made its class, or its forward was replaced"
 
@@ -191,19 +192,21 @@ def _attentions(places: Places) -> list[PrefixSite]:
 
 def add(root: nn.Module, config: Config, name: str, places: Places, tensors: dict[str, Tensor] | None = None) -> None:
     """Puts an adapter in, a new one or that of a file; it does not run yet."""
-    note = note_of(root)
-    own = own_parameters(root, config)
+    own, blocks = own_parameters(root, config), blocks_of(config)
+    made = _made_for_blocks(root, blocks, _blocks(places), tensors) if blocks else []
     if prefix := prefix_of(config):
         add_prefixes(root, prefix, name, _attentions(places), tensors)
-    if blocks := blocks_of(config):
-        _add_to_blocks(root, blocks, name, _blocks(places), tensors)
+    if blocks:
+        _add_to_blocks(root, blocks, name, made)
+    note = note_of(root)
     if own:
         note.own.keep(name, own, tensors and {key: tensors[PREFIX + key] for key in own})
     note.configs[name] = config
 
 
-def _add_to_blocks(root: nn.Module, config: BottleneckConfig, name: str, sites: Iterable[Site], tensors) -> None:
-    made = []  # all of them before any is put in: what fails leaves the model as it was
+def _made_for_blocks(root: nn.Module, config: BottleneckConfig, sites: Iterable[Site], tensors) -> Made:
+    """The adapters, all of them before anything is put in: what fails leaves the model as it was."""
+    made = []
     for site in sites:
         owner = root.get_submodule(site.name)
         base = next(owner.parameters())
@@ -220,6 +223,10 @@ def _add_to_blocks(root: nn.Module, config: BottleneckConfig, name: str, sites: 
                 for key, parameter in adapter.named_parameters():
                     parameter.copy_(tensors[file_key(site, key)])
         made.append((owner, adapter))
+    return made
+
+
+def _add_to_blocks(root: nn.Module, config: BottleneckConfig, name: str, made: Made) -> None:
     for owner, adapter in made:
         if not isinstance(owner._modules.get(CHILD), BottleneckAdapters):  # a pool's place makes room, if nothing has
             owner._modules[CHILD] = BottleneckAdapters().train(owner.training)  # touched it

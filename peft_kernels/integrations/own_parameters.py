@@ -21,7 +21,7 @@ from peft_kernels.integrations.blocks import CHILD, sites_of
 from peft_kernels.integrations.transformers import POOL_SITE
 from peft_kernels.methods import BitFitConfig, Config
 from peft_kernels.methods.names import ends_with
-from peft_kernels.modules import BottleneckAdapter
+from peft_kernels.modules import BottleneckAdapter, Prefixes
 
 Slot = tuple[nn.Module, str]  # a module and the name of a parameter there
 Change = tuple[str, nn.Parameter, Tensor]  # a key, its parameter, and the value that it gets
@@ -96,7 +96,7 @@ def biases_of(root: nn.Module, config: BitFitConfig) -> dict[str, Slot]:
         kept = {BaseTunerLayer: "base_layer.", AuxiliaryTrainingWrapper: "original_module."}
         if base := next((base for kind, base in kept.items() if isinstance(module, kind)), None):
             others |= {id(p) for key, p in module.named_parameters() if not key.startswith(base)}
-        elif isinstance(module, BottleneckAdapter):
+        elif isinstance(module, (BottleneckAdapter, Prefixes)):
             others |= {id(p) for p in module.parameters()}
         bias = module._parameters.get("bias")
         if bias is not None and id(bias) not in others:

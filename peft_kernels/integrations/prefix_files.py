@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.integrations.prefix_positions import tables_of, turned
-from peft_kernels.integrations.prefixes import PrefixSite, plan_prefixes, prefixes_in
+from peft_kernels.integrations.prefixes import PrefixSite, device_of, plan_prefixes, prefixes_in
 from peft_kernels.methods import PrefixTuningConfig
 
 KIND, TENSOR = "PREFIX_TUNING", "prompt_embeddings"
@@ -30,11 +30,16 @@ def from_peft(
     if flat is None or list(flat.shape) != [P, 2 * L * Hkv * D]:
         got = "none" if flat is None else list(flat.shape)
         raise ValueError(f"load: {TENSOR} of {source} must have shape {[P, 2 * L * Hkv * D]} in this model, got {got}")
+    if not flat.is_floating_point():
+        raise ValueError(f"load: {TENSOR} of {source} must be of a floating-point dtype, got {flat.dtype}")
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))  # what is turned in 16 bits is rounded again
+    if absent := [site.name for site in sites if device_of(root.get_submodule(site.name)).type == "meta"]:
+        raise ValueError(f"load: the parameters of {absent[0]} are on meta; move them to a device first")
     found = {}
     for site, both in zip(sites, flat.view(P, L, 2, Hkv, D).unbind(1), strict=True):
         attention = root.get_submodule(site.name)
         keys, values = both.permute(1, 2, 0, 3)
-        keys = turned(root, attention, keys.to(next(attention.parameters()).device), -P).to(values.device)
+        keys = turned(root, attention, keys.to(device_of(attention)), -P).to(values.device)
         found[site.key()] = torch.stack([keys, values]).permute(2, 0, 1, 3)
     return config, found
 

@@ -18,6 +18,12 @@ from peft_kernels.integrations.rows import OUTSIDE, Rows, current, outside_graph
 
 CHILD = "prefix_shifts"
 TABLES = ("wpe", "embed_positions")
+UNTURNED = (
+    "cohere2",
+    "cohere2_moe",
+    "exaone4",
+    "exaone_moe",
+)  # whose layers without a window have no positions, if others have one
 VARYING = ("dynamic", "longrope")  # frequencies that depend on the length of the input
 
 
@@ -34,7 +40,7 @@ class Shifts(nn.Module):
 def tables_of(root: nn.Module) -> list[nn.Module]:
     """The learned positions of the decoders of a model."""
     modules = dict(root.named_modules())
-    whole = getattr(root.config, "is_encoder_decoder", False)
+    whole = getattr(getattr(root, "config", None), "is_encoder_decoder", False)
     return [
         module
         for name, module in modules.items()
@@ -121,11 +127,14 @@ def _shift_of_rows(shifts: Shifts, rows: Rows, positions: Tensor) -> int | Tenso
 
 
 def turned(root: nn.Module, attention: nn.Module, keys: Tensor, by: int) -> Tensor:
-    """Keys [Hkv, P, D] as if each were `by` positions further on; as they are where the positions are learned."""
+    """Keys [Hkv, P, D] as if each were `by` positions further on; as they are where the positions are learned, and in
+    layers without any."""
     rotary = next((m for name, m in root.named_modules() if name.endswith("rotary_emb")), None)
     if rotary is None:
         if not tables_of(root):
             raise ValueError(f"the positions of a {type(root).__name__} are neither rotary nor learned")
+        return keys
+    if not _turns(attention):
         return keys
     kind, scaling, more = rotary.rope_type, getattr(rotary, "attention_scaling", 1.0), ()
     if isinstance(kind, dict):  # one for each type of layer
@@ -136,7 +145,16 @@ def turned(root: nn.Module, attention: nn.Module, keys: Tensor, by: int) -> Tens
     apply = sys.modules[_family(type(attention)).__module__].apply_rotary_pos_emb
     with torch.no_grad():
         cos, sin = rotary(keys, torch.tensor([[by]], device=keys.device), *more)
-        return apply(keys[None], keys[None], cos, sin)[1][0] / scaling
+        of_positions, others = keys.split([cos.shape[-1], keys.shape[-1] - cos.shape[-1]], -1)
+        return torch.cat([apply(of_positions[None], of_positions[None], cos, sin)[1][0] / scaling, others], -1)
+
+
+def _turns(attention: nn.Module) -> bool:
+    """Whether an attention of a model with rotary embeddings applies them."""
+    config = attention.config
+    if config.model_type in UNTURNED and config.sliding_window is not None:
+        return config.layer_types[attention.layer_idx] == "sliding_attention" or getattr(attention, "force_rope", False)
+    return bool(getattr(attention, "use_rope", True))
 
 
 def _family(kind: type) -> type:

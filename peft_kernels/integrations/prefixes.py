@@ -7,6 +7,7 @@ has its own again. Checkpointed layers take what belongs to a call along into th
 
 import functools
 import inspect
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from peft_kernels.integrations.attending import CHILD, KEY
 from peft_kernels.integrations.blocks import layers_of, sites_of
 from peft_kernels.integrations.checkpoints import PREFIX
 from peft_kernels.integrations.named import again_over, asks_for_rows, beneath, keeping_class, subclass
-from peft_kernels.integrations.prefix_positions import activate_shift, add_shift, remove_shift, tables_of
+from peft_kernels.integrations.prefix_positions import Shifts, activate_shift, add_shift, remove_shift, tables_of
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.methods import PrefixTuningConfig
 from peft_kernels.modules import Prefix, PrefixEncoder, Prefixes
@@ -74,7 +75,7 @@ def _slot(root: nn.Module, name: str, module: nn.Module) -> str:
     if CROSS.intersection(parts):
         return "cross"
     if getattr(root.config, "is_encoder_decoder", False):
-        return "encoder" if "encoder" in parts else "decoder"
+        return next((part for part in parts if part in ("encoder", "decoder")), "decoder")  # a BERT has an encoder too
     return "decoder" if getattr(module, "is_causal", True) else "encoder"
 
 
@@ -99,13 +100,20 @@ def _first(owner, *names: str) -> int | None:
 
 def plan_prefixes(root: nn.Module, config: PrefixTuningConfig) -> dict[str, PrefixSite]:
     """The attentions that get a prefix. Raises for what cannot be done."""
+    if not isinstance(root, PreTrainedModel):
+        raise ValueError(
+            f"attach: prefixes are for transformers' models, which a {type(root).__name__} is not, though it may be a "
+            "part of one or have one inside: pass that"
+        )
     every = prefix_sites(root)
-    family = getattr(getattr(root, "config", None), "model_type", type(root).__name__)
-    if not every or not isinstance(root, PreTrainedModel) or not root._can_set_attn_implementation():
+    family = getattr(root.config, "model_type", type(root).__name__)
+    if not every or not root._can_set_attn_implementation():
         raise ValueError(
             f"attach: {family} computes its attention itself and does not ask transformers' attention interface for "
             f"it, so no prefix can reach it; the same holds for {', '.join(UNSUPPORTED)}"
         )
+    if sinks := [site.name for site in every if getattr(root.get_submodule(site.name), "sinks", None) is not None]:
+        raise ValueError(f"attach: {sinks[0]} has attention sinks, which do not go together with prefixes")
     slots = config.slots or {site.slot for site in every}
     if missing := [slot for slot in slots if not any(site.slot == slot for site in every)]:
         has = ", ".join(dict.fromkeys(site.slot for site in every))
@@ -156,6 +164,11 @@ def prefixes_in(root: nn.Module) -> list[tuple[str, Prefixes]]:
     return [(n.rpartition(".")[0], module) for n, module in root.named_modules() if isinstance(module, Prefixes)]
 
 
+def device_of(attention: nn.Module) -> torch.device:
+    """Where its prefixes go: where its weights are, which are buffers where some quantised layers have them."""
+    return next(itertools.chain(attention.parameters(), attention.buffers())).device
+
+
 # -- in and out -------------------------------------------------------------------------------------------------------
 
 
@@ -169,10 +182,11 @@ def add_prefixes(
     """Puts a prefix in, a new one or that of a file; it is not attended to yet."""
     made, encoders = {}, {}
     for site in places:
-        base = next(root.get_submodule(site.name).parameters())
-        if base.is_meta:
+        attention = root.get_submodule(site.name)
+        if device_of(attention).type == "meta":
             raise ValueError(f"attach: the parameters of {site.name} are on meta; move them to a device first")
-        where = {"device": base.device, "dtype": torch.float64 if base.dtype is torch.float64 else torch.float32}
+        double = any(parameter.dtype is torch.float64 for parameter in attention.parameters())
+        where = {"device": device_of(attention), "dtype": torch.float64 if double else torch.float32}
         encoder = None
         if config.prefix_projection:
             width = root.config.get_text_config().hidden_size
@@ -211,15 +225,24 @@ def _fill_with_text(root: nn.Module, config: PrefixTuningConfig, prefixes: dict[
     are where the model would have them then: at -P to -1, seen from the first token."""
     if any(site.slot != "decoder" for site in prefixes) or root.config.is_encoder_decoder:
         raise ValueError(f"attach: init='text' is for decoder-only models, which a {type(root).__name__} is not")
-    P, training = config.num_virtual_tokens, root.training
+    P, count = config.num_virtual_tokens, root.get_input_embeddings().num_embeddings
+    if not all(0 <= token < count for token in config.text):
+        raise ValueError(f"attach: text must be ids in [0, {count}), the tokens of this model, got {list(config.text)}")
     tokens = torch.tensor([config.text], device=root.device)
     turned = config.shift_positions and not tables_of(root)  # learned ones are at 0 to P - 1 either way
     shifted = {"position_ids": torch.arange(-P, 0, device=root.device)[None]} if turned else {}
+    training = [module for module in root.modules() if module.training]
+    others = [(m, m.active_name) for m in root.modules() if isinstance(m, (Prefixes, Shifts))]
     root.eval()
     try:
+        for module, _ in others:
+            module.active_name = None  # a model attends to one prefix, and this one is not there yet
         layers = root(input_ids=tokens, use_cache=True, **shifted).past_key_values.layers
     finally:
-        root.train(training)
+        for module, name in others:
+            module.active_name = name
+        for module in training:
+            module.training = True
     for site, prefix in prefixes.items():
         layer = layers[root.get_submodule(site.name).layer_idx]
         if layer.keys.shape[2] != P:
@@ -229,12 +252,17 @@ def _fill_with_text(root: nn.Module, config: PrefixTuningConfig, prefixes: dict[
 
 def activate_prefixes(root: nn.Module, names: Iterable[str], trained: Iterable[str], skip_layers: tuple) -> None:
     """Every row has the prefix among these names, of which there may be one."""
-    layers = {site.name: site.layer for site in prefix_sites(root)} if skip_layers else {}
-    for owner, prefixes in prefixes_in(root):
+    found = prefixes_in(root)
+    layers = {site.name: site.layer for site in prefix_sites(root)} if skip_layers and found else {}
+    for owner, prefixes in found:
         here = () if layers.get(owner) in skip_layers else names
         prefixes.active_name = next((name for name in here if name in prefixes), None)
         for name, prefix in prefixes.items():
-            prefix.requires_grad_(name in trained and name in names)
+            prefix.requires_grad_(name in trained and name == prefixes.active_name)
+    for _, prefixes in found:  # an MLP lies in one layer, which may be skipped, and others have it too
+        active = prefixes[prefixes.active_name] if prefixes.active_name in trained else None
+        if active is not None and active.encoder is not None:
+            active.encoder.requires_grad_(True)
     activate_shift(root, tuple(names))
 
 
@@ -296,14 +324,14 @@ def _has_rows(layer: nn.Module) -> bool:
 
 @functools.cache
 def encoding_class(family_class: type) -> type:
-    """A model whose forward first runs the MLPs of its active prefixes."""
+    """A model whose forward first runs the MLPs of its prefixes."""
 
     @functools.wraps(family_class.forward)
     def forward(self, *args, **kwargs):
         if torch.compiler.is_compiling():
             return family_class.forward(self, *args, **kwargs)
-        active = (prefix for _, prefixes in prefixes_in(self) for prefix in prefixes.values())
-        encoders = {prefix.encoder: None for prefix in active if prefix.encoder is not None}
+        every = (prefix for _, prefixes in prefixes_in(self) for prefix in prefixes.values())
+        encoders = {prefix.encoder: None for prefix in every if prefix.encoder is not None}
         with encoded(encoders):
             return family_class.forward(self, *args, **kwargs)
 

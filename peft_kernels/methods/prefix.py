@@ -103,7 +103,7 @@ class PrefixTuningConfig(MethodConfig):
         if self.init != "text":
             self._require(text is None, "text", "None where init is not 'text'", text)
             return
-        fits = text is not None and len(text) == P and all(_is_integer(token) for token in text)
+        fits = isinstance(text, Sequence) and len(text) == P and all(_is_integer(token) for token in text)
         self._require(fits, "text", f"the ids of num_virtual_tokens={P} tokens where init is 'text'", text)
         object.__setattr__(self, "text", tuple(text))
         expected = "False where init is 'text', which gives keys and values"
