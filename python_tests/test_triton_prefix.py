@@ -22,6 +22,8 @@ CASES = {
     "everything": ALL,
     "everything-narrow": dict(D=32, **ALL),
     "everything-wide": dict(D=256, **ALL),
+    "everything-40": dict(D=40, **ALL),
+    "everything-192": dict(D=192, **ALL),
     "decode": dict(S=1, T=2048, D=128),
     "decode-wide": dict(S=1, T=2048, D=256, **ALL),
     "few": dict(S=20, Hq=8, p=0.1),

@@ -45,11 +45,11 @@ def _own_tile(
     CAUSAL: tl.constexpr, BOOL: tl.constexpr, ACCUMULATOR: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Of a tile: drop(w_X), and the gradient of q K^T."""
-    x = scores(q, k, D, False, 1, ACCUMULATOR)
+    x = scores(q, k, numbers, D, False, 1, ACCUMULATOR)
     logits, t = own_logits(x, place, tile, offs_t, mask, numbers, CAUSAL, BOOL)
     weights = tl.exp(logits - exponent[:, None])
     factor = keep_factor(numbers, ACCUMULATOR)
-    dw = kept(scores(do, v, D, False, 1, ACCUMULATOR), tile, start, 0, numbers) * factor
+    dw = kept(scores(do, v, numbers, D, False, 1, ACCUMULATOR), tile, start, 0, numbers) * factor
     dl = tl.where(weights == 0, 0.0, weights * (dw - total[:, None]))  # no part, even of what is NaN
     if numbers[1] is not None:
         dl *= 1.0 - t * t

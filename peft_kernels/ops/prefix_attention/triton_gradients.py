@@ -42,7 +42,9 @@ def prefix_tile(
     merged softmax and g D_P of one of its own."""
     raw = prefix_scores(q, pk, numbers, COMPOSITION, PARTS, ACCUMULATOR, D)
     weights, t, sees = prefix_logits(raw, c, length, place, tile, offs_p, bias, numbers, COMPOSITION, OVER_PREFIX)
-    dw = kept(scores(do, pv, D, False, 1, ACCUMULATOR), tile, start, 1, numbers) * keep_factor(numbers, ACCUMULATOR)
+    dw = kept(scores(do, pv, numbers, D, False, 1, ACCUMULATOR), tile, start, 1, numbers) * keep_factor(
+        numbers, ACCUMULATOR
+    )
     if COMPOSITION == "merge" or COMPOSITION == "add":
         weights = tl.exp(weights - exponent[:, None])
         dl = tl.where(weights == 0, 0.0, weights * (g[:, None] * dw - total[:, None]))

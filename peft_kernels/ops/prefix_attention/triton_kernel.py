@@ -59,7 +59,8 @@ def _own_keys(
     begin, end = keys_seen(start, place, numbers, CAUSAL, GROUP, BLOCK_M, BLOCK_N)
     for t in range(begin, end, BLOCK_N):
         offs_t = t + tl.arange(0, BLOCK_N)
-        x = scores(q, key_rows(k, b, kv, first_key + offs_t, offs_t < keys, D, BLOCK_D), D, False, 1, ACCUMULATOR)
+        of_keys = key_rows(k, b, kv, first_key + offs_t, offs_t < keys, D, BLOCK_D)
+        x = scores(q, of_keys, numbers, D, False, 1, ACCUMULATOR)
         logits, _ = own_logits(x, place, tile, offs_t, mask, numbers, CAUSAL, BOOL)
         top, total, acc, weights = _step(top, total, acc, logits)
         values = key_rows(v, b, kv, first_key + offs_t, offs_t < keys, D, BLOCK_D)[0]

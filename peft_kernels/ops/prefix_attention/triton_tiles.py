@@ -3,8 +3,8 @@
 A row is a sequence: a batch index, or one of the packed. The G query heads of a key head are rows of one tile: row m of
 a sequence's S G is query m // G of head m % G, so that one query a sequence fills G rows. Ids, lengths and ends are
 read on the device and bounded there: an id that is out of range has no prefix.
-Arguments travel in tuples: a tensor with its strides, (scale, softcap, window, keep_below, seed), None for what is not
-there. P and the gradients of logits go into products rounded to the type of q, which for 16-bit types is what o and
+Arguments travel in tuples: a tensor with its strides, (scale, softcap, window, keep_below, seed, D), None for what is
+not there. P and the gradients of logits go into products rounded to the type of q, which for 16-bit types is what o and
 the gradients are rounded to; fp32 sums elsewhere (fp64 for fp64).
 """
 
@@ -52,7 +52,7 @@ def forward_tile(q: Tensor, group: int, *, extra: int) -> Tile:
     M, D, size = group * q.shape[2], q.shape[3], q.element_size()
     rows, keys = 16 if M <= 16 else 32, 64 if D <= 128 and not extra else 32
     if size > 2:
-        return Tile(rows, 32, 4, 1) if size == 4 and D <= 64 else _wide_tile(D, size)
+        return Tile(rows, 32, 8 if extra else 4, 1) if size == 4 and D <= 64 else _wide_tile(D, size)
     if D > 128 and extra:
         return Tile(rows, keys, 8, 1)
     return Tile(rows, keys, 4, 2) if M <= 32 else Tile(64, keys, 4 if D <= 64 else 8, 1)
@@ -119,7 +119,7 @@ def problem(
         tuple(None if t is None else t.contiguous() for t in vectors),
         (
             number(scale, dtype), number(softcap, dtype) if softcap else None, min(sliding_window, T + P + 1) or None,
-            threshold(dropout_p) if drop else None, seed if drop else None,
+            threshold(dropout_p) if drop else None, seed if drop else None, D,
         ),
         (S, T, P, len(prefix_key), Hkv),
         rows,
@@ -223,12 +223,12 @@ def features(q, ACCUMULATOR: tl.constexpr):
 
 
 @triton.jit
-def scores(a, b, D: tl.constexpr, FEATURES: tl.constexpr, PARTS: tl.constexpr, ACCUMULATOR: tl.constexpr):
+def scores(a, b, numbers, D: tl.constexpr, FEATURES: tl.constexpr, PARTS: tl.constexpr, ACCUMULATOR: tl.constexpr):
     """a b^T of two sets of rows, FEATURES: elu(a) + 1 for a. Wide numbers and features are read CHUNK columns at a
     time: whole rows of them, which a product takes from registers, would spill."""
     acc = tl.zeros((a[0].shape[0], b[0].shape[0]), ACCUMULATOR)
     if FEATURES or a[0].dtype == ACCUMULATOR:
-        for d in range(0, D, CHUNK):
+        for d in range(0, numbers[5], CHUNK):  # not the constant, with which LLVM would unroll the loop, and spill
             left = tl.load(a[1] + d, mask=inside(a[2], D - d, CHUNK), other=0.0)
             right = tl.load(b[1] + d, mask=inside(b[2], D - d, CHUNK), other=0.0)
             if FEATURES:
@@ -292,7 +292,7 @@ def _mask_pointers(mask, place, tile, offs_t):
 @triton.jit
 def own_logits(x, place, tile, offs_t, mask, numbers, CAUSAL: tl.constexpr, BOOL: tl.constexpr):
     """From a tile x of q K^T: logits, -inf for what is not seen, and the tanh of the cap."""
-    scale, softcap, window, _, _ = numbers
+    scale, softcap, window, _, _, _ = numbers
     _, _, queries, _, keys = place
     s, _, there, _ = tile
     logits, t = _capped(x * as_number(scale, x.dtype), softcap)
@@ -315,7 +315,7 @@ def own_logits(x, place, tile, offs_t, mask, numbers, CAUSAL: tl.constexpr, BOOL
 def prefix_scores(q, pk, numbers, COMPOSITION: tl.constexpr, PARTS: tl.constexpr, ACCUMULATOR: tl.constexpr,
                   D: tl.constexpr):  # fmt: skip
     """What c multiplies: scale q P_k^T, or (elu(q) + 1) P_k^T."""
-    raw = scores(q, pk, D, COMPOSITION == "linear", PARTS, ACCUMULATOR)
+    raw = scores(q, pk, numbers, D, COMPOSITION == "linear", PARTS, ACCUMULATOR)
     if COMPOSITION != "linear":
         raw *= as_number(numbers[0], ACCUMULATOR)
     return raw
@@ -326,7 +326,7 @@ def prefix_logits(
     raw, c, length, place, tile, offs_p, bias, numbers, COMPOSITION: tl.constexpr, OVER_PREFIX: tl.constexpr
 ):
     """Logits, -inf for what is not seen, the tanh of the cap, and what is seen; of relu and linear w_P."""
-    _, softcap, window, _, _ = numbers
+    _, softcap, window, _, _, _ = numbers
     s, _, there, _ = tile
     logits, t = raw * c[:, None], raw
     sees = there[:, None] & (offs_p < length)[None, :]
