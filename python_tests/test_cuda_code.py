@@ -36,8 +36,8 @@ BUDGET = {
     "bottleneck_adapter_*_kernel": 88,
     "prefix_attention_forward_rows_kernel": 255,
     "prefix_attention_forward_split_kernel": 208,
-    "prefix_attention_forward_merge_kernel": 64,
-    "prefix_attention_forward_plain_kernel": 224,
+    "prefix_attention_forward_merge_kernel": 88,
+    "prefix_attention_forward_plain_kernel": 240,
 }
 # Instructions of every instance: tensor cores, and ldmatrix where operands go through shared memory
 MEANT = {
