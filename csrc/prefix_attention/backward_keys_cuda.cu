@@ -23,10 +23,9 @@ constexpr int kRowStep = kColumns<T, kDim> == 128 ? 16 : kStep<T, kDim>;
 struct Walk {
   const Problem& p;
   const bool prefix;
-  const int64_t group, which;  // which: the prefix, of which rows count, or the sequence
-  const int64_t low, high;     // tokens that count, of [B, S]; of own keys, the first and the last key
-  int64_t r, end, before = 0;  // the sequence, where to stop, rows of the sequences before
-  Sequence s{};
+  const int64_t group, which;   // which: the prefix, of which rows count, or the sequence
+  const int64_t low, high;      // tokens that count, of [B, S]; of own keys, the first and the last key
+  int64_t r, end, before = 0;   // the sequence, where to stop, rows of the sequences before
   int64_t first = 0, last = 0;  // queries of the sequence that count
 
   __device__ __forceinline__ Walk(const Problem& p, bool prefix, int64_t which, int64_t low, int64_t high)
@@ -43,7 +42,7 @@ struct Walk {
 
   __device__ __forceinline__ void enter() {
     if (r >= end) return;
-    s = sequence_of(p, r);
+    const Sequence s = sequence_of(p, r);
     if (prefix) {
       const int64_t token = s.batch * p.S + s.q0;
       const bool counts = s.prefix == which && s.P > 0;
@@ -99,7 +98,8 @@ struct KeyTile {
     if (i < kRows) {
       if (walk.reaches(first + i)) {
         const int64_t row = first + i - walk.before, query = walk.first + row / walk.group;
-        fill_row(shared.rows, i, p, prefix, walk.s, walk.r, query, head * walk.group + row % walk.group, less);
+        fill_row(shared.rows, i, p, prefix, sequence_of(p, walk.r), walk.r, query, head * walk.group + row % walk.group,
+                 less);
       } else {
         clear_row(shared.rows, i);
       }
