@@ -26,6 +26,11 @@ __device__ __forceinline__ int greatest(int a, int b) {
   return a > b ? a : b;
 }
 
+// Within a sequence, and among the sequences, counts are of 32 bits.
+inline bool fits(const Problem& p) {
+  return p.S <= INT32_MAX && p.T <= INT32_MAX && p.P <= INT32_MAX && p.rows <= INT32_MAX;
+}
+
 // Sequence r; prefix -1 and P 0 where it has none. Values out of range are bounded.
 __device__ __forceinline__ Sequence sequence_of(const Problem& p, int64_t r) {
   Sequence s{r, 0, p.S, 0, p.T, p.ids ? p.ids[r] : 0, 0};

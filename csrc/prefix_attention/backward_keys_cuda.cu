@@ -6,7 +6,7 @@
 // grid: sequence or prefix x head x tile of keys x columns x splits; 16 keys to each of four warps.
 #include <algorithm>
 
-#include "prefix_attention/backward_tiles.h"
+#include "prefix_attention/backward_launch.h"
 
 namespace pk::prefix_attention {
 namespace {
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 cudaError_t launch_keys(const Backward& call, bool prefix, int64_t tiles, cudaStream_t stream) {
-  return with_kernel(call.problem, [&](auto number, auto dim) {
+  return with_kernel(call.problem, tiles, [&](auto number, auto dim) {
     using T = decltype(number);
     constexpr int kDim = decltype(dim)::value;
     const int64_t columns = blocks(call.problem.D, kColumns<T, kDim>);

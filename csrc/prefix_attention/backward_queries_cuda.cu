@@ -4,7 +4,7 @@
 //            weights (D - g D_P) and the softmax of the prefix (g D_P) lose
 //   queries  dq = scale (dl_X K + c dl_P P_k);  linear: c dl_P P_k elu'(q) for the latter
 // grid: sequence x head of keys x tile of rows x columns; 16 rows to each of four warps.
-#include "prefix_attention/backward_tiles.h"
+#include "prefix_attention/backward_launch.h"
 
 namespace pk::prefix_attention {
 namespace {
@@ -199,9 +199,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 // f(T{}, integral_constant kDim, tiles of rows)
 template <class F>
 cudaError_t with_tiles(const Problem& p, const F& f) {
-  return with_kernel(p, [&](auto number, auto dim) {
-    return f(number, dim, count_tiles<kOwn>(p.cu_q, p.rows, p.S, p.Hq / p.Hkv) * p.Hkv);
-  });
+  const int64_t tiles = count_tiles<kOwn>(p.cu_q, p.rows, p.S, p.Hq / p.Hkv) * p.Hkv;
+  return with_kernel(p, tiles, [&](auto number, auto dim) { return f(number, dim, tiles); });
 }
 
 }  // namespace

@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <class T, int kD>
 cudaError_t launch_rows(const Problem& p, cudaStream_t stream) {
   const int64_t tiles = count_tiles<kTileRows>(p.cu_q, p.rows, p.S, p.Hq / p.Hkv);
-  if (tiles > INT32_MAX) return cudaErrorInvalidValue;
+  if (tiles > INT32_MAX || !fits(p)) return cudaErrorInvalidValue;
   return PK_LAUNCH((prefix_attention_forward_rows_kernel<T, kD>),
                    dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(p.Hkv)), dim3(kThreads), Shape<kD>::kBytes,
                    stream, p, vectors_of(p, sizeof(T)));

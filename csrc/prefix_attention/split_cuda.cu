@@ -83,12 +83,12 @@ __device__ __forceinline__ void find_members(Members& members, const Problem& p,
 }
 
 // What a block works at: a span of the keys of a sequence, or of its prefix.
-struct Unit16 {
+struct Work {
   bool prefix;
   int sequence, span;
 };
 
-__device__ __forceinline__ Unit16 unit_of(const Spans& spans, int index) {
+__device__ __forceinline__ Work unit_of(const Spans& spans, int index) {
   const int all = spans.own + spans.prefix, span = index % all;
   if (span < spans.prefix) return {true, index / all, span};
   return {false, index / all, span - spans.prefix};
@@ -144,7 +144,8 @@ __global__ void __launch_bounds__(Shape<kD>::kThreads)
   __shared__ Place places[kWarpRows];
   __shared__ Sequence s;
   __shared__ Members members;
-  const Unit16 unit = unit_of(spans, static_cast<int>(blockIdx.x));
+  let_next_launch_start();
+  const Work unit = unit_of(spans, static_cast<int>(blockIdx.x));
   const int head = static_cast<int>(blockIdx.y), D = static_cast<int>(p.D);
   const int each = static_cast<int>(p.S * (p.Hq / p.Hkv));
   if (threadIdx.x == 0) {
@@ -261,11 +262,11 @@ __global__ void __launch_bounds__(kMergeThreads)
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kMergeThreads / 32) + warp_index();
   if (row >= p.B * p.Hq * p.S) return;
   const int64_t head = row / p.S % p.Hq, r = row / p.S / p.Hq;
+  wait_for_previous_launch();  // which, where there are no keys at all, is not ours
   const Sequence s = sequence_of(p, r);
   const float gate = gate_at(p.gate, r, head);
   const int own = spans.own, all = own + (s.P > 0 ? spans.prefix : 0);
   const bool merges = p.composition == Composition::kMerge, adds = p.composition == Composition::kAdd;
-  wait_for_previous_launch();
   Merged first, second;
   first.see(p, row, 0, merges ? all : own);
   if (merges) first.add(p, row, own, all, gate);
@@ -291,7 +292,7 @@ cudaError_t launch_split(const Problem& p, cudaStream_t stream) {
   const Spans spans = spans_of(p);
   const int64_t units = p.B * (spans.own + spans.prefix);
   if (units == 0) return cudaSuccess;
-  if (units > INT32_MAX) return cudaErrorInvalidValue;
+  if (units > INT32_MAX || !fits(p)) return cudaErrorInvalidValue;
   return PK_LAUNCH((prefix_attention_forward_split_kernel<T, kD>),
                    dim3(static_cast<unsigned>(units), static_cast<unsigned>(p.Hkv)), dim3(Shape<kD>::kThreads),
                    Shape<kD>::kBytes, stream, p, vectors_of(p, sizeof(T)), spans);
