@@ -181,7 +181,7 @@ __device__ __forceinline__ Block prefix_block(const Problem& p, int64_t index, i
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     prefix_attention_backward_keys_kernel(const Backward call, bool prefix, bool vector, int columns) {
   using Keys = KeyTile<T, kDim>;
   using Acc = AccOf<T>;
