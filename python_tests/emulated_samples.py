@@ -306,8 +306,8 @@ ATTENTIONS = {
     "linear-decode": dict(S=1, T=23, composition="linear", **SEVERAL),
 }
 each_attention = pytest.mark.parametrize("case", ATTENTIONS)
-each_dtype = pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 of_values = pytest.mark.skipif(BUILD != "plain", reason="the same values; what these builds look for is in the samples")
+each_dtype = pytest.mark.parametrize("dtype", [pytest.param(d, id=str(d), marks=of_values) for d in (BF16, F32)])
 
 
 def attend(arguments, **changes):
@@ -323,7 +323,6 @@ def attention_gradients(arguments, needs=None, **changes):
     return backward(dout, *values[:13], out, *sums, *values[13:], needs)
 
 
-@of_values
 @each_dtype
 @each_attention
 def test_an_attention_has_the_same_bits_for_every_schedule(case, dtype):
@@ -336,7 +335,6 @@ def test_an_attention_has_the_same_bits_for_every_schedule(case, dtype):
         assert all(torch.equal(*both) for both in zip(runs[0], other, strict=True))
 
 
-@of_values
 @each_dtype
 @each_attention
 def test_nan_stays_in_its_row_of_an_attention(case, dtype):
@@ -350,7 +348,6 @@ def test_nan_stays_in_its_row_of_an_attention(case, dtype):
         assert torch.equal(before, after)
 
 
-@of_values
 @each_dtype
 @pytest.mark.parametrize("case", ["rows", "decode", "add", "linear-decode"])
 def test_nan_stays_in_its_row_of_an_attentions_gradients(case, dtype):
@@ -361,14 +358,12 @@ def test_nan_stays_in_its_row_of_an_attentions_gradients(case, dtype):
     query[1, 2, 0] = math.nan
     dirty = attention_gradients(arguments, query=query)
     assert dirty[0][1, 2, 0].isnan().all() and dirty[1][1, 1, 0].isnan().all()
-    dirty[0][1, 2, 0] = clean[0][1, 2, 0]
-    for i in (1, 2):
-        dirty[i][1, 1] = clean[i][1, 1]
+    for i, place in enumerate([(1, 2, 0), (1, 1), (1, 1)]):
+        dirty[i][place] = clean[i][place]
     for before, after in zip(clean[:5], dirty[:5], strict=True):
         assert not before.isnan().any() and torch.equal(before, after)
 
 
-@of_values
 @each_dtype
 @each_attention
 def test_only_needed_gradients_of_an_attention_are_written(case, dtype):
@@ -381,7 +376,6 @@ def test_only_needed_gradients_of_an_attention_are_written(case, dtype):
             assert all(alone[j].numel() == 0 for j in range(7) if j != i)
 
 
-@of_values
 @each_dtype
 @pytest.mark.parametrize("case", [case for case in ATTENTIONS if "B" in ATTENTIONS[case] and case != "decode-split"])
 def test_a_row_of_an_attention_has_the_bits_of_the_row_alone(case, dtype):

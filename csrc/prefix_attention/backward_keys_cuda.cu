@@ -6,7 +6,7 @@
 // grid: sequence or prefix x head x tile of keys x columns x splits; 16 keys to each of four warps.
 #include <algorithm>
 
-#include "prefix_attention/backward_tiles.h"
+#include "prefix_attention/backward_launch.h"
 
 namespace pk::prefix_attention {
 namespace {
@@ -23,10 +23,9 @@ constexpr int kRowStep = kColumns<T, kDim> == 128 ? 16 : kStep<T, kDim>;
 struct Walk {
   const Problem& p;
   const bool prefix;
-  const int64_t group, which;  // which: the prefix, of which rows count, or the sequence
-  const int64_t low, high;     // tokens that count, of [B, S]; of own keys, the first and the last key
-  int64_t r, end, before = 0;  // the sequence, where to stop, rows of the sequences before
-  Sequence s{};
+  const int64_t group, which;   // which: the prefix, of which rows count, or the sequence
+  const int64_t low, high;      // tokens that count, of [B, S]; of own keys, the first and the last key
+  int64_t r, end, before = 0;   // the sequence, where to stop, rows of the sequences before
   int64_t first = 0, last = 0;  // queries of the sequence that count
 
   __device__ __forceinline__ Walk(const Problem& p, bool prefix, int64_t which, int64_t low, int64_t high)
@@ -43,7 +42,7 @@ struct Walk {
 
   __device__ __forceinline__ void enter() {
     if (r >= end) return;
-    s = sequence_of(p, r);
+    const Sequence s = sequence_of(p, r);
     if (prefix) {
       const int64_t token = s.batch * p.S + s.q0;
       const bool counts = s.prefix == which && s.P > 0;
@@ -99,7 +98,8 @@ struct KeyTile {
     if (i < kRows) {
       if (walk.reaches(first + i)) {
         const int64_t row = first + i - walk.before, query = walk.first + row / walk.group;
-        fill_row(shared.rows, i, p, prefix, walk.s, walk.r, query, head * walk.group + row % walk.group, less);
+        fill_row(shared.rows, i, p, prefix, sequence_of(p, walk.r), walk.r, query, head * walk.group + row % walk.group,
+                 less);
       } else {
         clear_row(shared.rows, i);
       }
@@ -181,7 +181,7 @@ __device__ __forceinline__ Block prefix_block(const Problem& p, int64_t index, i
 }
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     prefix_attention_backward_keys_kernel(const Backward call, bool prefix, bool vector, int columns) {
   using Keys = KeyTile<T, kDim>;
   using Acc = AccOf<T>;
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 cudaError_t launch_keys(const Backward& call, bool prefix, int64_t tiles, cudaStream_t stream) {
-  return with_kernel(call.problem, [&](auto number, auto dim) {
+  return with_kernel(call.problem, tiles, [&](auto number, auto dim) {
     using T = decltype(number);
     constexpr int kDim = decltype(dim)::value;
     const int64_t columns = blocks(call.problem.D, kColumns<T, kDim>);

@@ -1,10 +1,10 @@
 // The passes of prefix_attention's backward that own rows: a block has 64 rows of one sequence and one head of keys
-// (and, of wider types, 64 columns of dq), and goes over keys that any of them sees.
+// (and up to 128 columns of dq, 64 of wider types), and goes over keys that any of them sees.
 //   shares   D_P = sum_j w dw;  dc = g sum_j dl / g raw, from sums that need no D_P before it is known;  what own
 //            weights (D - g D_P) and the softmax of the prefix (g D_P) lose
 //   queries  dq = scale (dl_X K + c dl_P P_k);  linear: c dl_P P_k elu'(q) for the latter
 // grid: sequence x head of keys x tile of rows x columns; 16 rows to each of four warps.
-#include "prefix_attention/backward_tiles.h"
+#include "prefix_attention/backward_launch.h"
 
 namespace pk::prefix_attention {
 namespace {
@@ -146,6 +146,9 @@ __global__ void __launch_bounds__(kThreads) prefix_attention_backward_shares_ker
 
 // -- queries ----------------------------------------------------------------------------------------------------------
 
+template <int kDim>
+constexpr int kColumns = kDim < 128 ? kDim : 128;  // of dq, that the registers of a thread have room for
+
 template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, 2)
     prefix_attention_backward_queries_kernel(const Backward call, bool vector, int columns) {
@@ -155,9 +158,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   Rows tile(call, *shared, vector, blockIdx.x / columns);
   if (tile.rows == 0) return;
   const Problem& p = call.problem;
-  const int D = static_cast<int>(p.D), first = static_cast<int>(blockIdx.x % columns) * kDim;
+  constexpr int kOut = kColumns<kDim> / 8;
+  const int D = static_cast<int>(p.D), first = static_cast<int>(blockIdx.x % columns) * kOut * 8;
   const int column = first + lane_index() % 4 * 2;
-  Acc sums[kDim / 8][4] = {};
+  Acc sums[kOut][4] = {};
 #pragma unroll 1
   for (int pass = tile.s.P > 0 ? 0 : 1; pass < 2; ++pass) {
     const bool prefix = pass == 0;
@@ -173,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     });
     if (!prefix || p.composition != Composition::kLinear) continue;
 #pragma unroll
-    for (int i = 0; i < 4 * (kDim / 8); ++i) {
+    for (int i = 0; i < 4 * kOut; ++i) {
       const int64_t at = shared->rows.q[Rows::row_of(i % 4)];
       const int d = column + i / 4 * 8 + i % 2;
       if (at >= 0 && d < D) sums[i / 4][i % 4] *= feature_slope(load<Acc>(p.q.data, p.type, at + d));
@@ -186,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t token = tile.s.batch * p.S + tile.s.q0 + tile.query(row);
     T* const to = static_cast<T*>(p.dq) + (token * p.Hq + tile.query_head(row)) * p.D;
 #pragma unroll
-    for (int j = 0; j < kDim / 8; ++j) {
+    for (int j = 0; j < kOut; ++j) {
       if (column + 8 * j < D) store_two(to + column + 8 * j, sums[j][2 * half], sums[j][2 * half + 1]);
     }
   }
@@ -195,9 +199,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 // f(T{}, integral_constant kDim, tiles of rows)
 template <class F>
 cudaError_t with_tiles(const Problem& p, const F& f) {
-  return with_kernel(p, [&](auto number, auto dim) {
-    return f(number, dim, count_tiles<kOwn>(p.cu_q, p.rows, p.S, p.Hq / p.Hkv) * p.Hkv);
-  });
+  const int64_t tiles = count_tiles<kOwn>(p.cu_q, p.rows, p.S, p.Hq / p.Hkv) * p.Hkv;
+  return with_kernel(p, tiles, [&](auto number, auto dim) { return f(number, dim, tiles); });
 }
 
 }  // namespace
@@ -216,7 +219,7 @@ cudaError_t backward_queries(const Backward& call, cudaStream_t stream) {
   return with_tiles(call.problem, [&](auto number, auto dim, int64_t tiles) {
     using T = decltype(number);
     constexpr int kDim = decltype(dim)::value;
-    const int64_t columns = blocks(call.problem.D, kDim);
+    const int64_t columns = blocks(call.problem.D, kColumns<kDim>);
     const dim3 grid(static_cast<unsigned>(tiles * columns)), block(kThreads);
     return PK_LAUNCH((prefix_attention_backward_queries_kernel<T, kDim>), grid, block,
                      sizeof(typename RowTile<T, kDim, false>::Memory), stream, call, all_vectors(call.problem),

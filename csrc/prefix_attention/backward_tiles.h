@@ -378,26 +378,4 @@ struct Shared {
   __device__ __forceinline__ AccOf<T> (&slice())[16][kSteps + 1] { return slices[kTensorCores<T> ? 0 : warp_index()]; }
 };
 
-// Can the rows of all tensors be copied 16 bytes at a time?
-inline bool all_vectors(const Problem& p) {
-  bool all = true;
-  for (const View* view : {&p.q, &p.k, &p.v, &p.pk, &p.pv, &p.dout}) all = all && vector_view(*view, 2);
-  return all;
-}
-
-// f(T{}, integral_constant kDim)
-template <class F>
-cudaError_t with_kernel(const Problem& p, const F& f) {
-  const auto by_dim = [&](auto number) {
-    if (p.D <= 32) return f(number, std::integral_constant<int, 32>{});
-    if (p.D <= 64) return f(number, std::integral_constant<int, 64>{});
-    if (p.D <= 128) return f(number, std::integral_constant<int, 128>{});
-    return f(number, std::integral_constant<int, 256>{});
-  };
-  if (p.type == Dtype::kFloat16) return by_dim(fp16{});
-  if (p.type == Dtype::kBFloat16) return by_dim(bf16{});
-  if (p.type == Dtype::kFloat64) return f(double{}, std::integral_constant<int, 64>{});
-  return f(float{}, std::integral_constant<int, 64>{});
-}
-
 }  // namespace pk::prefix_attention
