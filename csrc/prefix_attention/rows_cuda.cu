@@ -135,7 +135,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Place* const mine = places + warp_index() * kWarpRows;
   const Place &upper = mine[lane_index() / 4], &lower = mine[lane_index() / 4 + 8];
   const bool linear = p.composition == Composition::kLinear, has_softmax = p.composition <= Composition::kAdd;
-  const uint64_t seed = p.own_dropout.active() ? *p.seed : 0;
   Softmax<kD> softmax;
   softmax.start();
   float lse[2] = {};
@@ -146,9 +145,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Sight sight = sight_of(p, mine, turn.prefix, static_cast<int>(turn.prefix ? s.P : s.T));
     const bool softened = has_softmax || !turn.prefix;
     const float scale = turn.prefix && linear ? 1.f : static_cast<float>(p.scale);
-    const float factor[2] = {turn.prefix ? scale * upper.key_gate : scale,
-                             turn.prefix ? scale * lower.key_gate : scale};
-    const float gate[2] = {upper.gate, lower.gate};
 #pragma unroll 1
     for (int j0 = range.begin; j0 < range.end; j0 += kKeys) {
       const bool idle = sight.none(j0, kKeys);
@@ -160,6 +156,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         } else {
           multiply_rows<kD, kKeys>(w, queries, keys);
         }
+        const float factor[2] = {turn.prefix ? scale * upper.key_gate : scale,
+                                 turn.prefix ? scale * lower.key_gate : scale};
         finish_logits<T>(w, factor, softened ? static_cast<float>(p.softcap) : 0.f, turn.prefix ? p.bias : p.mask, mine,
                          sight, j0, softened ? -INFINITY : 0.f);
         if (turn.role != Role::kWeights) {
@@ -168,12 +166,12 @@ __global__ void __launch_bounds__(kThreads, 2)
           each_element(w, [&](float& l, int row, int) {
             if (has_softmax) l = power(l, below_of(lse[row]));
             if (!linear && l < 0) l = 0.f;
-            l *= gate[row];
+            l *= row ? lower.gate : upper.gate;
           });
         }
         if (p.own_dropout.active() && turn.role != Role::kSum) {
           const int64_t rows[2] = {upper.row, lower.row};
-          drop(w, turn.prefix ? p.prefix_dropout : p.own_dropout, seed, rows, j0);
+          drop(w, turn.prefix ? p.prefix_dropout : p.own_dropout, *p.seed, rows, j0);
         }
       }
       if (turn.role == Role::kSum) continue;
@@ -182,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     if (turn.role == Role::kWeights) continue;
     if (turn.prefix && turn.role == Role::kSoftmax) {
-      softmax.scale(gate);
+      softmax.scale({upper.gate, lower.gate});
       continue;
     }
     softmax.total(lse);

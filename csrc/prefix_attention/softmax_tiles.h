@@ -1,5 +1,6 @@
-// The forward's state for 16 query rows of a warp, in fragments: weighted sums of values, and the softmax that they
-// belong to, taken up tile by tile: the greatest logit so far and the sum of the exponentials below it.
+// The turns of the forward, and its state for 16 query rows of a warp, in fragments: weighted sums of values, and the
+// softmax that they belong to, taken up tile by tile: the greatest logit so far and the sum of the exponentials below
+// it.
 #pragma once
 
 #include "prefix_attention/attention_tiles.h"
@@ -26,7 +27,7 @@ __device__ __forceinline__ Turn turn_of(Composition composition, int turn) {
   return {true, composition == Composition::kAdd && turn == 1 ? Role::kSum : Role::kWeights};
 }
 
-// e^(l - below), where a logit of -inf is 0 whatever the rest.
+// e^(l - below), in which a logit of -inf gives 0 even where there is no other.
 __device__ __forceinline__ float below_of(float high) {
   return high == -INFINITY ? 0.f : high;
 }
