@@ -38,7 +38,7 @@ BUDGET = {
     "prefix_attention_forward_split_kernel": 208,
     "prefix_attention_forward_merge_kernel": 88,
     "prefix_attention_forward_plain_kernel": 240,
-    "prefix_attention_backward_shares_kernel": 144,
+    "prefix_attention_backward_shares_kernel": 168,
     "prefix_attention_backward_queries_kernel": 255,
     "prefix_attention_backward_keys_kernel": 255,
     "prefix_attention_backward_*_kernel": 64,
