@@ -18,7 +18,13 @@ from peft_kernels.integrations.attachments import (
 )
 from peft_kernels.integrations.blocks import CHILD, check_layers, sites_of, stream_owner, unfit
 from peft_kernels.integrations.own_parameters import NOTE, at
-from peft_kernels.integrations.prefixes import activate_prefixes, prefixes_in, remove_prefix
+from peft_kernels.integrations.prefixes import (
+    activate_prefixes,
+    prefix_sites,
+    prefixes_in,
+    remove_prefix,
+    require_own_classes,
+)
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.integrations.widened import require_unwidened
 from peft_kernels.methods import Config, prefix_of
@@ -109,7 +115,8 @@ def set_active(
         return
     note, sites = note_of(root), sites_of(root)
     if skip_layers:
-        check_layers("set_active: skip_layers", skip_layers, sites)
+        attentions = prefix_sites(root) if prefixes_in(root) else []
+        check_layers("set_active: skip_layers", skip_layers, [*sites, *attentions])
     prefixes = [name for name in names if prefix_of(note.configs[name])]
     if len(prefixes) > 1:
         raise ValueError(
@@ -169,6 +176,8 @@ def detach(model: nn.Module, name: str = "default") -> None:
     require_one_root(root, "detach")
     require_attached(root, name, "detach")
     require_unwidened(root, "detach")
+    if prefix_of(note_of(root).configs[name]):
+        require_own_classes(root)
     for owner_name, adapters in adapters_in(root):
         changed = [owner_name] if list(adapters) == [name] else []
         if adapters.reads_by_name.get(name) in OF_STREAM:

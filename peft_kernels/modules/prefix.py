@@ -17,6 +17,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.distributed.tensor import DTensor
 
 from peft_kernels.ops.prefix_attention.op import COMPOSITIONS
 
@@ -36,6 +37,12 @@ class PrefixEncoder(nn.Module):
         nn.init.normal_(self.embedding)
 
     def forward(self) -> Tensor:
+        """h. Raises RuntimeError where FSDP has sharded it with the first layer, before which all layers need it."""
+        if isinstance(self.embedding, DTensor):
+            raise RuntimeError(
+                "PrefixEncoder: FSDP has sharded the MLP of prefix_projection with one layer, and all layers need it; "
+                "use prefix_projection=False, or shard the model as one unit"
+            )
         return torch.tanh(self.down(self.embedding))
 
 
@@ -49,10 +56,12 @@ def encoded(encoders: Iterable[PrefixEncoder]) -> Iterator[None]:
         _ENCODED.reset(token)
 
 
-def keeping_encoded(function: Callable) -> Callable:
-    """The function, to be called now and in the backward, both times with what is encoded now."""
+def keeping_encoded(function: Callable, reentrant: bool = False) -> Callable:
+    """The function, to be called now and in the backward, both times with what is encoded now. A reentrant checkpoint
+    has a backward of its own, which would go through h once for each layer: there each layer makes its own h."""
     if (kept := _ENCODED.get()) is None:
         return function
+    kept = {} if reentrant else kept
 
     def run(*args, **kwargs):
         token = _ENCODED.set(kept)
