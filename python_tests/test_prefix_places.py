@@ -45,6 +45,12 @@ def test_attention_sinks_are_refused():
         peft_kernels.attach(hf.GptOssForCausalLM(config), SHORT)
 
 
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_positions_that_cannot_start_elsewhere(name):
+    with pytest.raises(ValueError, match=r"shift_positions: a .* has no decoder with rotary or learned positions"):
+        peft_kernels.attach(base_model(name), PrefixTuningConfig(num_virtual_tokens=3, shift_positions=True))
+
+
 def test_the_biases_of_an_mlp_are_none_of_the_models():
     model = base_model("bert")
     peft_kernels.attach(model, PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True), "prefix")

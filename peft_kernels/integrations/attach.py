@@ -32,7 +32,8 @@ from peft_kernels.modules import OF_STREAM, BottleneckAdapters
 
 
 def attach(model: nn.Module, config: Config, name: str = "default", *, freeze: bool = True) -> tuple[str, ...]:
-    """Gives a model an adapter, active and ready to be trained; returns the names of the blocks, or biases, it is at.
+    """Gives a model an adapter, active and ready to be trained; returns the names of the blocks, attentions or biases
+    it is at.
 
     Args:
         model: a transformers model, or a PeftModel around one: its LoRA stays as it is and both work together.
@@ -47,16 +48,21 @@ def attach(model: nn.Module, config: Config, name: str = "default", *, freeze: b
     frozen with the rest unless the config's `modules_to_save` names it: then it is trained, and saved with the adapter.
     After `get_peft_model`, which freezes what it does not know, `set_active` makes the adapters trainable again.
 
+    While a model has prefixes, its attention implementation is "peft_kernels", which gives no attention weights
+    (output_attentions), and goes back with the last one; set_attn_implementation in between takes the prefixes out.
+    Those of layers that FSDP shards one by one cannot have prefix_projection.
+
     BitFit and modules_to_save train parameters of the model, in its dtype (a bfloat16 model's head in bfloat16). While
     the adapter is active they have its values, under the model's own keys in the state dict. The values of adapters
     that are not active are in no state dict, and so in no checkpoint of a Trainer: `save_pretrained` writes them. A
     switch drops gradients. What is returned does not name the parameters of modules_to_save.
 
     Raises:
-        ValueError: the name is taken or has a dot; the model has no block that is known, no bias, or not the layers
-            or modules that the config names; a block cannot change class (FSDP, parametrizations, a forward of its
-            own); what BitFit or modules_to_save train is offloaded, tied to more, or served by a pool; the model is in
-            a DistributedDataParallel, or in part of it adapters were attached to. Nothing has changed then.
+        ValueError: the name is taken or has a dot; the model has no block that is known, no bias, no attention that
+            prefixes can reach, or not the layers or modules that the config names; a block cannot change class (FSDP,
+            parametrizations, a forward of its own); what BitFit or modules_to_save train is offloaded, tied to more, or
+            served by a pool; the model is in a DistributedDataParallel, or in part of it adapters were attached to.
+            Nothing has changed then.
 
     Example:
         >>> peft_kernels.attach(model, peft_kernels.BottleneckConfig.pfeiffer(reduction_factor=16))

@@ -21,7 +21,14 @@ from peft_kernels.integrations.attending import CHILD, KEY
 from peft_kernels.integrations.blocks import layers_of, sites_of
 from peft_kernels.integrations.checkpoints import PREFIX
 from peft_kernels.integrations.named import again_over, asks_for_rows, beneath, keeping_class, subclass
-from peft_kernels.integrations.prefix_positions import Shifts, activate_shift, add_shift, remove_shift, tables_of
+from peft_kernels.integrations.prefix_positions import (
+    Shifts,
+    activate_shift,
+    add_shift,
+    remove_shift,
+    require_positions,
+    tables_of,
+)
 from peft_kernels.integrations.transformers import keeps_its_class, made_by_fsdp, swap
 from peft_kernels.methods import PrefixTuningConfig
 from peft_kernels.modules import Prefix, PrefixEncoder, Prefixes
@@ -115,6 +122,8 @@ def plan_prefixes(root: nn.Module, config: PrefixTuningConfig) -> dict[str, Pref
         )
     if sinks := [site.name for site in every if getattr(root.get_submodule(site.name), "sinks", None) is not None]:
         raise ValueError(f"attach: {sinks[0]} has attention sinks, which do not go together with prefixes")
+    if config.shift_positions:
+        require_positions(root)
     slots = config.slots or {site.slot for site in every}
     if missing := [slot for slot in slots if not any(site.slot == slot for site in every)]:
         has = ", ".join(dict.fromkeys(site.slot for site in every))
