@@ -24,7 +24,7 @@ from peft_kernels.ops.prefix_attention import samples as prefix_samples
 BUILD, LIBRARY = os.environ["PK_EMULATED"], ctypes.CDLL(os.environ["PK_EMULATED_LIBRARY"])
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 LATE, EARLY, RANDOM = 0, 1, 2  # when a cp.async lands
-# (order of threads and blocks, copies). What asan and race find does not hang on the schedule.
+# (order of threads and blocks, copies)
 SCHEDULES = [(0, LATE), (1, RANDOM), (2, EARLY)] if BUILD == "plain" else [(3, RANDOM)]
 
 OPS = [op for op in registry.ops().values() if "cuda" in op.backends]
@@ -32,22 +32,21 @@ registry._define(f"peft_kernels_emulated_{BUILD}", OPS)
 LIBRARY.peft_kernels_bind(f"peft_kernels_emulated_{BUILD}".encode(), b"CPU")
 LIBRARY.peft_kernels_poison.restype = ctypes.c_float
 POISON = LIBRARY.peft_kernels_poison(1)  # for all that follows: it is a library of tests
-OP, POOLED = registry.ops()["lora_linear"], registry.ops()["batched_lora_"]
-BOTTLENECK = registry.ops()["bottleneck_adapter"]
-ATTENTION = registry.ops()["prefix_attention"]
+NAMES = ("lora_linear", "batched_lora_", "bottleneck_adapter", "prefix_attention")
+OP, POOLED, BOTTLENECK, ATTENTION = (registry.ops()[name] for name in NAMES)
 FORWARD, BACKWARD = testing.operators(f"emulated_{BUILD}", OP)
 MASK = getattr(torch.ops, f"peft_kernels_emulated_{BUILD}").lora_dropout_mask.default
 ROUTE = getattr(torch.ops, f"peft_kernels_emulated_{BUILD}").batched_lora_route.default
 FIRST = {"plain": 0, "asan": 2, "race": 4}[BUILD]  # of six pairs of dtypes: the builds meet a sample in three of them
-LONG = ("prefix_attention",)  # a sample in one schedule, another for each; the rest is slow
 
 
 def _runs():
+    """Every sample in turns of dtypes, those of attention also of schedules; what is not in its turn is slow."""
     for op in OPS:
         for place, run in enumerate(interpreted_samples.in_turns(op, first=FIRST)):
             for i, schedule in enumerate(SCHEDULES):
-                later = op.name in LONG and (place + i) % len(SCHEDULES) != 0
-                marks = [pytest.mark.slow] if later else run.marks
+                late = op is ATTENTION and (place + i) % len(SCHEDULES) != 0
+                marks = [pytest.mark.slow] if late else run.marks
                 yield pytest.param(op, *run.values, schedule, id=f"{op.name}-{run.id}-{schedule[0]}", marks=marks)
 
 
@@ -289,9 +288,8 @@ def test_nan_stays_in_its_row_of_a_bottleneck(case, pair):
         if value is not None:
             arguments["x"][1] = value
         results.append(BOTTLENECK.evaluate(*testing.operators(f"emulated_{BUILD}", BOTTLENECK), arguments, dy))
-    others = [m for m in range(20) if m != 1]
     for name in ("y[0]", "h", "grad x[0]"):
-        assert torch.equal(results[0][name][others], results[1][name][others]), name
+        assert torch.equal(*(each[name][torch.arange(20) != 1] for each in results)), name
     assert results[1]["h"][1].isnan().all()
 
 
@@ -331,8 +329,7 @@ def test_an_attention_has_the_same_bits_for_every_schedule(case, dtype):
     for schedule in [(0, LATE), (1, EARLY), (3, RANDOM)]:
         set_schedule(*schedule)
         runs.append([*attend(arguments), *attention_gradients(arguments)])
-    for other in runs[1:]:
-        assert all(torch.equal(*both) for both in zip(runs[0], other, strict=True))
+    assert all(torch.equal(*both) for other in runs[1:] for both in zip(runs[0], other, strict=True))
 
 
 @each_dtype

@@ -18,7 +18,13 @@ from peft_kernels.integrations.attachments import (
 )
 from peft_kernels.integrations.blocks import CHILD, check_layers, sites_of, stream_owner, unfit
 from peft_kernels.integrations.own_parameters import NOTE, at
-from peft_kernels.integrations.prefixes import activate_prefixes, prefixes_in, remove_prefix
+from peft_kernels.integrations.prefixes import (
+    activate_prefixes,
+    prefix_sites,
+    prefixes_in,
+    remove_prefix,
+    require_own_classes,
+)
 from peft_kernels.integrations.transformers import keeps_its_class, swap
 from peft_kernels.integrations.widened import require_unwidened
 from peft_kernels.methods import Config, prefix_of
@@ -26,7 +32,8 @@ from peft_kernels.modules import OF_STREAM, BottleneckAdapters
 
 
 def attach(model: nn.Module, config: Config, name: str = "default", *, freeze: bool = True) -> tuple[str, ...]:
-    """Gives a model an adapter, active and ready to be trained; returns the names of the blocks, or biases, it is at.
+    """Gives a model an adapter, active and ready to be trained; returns the names of the blocks, attentions or biases
+    it is at.
 
     Args:
         model: a transformers model, or a PeftModel around one: its LoRA stays as it is and both work together.
@@ -41,16 +48,21 @@ def attach(model: nn.Module, config: Config, name: str = "default", *, freeze: b
     frozen with the rest unless the config's `modules_to_save` names it: then it is trained, and saved with the adapter.
     After `get_peft_model`, which freezes what it does not know, `set_active` makes the adapters trainable again.
 
+    While a model has prefixes, its attention implementation is "peft_kernels", which gives no attention weights
+    (output_attentions), and goes back with the last one; set_attn_implementation in between takes the prefixes out.
+    Those of layers that FSDP shards one by one cannot have prefix_projection.
+
     BitFit and modules_to_save train parameters of the model, in its dtype (a bfloat16 model's head in bfloat16). While
     the adapter is active they have its values, under the model's own keys in the state dict. The values of adapters
     that are not active are in no state dict, and so in no checkpoint of a Trainer: `save_pretrained` writes them. A
     switch drops gradients. What is returned does not name the parameters of modules_to_save.
 
     Raises:
-        ValueError: the name is taken or has a dot; the model has no block that is known, no bias, or not the layers
-            or modules that the config names; a block cannot change class (FSDP, parametrizations, a forward of its
-            own); what BitFit or modules_to_save train is offloaded, tied to more, or served by a pool; the model is in
-            a DistributedDataParallel, or in part of it adapters were attached to. Nothing has changed then.
+        ValueError: the name is taken or has a dot; the model has no block that is known, no bias, no attention that
+            prefixes can reach, or not the layers or modules that the config names; a block cannot change class (FSDP,
+            parametrizations, a forward of its own); what BitFit or modules_to_save train is offloaded, tied to more, or
+            served by a pool; the model is in a DistributedDataParallel, or in part of it adapters were attached to.
+            Nothing has changed then.
 
     Example:
         >>> peft_kernels.attach(model, peft_kernels.BottleneckConfig.pfeiffer(reduction_factor=16))
@@ -109,7 +121,8 @@ def set_active(
         return
     note, sites = note_of(root), sites_of(root)
     if skip_layers:
-        check_layers("set_active: skip_layers", skip_layers, sites)
+        attentions = prefix_sites(root) if prefixes_in(root) else []
+        check_layers("set_active: skip_layers", skip_layers, [*sites, *attentions])
     prefixes = [name for name in names if prefix_of(note.configs[name])]
     if len(prefixes) > 1:
         raise ValueError(
@@ -169,6 +182,8 @@ def detach(model: nn.Module, name: str = "default") -> None:
     require_one_root(root, "detach")
     require_attached(root, name, "detach")
     require_unwidened(root, "detach")
+    if prefix_of(note_of(root).configs[name]):
+        require_own_classes(root)
     for owner_name, adapters in adapters_in(root):
         changed = [owner_name] if list(adapters) == [name] else []
         if adapters.reads_by_name.get(name) in OF_STREAM:

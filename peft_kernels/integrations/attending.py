@@ -51,8 +51,8 @@ def attend(
     if rows is not None and prefixes.of_model.isdisjoint(rows.adapters):
         rows = None  # they have adapters of another kind, and the active prefix
     found = _prefixes_of_rows(prefixes, rows, query) if prefixes is not None else None
-    if found is None and cache is None and (prefixes is None or prefixes.base_attention == "sdpa"):
-        plain = {"is_causal": is_causal, "position_bias": position_bias, "softcap": softcap}
+    if found is None and cache is None and not softcap and (prefixes is None or prefixes.base_attention == "sdpa"):
+        plain = {"is_causal": is_causal, "position_bias": position_bias}
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **plain, **more
         )
@@ -62,7 +62,7 @@ def attend(
     keys, values, composition, by_row = found or (*_none(key), "merge", {})
     out = prefix_attention(
         query, key, value, keys, values,
-        attn_mask=_biased(attention_mask, position_bias, prefixes.slot), **where,
+        attn_mask=_biased(attention_mask, position_bias, prefixes), **where,
         composition=composition, scale=scaling, is_causal=bool(causal) and attention_mask is None,
         softcap=softcap or 0.0, dropout_p=dropout, seed=new_seed(query.device) if dropout else None, **by_row,
     )  # fmt: skip
@@ -73,9 +73,10 @@ AttentionInterface.register(KEY, attend)
 AttentionMaskInterface.register(KEY, mask)
 
 
-def _biased(seen: Tensor | None, bias: Tensor | None, slot: str) -> Tensor | None:
+def _biased(seen: Tensor | None, bias: Tensor | None, prefixes: Prefixes | None) -> Tensor | None:
     """The mask and T5's bias as one; its cross-attention has a bias of zeros."""
-    if bias is None or slot == "cross" or (bias.is_leaf and bias.requires_grad):  # zeros again, in a checkpointed T5
+    cross = prefixes is not None and prefixes.slot == "cross"
+    if bias is None or cross or (bias.is_leaf and bias.requires_grad):  # zeros again, in a checkpointed T5
         return seen
     if seen is None:
         return bias
@@ -95,7 +96,8 @@ def _prefixes_of_rows(prefixes: Prefixes, rows: Rows | None, query: Tensor):
             return None
         prefix = prefixes[prefixes.active_name]
         keys, values = (t[None].to(query.dtype) for t in prefix())
-        return keys, values, prefix.composition, {} if prefix.gate is None else {"gate": prefix.gate}
+        gate = {} if prefix.gate is None else {"gate": prefix.gate.to(_of_gates(query))}
+        return keys, values, prefix.composition, gate
     rows.look(prefixes)
     names = [*rows.adapters, prefixes.active_name if rows.others_active else None]  # the last is that of -1
     here = [name for name in dict.fromkeys(names) if name in prefixes]
@@ -111,10 +113,15 @@ def _prefixes_of_rows(prefixes: Prefixes, rows: Rows | None, query: Tensor):
     keys, values = _stacked(found, query.dtype)
     by_row = {"prefix_ids": ids, "prefix_lengths": lengths}
     if any(prefix.gate is not None for prefix in found):
-        ones = torch.ones(1, query.shape[1], device=query.device)
-        gates = torch.cat([ones if prefix.gate is None else prefix.gate for prefix in found])
+        dtype = _of_gates(query)
+        ones = torch.ones(1, query.shape[1], device=query.device, dtype=dtype)
+        gates = torch.cat([ones if prefix.gate is None else prefix.gate.to(dtype) for prefix in found])
         by_row["gate"] = gates[ids.long().clamp(min=0)]
     return keys, values, found[0].composition, by_row
+
+
+def _of_gates(query: Tensor) -> torch.dtype:
+    return torch.promote_types(query.dtype, torch.float32)
 
 
 def _stacked(prefixes: list[Prefix], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -122,7 +129,7 @@ def _stacked(prefixes: list[Prefix], dtype: torch.dtype) -> tuple[Tensor, Tensor
     P = max(prefix.shape[0] for prefix in prefixes)
     pairs = [prefix() for prefix in prefixes]
     keys, values = (
-        torch.stack([nn.functional.pad(t, (0, 0, 0, P - t.shape[1])) for t in of_each]).to(dtype)
+        torch.stack([nn.functional.pad(t.to(dtype), (0, 0, 0, P - t.shape[1])) for t in of_each])
         for of_each in zip(*pairs, strict=True)
     )
     return keys, values

@@ -92,7 +92,8 @@ def chosen_sites(model: nn.Module, config: BottleneckConfig) -> list[Site]:
     return sites
 
 
-def check_layers(what: str, layers: Sequence[int], sites: list[Site]) -> None:
+def check_layers(what: str, layers: Sequence[int], sites: Sequence) -> None:
+    """Raises ValueError for what is no layer of the model; `sites` are all of its blocks, or of its attentions."""
     count = 1 + max(site.layer for site in sites) if sites else 0
     if outside := [layer for layer in layers if not 0 <= layer < count]:
         raise ValueError(f"{what} must lie in [0, {count}), the layers of this model, got {outside[0]}")

@@ -123,7 +123,8 @@ def _kept_checkpoint(self):
         raise AttributeError(f"'{type(self).__name__}' has no attribute '{CHECKPOINT}'")
     if is_compiling():
         return checkpoint
-    return lambda function, *args, **kwargs: checkpoint(keeping(keeping_encoded(function)), *args, **kwargs)
+    reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", False)
+    return lambda function, *args, **kwargs: checkpoint(keeping(keeping_encoded(function, reentrant)), *args, **kwargs)
 
 
 def _keep_checkpoint(self, checkpoint):

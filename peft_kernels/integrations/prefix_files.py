@@ -23,7 +23,7 @@ def from_peft(
 ) -> tuple[PrefixTuningConfig, dict[str, Tensor]]:
     """The config and the tensors, by our keys, of a file of PEFT's for a model."""
     config = PrefixTuningConfig(num_virtual_tokens=about.get("num_virtual_tokens"), shift_positions=True)
-    sites = list(plan_prefixes(root, config).values())
+    sites = list(plan_prefixes(root, PrefixTuningConfig()).values())
     _require_pefts_layout(f"load: {source}", root, sites)
     P, L, Hkv, D = config.num_virtual_tokens, len(sites), sites[0].heads, sites[0].head_dim
     flat = tensors.get(TENSOR)

@@ -126,13 +126,24 @@ def _shift_of_rows(shifts: Shifts, rows: Rows, positions: Tensor) -> int | Tenso
     return torch.tensor([*by_id, 0], device=positions.device)[ids][:, None]  # [B, 1]; the last is that of -1
 
 
+def require_positions(root: nn.Module) -> None:
+    """Raises ValueError where tokens have no positions that could start elsewhere."""
+    if _rotary_of(root) is None and not tables_of(root):
+        raise ValueError(
+            f"attach: shift_positions: a {type(root).__name__} has no decoder with rotary or learned positions"
+        )
+
+
+def _rotary_of(root: nn.Module) -> nn.Module | None:
+    return next((m for name, m in root.named_modules() if name.endswith("rotary_emb")), None)
+
+
 def turned(root: nn.Module, attention: nn.Module, keys: Tensor, by: int) -> Tensor:
     """Keys [Hkv, P, D] as if each were `by` positions further on; as they are where the positions are learned, and in
     layers without any."""
-    rotary = next((m for name, m in root.named_modules() if name.endswith("rotary_emb")), None)
+    rotary = _rotary_of(root)
     if rotary is None:
-        if not tables_of(root):
-            raise ValueError(f"the positions of a {type(root).__name__} are neither rotary nor learned")
+        require_positions(root)
         return keys
     if not _turns(attention):
         return keys

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -20,8 +21,15 @@ from peft_kernels.integrations.attending import CHILD, KEY
 from peft_kernels.integrations.blocks import layers_of, sites_of
 from peft_kernels.integrations.checkpoints import PREFIX
 from peft_kernels.integrations.named import again_over, asks_for_rows, beneath, keeping_class, subclass
-from peft_kernels.integrations.prefix_positions import Shifts, activate_shift, add_shift, remove_shift, tables_of
-from peft_kernels.integrations.transformers import keeps_its_class, swap
+from peft_kernels.integrations.prefix_positions import (
+    Shifts,
+    activate_shift,
+    add_shift,
+    remove_shift,
+    require_positions,
+    tables_of,
+)
+from peft_kernels.integrations.transformers import keeps_its_class, made_by_fsdp, swap
 from peft_kernels.methods import PrefixTuningConfig
 from peft_kernels.modules import Prefix, PrefixEncoder, Prefixes
 from peft_kernels.modules.prefix import encoded
@@ -82,7 +90,7 @@ def _slot(root: nn.Module, name: str, module: nn.Module) -> str:
 def _sizes(root: nn.Module, name: str, module: nn.Module) -> tuple[int, int, int]:
     """Hkv, Hq and D."""
     config = getattr(module, "config", None) or root.config.get_text_config()
-    D = _first(module, "head_dim", "attention_head_size", "key_value_proj_dim")
+    D = _first(module, "head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
     Hq = _first(module, "num_heads", "num_attention_heads", "n_heads") or _first(
         config, "num_attention_heads", "num_heads", "n_head"
     )
@@ -114,6 +122,8 @@ def plan_prefixes(root: nn.Module, config: PrefixTuningConfig) -> dict[str, Pref
         )
     if sinks := [site.name for site in every if getattr(root.get_submodule(site.name), "sinks", None) is not None]:
         raise ValueError(f"attach: {sinks[0]} has attention sinks, which do not go together with prefixes")
+    if config.shift_positions:
+        require_positions(root)
     slots = config.slots or {site.slot for site in every}
     if missing := [slot for slot in slots if not any(site.slot == slot for site in every)]:
         has = ", ".join(dict.fromkeys(site.slot for site in every))
@@ -264,6 +274,14 @@ def activate_prefixes(root: nn.Module, names: Iterable[str], trained: Iterable[s
         if active is not None and active.encoder is not None:
             active.encoder.requires_grad_(True)
     activate_shift(root, tuple(names))
+
+
+def require_own_classes(root: nn.Module) -> None:
+    """Raises ValueError where another class was made over one that prefixes need, which could not be given back."""
+    for name, module in root.named_modules():
+        if hasattr(type(module), "for_prefixes") and (made_by_fsdp(module) or is_parametrized(module)):
+            name = name or f"the {type(root).__name__}"
+            raise ValueError(f"detach: {name} has a class that was made after attach; undo that before")
 
 
 def remove_prefix(root: nn.Module, name: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from peft_kernels.methods.bottleneck import BottleneckConfig
 from peft_kernels.methods.config import MethodConfig
-from peft_kernels.methods.prefix import PrefixTuningConfig
+from peft_kernels.methods.prefix import PrefixTuningConfig, PTuningV2Config
 
 
 def _prefix() -> PrefixTuningConfig:
@@ -55,7 +55,8 @@ class MAMConfig(MethodConfig):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """From what `to_dict` gave. Raises ValueError for fields that there are not."""
-        halves = {"prefix": PrefixTuningConfig, "ffn": BottleneckConfig}
+        deep = values.get("prefix", {}).get("peft_type") == PTuningV2Config.peft_type
+        halves = {"prefix": PTuningV2Config if deep else PrefixTuningConfig, "ffn": BottleneckConfig}
         return super().from_dict(
             values | {name: half.from_dict(values[name]) for name, half in halves.items() if name in values}
         )

@@ -37,7 +37,8 @@ class PrefixTuningConfig(MethodConfig):
         prefix_dropout: probability of dropping an element of the prefix in training.
         composition: how the prefix joins in: "merge", "add", "relu" or "linear", as in `peft_kernels.prefix_attention`.
         gate: whether each head has a trained factor of the prefix's part.
-        shift_positions: whether the tokens' positions start at P, behind the prefix, as in HF PEFT; else at 0.
+        shift_positions: whether the tokens' positions start at P, behind the prefix, as in HF PEFT; else at 0. In
+            decoders whose positions are learned, or rotary: there only the text of init="text" makes a difference.
         modules_to_save: as in `BottleneckConfig`: a head that is trained whole.
 
     Raises:

@@ -36,10 +36,11 @@ class PrefixEncoder(nn.Module):
         nn.init.normal_(self.embedding)
 
     def forward(self) -> Tensor:
+        """h. Raises RuntimeError where FSDP has sharded it with the first layer, before which all layers need it."""
         if hasattr(self.embedding, "placements") or self.embedding.dim() != 2:  # FSDP's: sharded, or a flat piece
             raise RuntimeError(
-                "PrefixEncoder: an MLP of a prefix runs once for all layers, and FSDP has sharded it with one of them; "
-                "shard the model as one unit, or train with prefix_projection=False"
+                "PrefixEncoder: FSDP has sharded the MLP of prefix_projection with one layer, and all layers need it; "
+                "use prefix_projection=False, or shard the model as one unit"
             )
         return torch.tanh(self.down(self.embedding))
 
@@ -54,10 +55,12 @@ def encoded(encoders: Iterable[PrefixEncoder]) -> Iterator[None]:
         _ENCODED.reset(token)
 
 
-def keeping_encoded(function: Callable) -> Callable:
-    """The function, to be called now and in the backward, both times with what is encoded now."""
+def keeping_encoded(function: Callable, reentrant: bool = False) -> Callable:
+    """The function, to be called now and in the backward, both times with what is encoded now. A reentrant checkpoint
+    has a backward of its own, which would go through h once for each layer: there each layer makes its own h."""
     if (kept := _ENCODED.get()) is None:
         return function
+    kept = {} if reentrant else kept
 
     def run(*args, **kwargs):
         token = _ENCODED.set(kept)
