@@ -2,6 +2,7 @@
 // its outputs. Nothing here reads what is on a GPU.
 #pragma once
 
+#include <algorithm>
 #include <tuple>
 
 #include "bindings/prefix_attention_check.h"
@@ -48,7 +49,7 @@ class PrefixCall {
     p.scale = a.scale;
     p.softcap = a.softcap;
     p.causal = a.is_causal;
-    p.window = a.sliding_window;
+    p.window = std::min(a.sliding_window, int64_t{1} << 40);  // so that 64 bits hold what is added to it
     p.window_over_prefix = a.window_over_prefix;
     p.own_dropout = make_dropout(a.dropout_p, 0, 0);
     p.prefix_dropout = make_dropout(a.dropout_p, 0, 1);

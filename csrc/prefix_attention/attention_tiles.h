@@ -71,7 +71,8 @@ __device__ __forceinline__ Tile tile_at(const int32_t* ends, int64_t sequences, 
     const int64_t middle = (low + high) / 2;
     (start(middle) <= index ? low : high) = middle;
   }
-  return {low, (index - start(low)) * kSize};
+  const int64_t past = index - start(low);  // negative where the first sequence does not begin at 0
+  return {low, past < 0 ? each * factor : past * kSize};
 }
 
 // -- query rows -------------------------------------------------------------------------------------------------------

@@ -189,6 +189,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     softmax.restart();
   }
   cp_async_wait<0>();
+  __syncthreads();  // a tile that meets no key has taken none: the other warps' copies of its queries must have landed
   store_out<kD>(p, queries, mine, softmax.values, p.own_dropout.scale);
 }
 

@@ -31,8 +31,10 @@ __device__ __forceinline__ Turn turn_of(Composition composition, int turn) {
 __device__ __forceinline__ float below_of(float high) {
   return high == -INFINITY ? 0.f : high;
 }
+// The difference first: below * log2(e) may be infinite (masks of the least number), and the same logit gives
+// exactly 1.
 __device__ __forceinline__ float power(float logit, float below) {
-  return exp2f(fmaf(logit, kLog2e, -(below * kLog2e)));
+  return exp2f((logit - below) * kLog2e);
 }
 
 template <int kD>

@@ -47,6 +47,7 @@ const Case kCases[] = {
     {"no prefixes", 2, 4, 2, 9, 9, 4, 32, 0, kMerge, true, true, false, Masks::kNone, 0, 0, 0},
     {"no keys", 2, 4, 1, 5, 0, 4, 32, 2, kMerge, true, false, false, Masks::kNone, 0, 0, 0},
     {"unseen", 2, 2, 1, 12, 7, 0, 32, 1, kMerge, true, false, false, Masks::kNone, 0, 0, 0},
+    {"nothing", 2, 2, 1, 80, 5, 0, 32, 1, kMerge, true, false, false, Masks::kNone, 0, 0, 0},
     {"add", 3, 4, 2, 19, 19, 70, 48, 2, kAdd, true, true, false, Masks::kAdditive, 4, 2, 0.1},
     {"relu", 3, 4, 4, 19, 21, 40, 32, 2, kRelu, true, true, false, Masks::kNone, 0, 0, 0.1},
     {"linear", 3, 4, 2, 19, 21, 40, 32, 2, kLinear, true, true, false, Masks::kNone, 0, 0, 0},

@@ -46,7 +46,8 @@ def prefix_attention(
         prefix_bias: added to the logits of the prefix, `[1|B, 1|Hq, 1|S, P]`. No gradient.
         gate: g `[1|rows, 1|Hq]` in float32 or q's dtype, a factor of the prefix's values.
         key_gate: c, likewise, a factor of the prefix's logits.
-        cu_seqlens_q, cu_seqlens_k: int32 `[sequences + 1]`, where packed sequences begin and end in a batch of 1; a
+        cu_seqlens_q, cu_seqlens_k: int32 `[sequences + 1]`, where packed sequences begin and end in a batch of 1. They
+            rise from 0 to the number of tokens; on a GPU that is not checked, and what no sequence has is undefined. A
             sequence sees its own keys alone, and ids and gates have one row for each.
         composition: "merge", one softmax over both; "add", one for each, the results added (LLaMA-Adapter,
             arXiv:2303.16199); "relu", relu(scale q P_k^T) for the prefix (multi-head adapter, arXiv:2110.04366);

@@ -33,7 +33,7 @@ def problem(
     packed: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     **numbers,
 ) -> dict:
-    """Arguments of the op. T None: as many keys as queries. `mask`: none, left, right (padding), bool or additive.
+    """Arguments of the op. T None: as many keys as queries. `mask`: none, left, right, least (padding), bool, additive.
 
     What lies beyond the length of a prefix is NaN: nothing may read it.
     """
@@ -94,6 +94,9 @@ def _mask(kind: str, shape: tuple[int, ...], draw, device) -> torch.Tensor | Non
     if kind in ("left", "right"):  # row b lacks 2 b keys
         seen = column >= 2 * row if kind == "left" else column < T - 2 * row
         return seen[:, None, None]  # [B, 1, 1, T]
+    if kind == "least":  # row b lacks 70 + 2 b keys, in the way of transformers' eager attention
+        wide = torch.promote_types(draw(1).dtype, F32)
+        return torch.where(column >= 70 + 2 * row, 0.0, torch.finfo(F32).min).to(wide)[:, None, None]
     if kind == "bool":
         return draw(B, 1, S, T) > -0.5
     return draw(*shape[1:])[None] if kind == "additive" else None  # [1, Hq, S, T], as T5's
@@ -153,6 +156,7 @@ def samples() -> list[Sample]:
         _plain("chunk", "fewer queries than keys: the last query is at the last key", S=5, T=21),
         _plain("more-queries", "more queries than keys: the first see the prefix alone", S=12, T=7),
         _plain("more-queries-bare", "and without a prefix nothing at all", S=12, T=7, ids=(-1, 0)),
+        _plain("nothing", "whole tiles of queries that see nothing at all", S=80, T=5, Hq=2, ids=(-1, 0)),
         _plain("no-keys", "the prefix is all that there is", S=3, T=0),
         _plain("no-prefix", "a prefix of length zero", P=0),
         _plain("no-prefixes", "no prefix anywhere, which is attention", n=0, ids=(-1, -1)),
@@ -177,9 +181,14 @@ def samples() -> list[Sample]:
         _plain("window-decode", "a sliding window in a cache", window=4, S=1, T=19),
         _plain("window-over-prefix", "the prefix slides out of the window", window=4, over_prefix=True, S=19, n=2,
                ids=(0, 1), lengths=(5, 2)),
+        _plain("least", "padding by the least number, longer than a tile of keys",
+               mask="least", S=20, T=150, Hq=2, ids=(-1, 0)),
+        _plain("least-decode", "the same for one query", mask="least", S=1, T=150, Hq=2, ids=(-1, 0)),
         _plain("softcap", "capped logits, own and of the prefix", softcap=1.5, mask="additive"),
         _plain("window-widest", "a window over everything, to which 32 bits can add nothing", window=2**31 - 1,
                over_prefix=True, Hq=2, S=5, T=9),
+        _plain("window-largest", "the largest window that there is, to which 64 bits can add nothing", window=2**63 - 1,
+               Hq=2, S=9),
         _plain("gates", "a gate per row and head on values and on logits", gates=(1, 1), **several),
         _plain("gates-row", "a gate per row", gates=(1, 0), softcap=2.0),
         _plain("gates-head", "a gate per head", gates=(0, 1)),
