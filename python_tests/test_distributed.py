@@ -135,7 +135,7 @@ def assert_those_of_one_process(losses, model):
 @pytest.mark.parametrize("way", PREFIX_WAYS)
 def test_a_prefix_has_the_losses_of_one_process(way, kind, found):
     if kind == "projected" and way in SHARD_THE_MLP:
-        assert "sharded it with one of them; shard the model as one unit" in found[way, kind]
+        assert "has sharded the MLP of prefix_projection with one layer" in found[way, kind]
     else:
         assert_those_of_one_process(found[way, kind], prefixed("llama", PREFIXES[kind]))
 
