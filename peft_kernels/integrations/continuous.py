@@ -19,7 +19,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from peft_kernels.integrations.attachments import root_of
-from peft_kernels.integrations.packed import PackedRows, known_to_the_engine, packed
+from peft_kernels.integrations.packed import PackedRows, packed
 from peft_kernels.integrations.pooled import find_pool, pool_of
 from peft_kernels.integrations.prefixes import prefix_names, prefixes_in
 from peft_kernels.integrations.rows import Rows, entered
@@ -147,6 +147,16 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     growths: int  # of the pool, when the graphs that are there were captured
     has_prefixes: bool
     packed: PackedRows | None  # the prefixes of the step, in a model that has some
+
+    def __init__(self, *args, requests: Requests, **kwargs):
+        self.requests, self.has_prefixes = requests, bool(requests.prefixes)
+        self.ids, self.packed = None, None
+        super().__init__(*args, **kwargs)
+
+    def switch_to_cb_friendly_attn(self, *args, **kwargs) -> None:
+        """As transformers', but for a model with prefixes: its attention knows the engine's steps, and stays."""
+        if not self.has_prefixes:
+            super().switch_to_cb_friendly_attn(*args, **kwargs)
 
     def add_request(self, input_ids: list[int], request_id: str | None = None, *args, adapter: str | None = None,
                     **kwargs) -> str | None:  # fmt: skip
@@ -286,13 +296,16 @@ def init_continuous_batching(
             "init_continuous_batching: allow_block_sharing must be False; blocks are shared by their tokens alone, and "
             "a request would read keys and values of another one's adapter"
         )
-    with known_to_the_engine(root) if prefixes else contextlib.nullcontext():
-        manager = model.init_continuous_batching(generation_config, continuous_batching_config, **kwargs)
+    if cached is not None:
+        return root.init_continuous_batching()  # which may have to switch the attention again
+    generation_config = generation_config or root.generation_config
+    if generation_config.eos_token_id is None:
+        generation_config.eos_token_id = -1  # as transformers does: none
+    manager = AdapterBatchingManager(
+        root, generation_config, continuous_batching_config, requests=Requests(pool, prefixes), **kwargs
+    )
     if prefixes:
         _require_plain_steps(manager.continuous_batching_config)
-    if manager is not cached:
-        manager.__class__, manager.requests = AdapterBatchingManager, Requests(pool, prefixes)
-        manager.ids, manager.packed, manager.has_prefixes = None, None, bool(prefixes)
     return manager
 
 
