@@ -27,7 +27,7 @@ from peft_kernels.ops import AdapterPool
 
 ROUTE = torch.ops.peft_kernels.batched_lora_route.default
 CHILD = "__child#"  # what transformers puts between a request's id and the number of a further sequence of it
-WAIT_S = 1.0  # how long one look for a result waits
+WAIT_S = 1.0  # how long one look for a result waits, or for the end of a step
 
 
 class TokenRows(Rows):
@@ -69,12 +69,13 @@ class Requests:
     """The slots and the prefixes of requests, by id, and the pins that keep the slots as they are.
 
     A request goes when the engine's scheduler knows neither it nor a further sequence of it any more; one that it has
-    not seen yet stays, unless it was cancelled. `prefixes`: names of those of the model, as they are now.
+    not seen yet stays, unless it was cancelled. Its id may come again after that, for which `begin` waits: its result
+    is out before the step is over. `prefixes`: names of those of the model, as they are now.
     """
 
     def __init__(self, pool: AdapterPool | None, prefixes: Set[str] = frozenset()):
         self.pool, self.prefixes = pool, prefixes
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._slots: dict[str, int] = {}
         self._names: dict[str, str | None] = {}
         self._pins: dict[str, contextlib.ExitStack] = {}
@@ -82,7 +83,7 @@ class Requests:
 
     def begin(self, request_id: str, adapter: str | None) -> None:
         with contextlib.ExitStack() as pins, self._lock:
-            if CHILD in request_id or request_id in self._slots:
+            if CHILD in request_id or not self._lock.wait_for(lambda: request_id not in self._slots, WAIT_S):
                 raise ValueError(
                     f"add_request: request_id must be another one than those of running requests, without '{CHILD}', "
                     f"got {request_id!r}"
@@ -124,6 +125,7 @@ class Requests:
             for request_id in gone:
                 del self._slots[request_id], self._names[request_id]
             self._seen = (self._seen | known) & self._slots.keys()
+            self._lock.notify_all()
         for pin in pins:
             pin.close()
 
@@ -220,6 +222,17 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
         run.with_rows = True
         return run
+
+    def _run_generation_loop(self) -> None:
+        try:
+            super()._run_generation_loop()
+        finally:
+            self.requests.end()
+
+    def _generation_loop_body(self, processor, *args, **kwargs) -> bool:
+        if not processor.has_pending_requests():
+            self.requests.let_go([])  # the last ones have ended, and there may be no step to come
+        return super()._generation_loop_body(processor, *args, **kwargs)
 
     def _generation_step(self) -> None:
         processor = self.batch_processor
