@@ -120,7 +120,28 @@ def test_request_ids():
         with pytest.raises(ValueError, match="another one than those of running requests"):
             manager.add_request(PROMPTS[0], taken, adapter="french")
     manager.start()
-    assert results(manager, 1)["mine"].generated_tokens == expected
+    for _ in range(3):
+        assert results(manager, 1)["mine"].generated_tokens == expected
+        manager.add_request(PROMPTS[0], "mine", adapter="greek")
+    manager.stop(block=True)
+
+
+@pytest.mark.parametrize("hard_stop", [False, True], ids=["idle", "hard-stop"])
+def test_requests_go_when_they_end(hard_stop):
+    """Without a step after theirs, and without stop() having waited."""
+    _, model, _ = served()
+    manager = peft_kernels.init_continuous_batching(model, greedy(), small_cache())
+    manager.add_request(PROMPTS[0], adapter="greek")
+    assert pool_of(model).pinned == 1
+    manager.start()
+    if hard_stop:
+        manager.stop(block=False, hard_stop=True)
+    else:
+        results(manager, 1)
+    end = time.monotonic() + 60
+    while pool_of(model).pinned and time.monotonic() < end:
+        time.sleep(0.01)
+    assert pool_of(model).pinned == 0 and (hard_stop or manager.is_running())
     manager.stop(block=True)
 
 

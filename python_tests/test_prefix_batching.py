@@ -105,6 +105,22 @@ def test_several_sequences_of_a_request_while_the_model_is_called():
         assert [t for i, t in found.items() if i.partition("__")[0] == request] == [tokens] * 2
 
 
+def test_a_manager_is_made_while_another_thread_calls_the_model():
+    model, ids, during = several(), torch.tensor([PROMPTS[1]]), []
+    peft_kernels.set_active(model, "short")
+    of_processors = model._get_logits_processor
+
+    def call_first(config):
+        during.append(model(ids).logits)
+        return of_processors(config)
+
+    model._get_logits_processor = call_first
+    with torch.no_grad():
+        before = model(ids).logits
+        peft_kernels.init_continuous_batching(model, greedy(), small_cache())
+        assert len(during) == 1 and torch.equal(during[0], before)
+
+
 @pytest.mark.parametrize(
     ("gone", "text"),
     [

@@ -9,6 +9,7 @@ import torch.utils.checkpoint
 import transformers as hf
 from models import GENERATING, LAYERS, MODELS, assert_as_close_as_peft, base_model, in_double, inputs
 from prefixes import PADDINGS, ROWS, losses, padded, prefixed, several, slow
+from transformers.generation.continuous_batching import continuous_api
 
 import peft_kernels
 from peft_kernels import PrefixTuningConfig
@@ -298,7 +299,12 @@ def test_checkpointing_without_the_call_is_refused():
         y.sum().backward()
 
 
-def test_continuous_batching_does_not_lose_the_prefix_in_silence():
+@pytest.mark.parametrize("flash", [False, True], ids=["without-flash", "flash"])
+def test_continuous_batching_does_not_lose_the_prefix_in_silence(flash, monkeypatch):
+    for version in (2, 3):
+        monkeypatch.setattr(continuous_api, f"is_flash_attn_{version}_available", lambda **_: flash)
     model, ids = prefixed(), inputs(2, 5)["input_ids"]
     with pytest.raises(ValueError, match="peft_kernels"):
         model.generate_batch(ids.tolist(), generation_config=hf.GenerationConfig(**GREEDY), progress_bar=False)
+    peft_kernels.detach(model, "default")
+    assert all(part._supports_flash_attn for part in model.modules() if isinstance(part, hf.PreTrainedModel))

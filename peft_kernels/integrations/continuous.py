@@ -19,7 +19,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from peft_kernels.integrations.attachments import root_of
-from peft_kernels.integrations.packed import PackedRows, known_to_the_engine, packed
+from peft_kernels.integrations.packed import PackedRows, packed
 from peft_kernels.integrations.pooled import find_pool, pool_of
 from peft_kernels.integrations.prefixes import prefix_names, prefixes_in
 from peft_kernels.integrations.rows import Rows, entered
@@ -27,7 +27,7 @@ from peft_kernels.ops import AdapterPool
 
 ROUTE = torch.ops.peft_kernels.batched_lora_route.default
 CHILD = "__child#"  # what transformers puts between a request's id and the number of a further sequence of it
-WAIT_S = 1.0  # how long one look for a result waits
+WAIT_S = 1.0  # how long one look for a result waits, or for the end of a step
 
 
 class TokenRows(Rows):
@@ -69,12 +69,13 @@ class Requests:
     """The slots and the prefixes of requests, by id, and the pins that keep the slots as they are.
 
     A request goes when the engine's scheduler knows neither it nor a further sequence of it any more; one that it has
-    not seen yet stays, unless it was cancelled. `prefixes`: names of those of the model, as they are now.
+    not seen yet stays, unless it was cancelled. Its id may come again after that, for which `begin` waits: its result
+    is out before the step is over. `prefixes`: names of those of the model, as they are now.
     """
 
     def __init__(self, pool: AdapterPool | None, prefixes: Set[str] = frozenset()):
         self.pool, self.prefixes = pool, prefixes
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._slots: dict[str, int] = {}
         self._names: dict[str, str | None] = {}
         self._pins: dict[str, contextlib.ExitStack] = {}
@@ -82,7 +83,7 @@ class Requests:
 
     def begin(self, request_id: str, adapter: str | None) -> None:
         with contextlib.ExitStack() as pins, self._lock:
-            if CHILD in request_id or request_id in self._slots:
+            if CHILD in request_id or not self._lock.wait_for(lambda: request_id not in self._slots, WAIT_S):
                 raise ValueError(
                     f"add_request: request_id must be another one than those of running requests, without '{CHILD}', "
                     f"got {request_id!r}"
@@ -124,6 +125,7 @@ class Requests:
             for request_id in gone:
                 del self._slots[request_id], self._names[request_id]
             self._seen = (self._seen | known) & self._slots.keys()
+            self._lock.notify_all()
         for pin in pins:
             pin.close()
 
@@ -147,6 +149,16 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     growths: int  # of the pool, when the graphs that are there were captured
     has_prefixes: bool
     packed: PackedRows | None  # the prefixes of the step, in a model that has some
+
+    def __init__(self, *args, requests: Requests, **kwargs):
+        self.requests, self.has_prefixes = requests, bool(requests.prefixes)
+        self.ids, self.packed = None, None
+        super().__init__(*args, **kwargs)
+
+    def switch_to_cb_friendly_attn(self, *args, **kwargs) -> None:
+        """As transformers', but for a model with prefixes: its attention knows the engine's steps, and stays."""
+        if not self.has_prefixes:
+            super().switch_to_cb_friendly_attn(*args, **kwargs)
 
     def add_request(self, input_ids: list[int], request_id: str | None = None, *args, adapter: str | None = None,
                     **kwargs) -> str | None:  # fmt: skip
@@ -210,6 +222,17 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
         run.with_rows = True
         return run
+
+    def _run_generation_loop(self) -> None:
+        try:
+            super()._run_generation_loop()
+        finally:
+            self.requests.end()
+
+    def _generation_loop_body(self, processor, *args, **kwargs) -> bool:
+        if not processor.has_pending_requests():
+            self.requests.let_go([])  # the last ones have ended, and there may be no step to come
+        return super()._generation_loop_body(processor, *args, **kwargs)
 
     def _generation_step(self) -> None:
         processor = self.batch_processor
@@ -286,13 +309,16 @@ def init_continuous_batching(
             "init_continuous_batching: allow_block_sharing must be False; blocks are shared by their tokens alone, and "
             "a request would read keys and values of another one's adapter"
         )
-    with known_to_the_engine(root) if prefixes else contextlib.nullcontext():
-        manager = model.init_continuous_batching(generation_config, continuous_batching_config, **kwargs)
+    if cached is not None:
+        return root.init_continuous_batching()  # which may have to switch the attention again
+    generation_config = generation_config or root.generation_config
+    if generation_config.eos_token_id is None:
+        generation_config.eos_token_id = -1  # as transformers does: none
+    manager = AdapterBatchingManager(
+        root, generation_config, continuous_batching_config, requests=Requests(pool, prefixes), **kwargs
+    )
     if prefixes:
         _require_plain_steps(manager.continuous_batching_config)
-    if manager is not cached:
-        manager.__class__, manager.requests = AdapterBatchingManager, Requests(pool, prefixes)
-        manager.ids, manager.packed, manager.has_prefixes = None, None, bool(prefixes)
     return manager
 
 

@@ -1,8 +1,7 @@
 """A step of transformers' continuous batching whose requests have prefixes: the tokens of all requests are packed into
 one row [1, T], behind each other, and so are the keys that its paged cache gives for them.
 
-The engine knows two attention functions by name. A model with prefixes keeps its own (`attending.py`): it has the name
-of one of theirs while a manager is made, and no longer.
+A model with prefixes keeps its own attention function (`attending.py`), of which the engine does not know.
 """
 
 import contextlib
@@ -13,11 +12,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from transformers import PreTrainedModel
 
 from peft_kernels.integrations.rows import Rows
-
-KNOWN = "paged|eager"  # with this name no manager looks for flash attention, whose kernels know no prefix
 
 
 class PackedRows(Rows):
@@ -61,17 +57,6 @@ def packed(rows: PackedRows) -> Iterator[None]:
 def packed_rows() -> PackedRows | None:
     """The prefixes of the step that this thread runs, None outside of one."""
     return None if is_compiling() else _STEP.get()
-
-
-@contextlib.contextmanager
-def known_to_the_engine(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the attention of the model has a name that the engine knows."""
-    own = model.config._attn_implementation
-    model.set_attn_implementation(KNOWN)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(own)
 
 
 def from_paged_cache(

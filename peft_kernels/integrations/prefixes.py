@@ -36,6 +36,7 @@ from peft_kernels.modules.prefix import encoded
 from peft_kernels.ops.prefix_attention.op import MAX_HEAD_DIM
 
 NOTE = "prefix_attention_before"
+FLASH = "_supports_flash_attn"
 NAMES = "prefix_names"  # of all prefixes of the model: one set, that its parts share
 CROSS = frozenset({"encoder_attn", "EncDecAttention", "crossattention"})
 UNSUPPORTED = (  # model types that compute their attention themselves
@@ -297,6 +298,8 @@ def remove_prefix(root: nn.Module, name: str) -> None:
         del root.__dict__[NAMES]
         for config, before in root.__dict__.pop(NOTE):
             config._attn_implementation_internal = before
+        for module in root.modules():
+            module.__dict__.pop(FLASH, None)
     swap(remove_shift(root, name))
     _swap_callers(root)
 
@@ -312,6 +315,7 @@ def _attend_to_prefixes(root: nn.Module) -> None:
     for model in models:  # the root is the first; transformers 5.17 leaves out T5's stacks, whose configs are copies
         if model.config._attn_implementation != KEY:
             model.set_attn_implementation(KEY)
+        model.__dict__[FLASH] = False  # transformers' continuous batching would take that where it can, and lose them
     _swap_callers(root)
 
 
