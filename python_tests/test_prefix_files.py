@@ -76,6 +76,33 @@ def test_our_prefix_gives_our_logits_in_peft(name, tmp_path):
     torch.testing.assert_close(again(input_ids=ids).logits, ours(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("kind", ["LlamaForSequenceClassification", "LlamaForTokenClassification"])
+@torch.no_grad()
+def test_the_head_beside_a_prefix_goes_along_both_ways(kind, tmp_path):
+    torch.manual_seed(0)
+    ids, config = inputs(2, 9)["input_ids"], hf.LlamaConfig(**SMALL, pad_token_id=0, num_labels=3)
+    ours = getattr(hf, kind)(config).eval()
+    whole, again = copy.deepcopy(ours), copy.deepcopy(ours)
+    task = "SEQ_CLS" if "Sequence" in kind else "TOKEN_CLS"
+    theirs = get_peft_model(copy.deepcopy(ours), PeftsConfig(task_type=task, num_virtual_tokens=4)).eval()
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.normal_()
+    theirs.save_pretrained(tmp_path / "theirs")
+    wanted = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    peft_kernels.load(ours, tmp_path / "theirs")
+    torch.testing.assert_close(ours(input_ids=ids).logits, wanted)
+    peft_kernels.export_prefix(ours, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["task_type"] == task
+    loaded = PeftModel.from_pretrained(again, tmp_path / "ours").eval()
+    assert type(loaded) is type(theirs)
+    torch.testing.assert_close(loaded(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, wanted)
+    peft_kernels.detach(ours)
+    assert torch.equal(ours(input_ids=ids).logits, whole(input_ids=ids).logits)
+    with pytest.raises(ValueError, match="load: modules_to_save: a LlamaForCausalLM has no parameters in a mod"):
+        peft_kernels.load(hf.LlamaForCausalLM(config), tmp_path / "theirs")
+
+
 @pytest.mark.parametrize("name", ["gpt2", "opt", "bart"])
 @torch.no_grad()
 def test_learned_positions_start_behind_the_prefix_and_again_at_zero(name):
