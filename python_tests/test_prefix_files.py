@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from models import LAYERS, base_model, inputs
-from peft import PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft import PrefixTuningConfig as PeftsConfig
 from prefixes import with_values
 from safetensors.torch import load_file, save_file
@@ -134,6 +134,50 @@ def test_each_row_has_the_positions_of_its_prefix(name):
         peft_kernels.set_active(model, [prefix] if prefix else [])
         torch.testing.assert_close(together[row], model(**batch).logits[row])
         assert torch.equal(generated[row], model.generate(input_ids=batch["input_ids"], **GREEDY)[row])
+
+
+@pytest.mark.parametrize("order", ["attach pool detach unpatch", "attach pool unpatch detach"])
+@torch.no_grad()
+def test_shifted_positions_beside_a_pool(order):
+    model, batch = base_model("gpt2").eval(), inputs()
+    before, classes = model(**batch).logits, [type(module) for module in model.modules()]
+    steps = {
+        "attach": lambda: peft_kernels.attach(model, PrefixTuningConfig(num_virtual_tokens=3, shift_positions=True)),
+        "pool": lambda: peft_kernels.attach_pool(model, adapters=2),
+        "detach": lambda: peft_kernels.detach(model),
+        "unpatch": lambda: peft_kernels.unpatch(model),
+    }
+    for step in order.split():
+        made = steps[step]()
+        if step == "pool":
+            assert made.left_alone["transformer.wpe"] == "a prefix shifts its positions"
+        model(**batch)
+    assert [type(module) for module in model.modules()] == classes
+    assert torch.equal(model(**batch).logits, before)
+
+
+def test_positions_that_a_pool_has_cannot_be_shifted():
+    model = base_model("gpt2").eval()
+    peft_kernels.attach_pool(model, adapters=2)
+    with pytest.raises(ValueError, match="attach: shift_positions: the model's learned positions have a place in"):
+        peft_kernels.attach(model, PrefixTuningConfig(num_virtual_tokens=3, shift_positions=True))
+    peft_kernels.attach(model, PrefixTuningConfig(num_virtual_tokens=3))
+
+
+@torch.no_grad()
+def test_shifted_positions_inside_of_pefts_lora():
+    model, batch = base_model("gpt2").eval(), inputs()
+    before = model(**batch).logits
+    peft_kernels.attach(model, PrefixTuningConfig(num_virtual_tokens=3, shift_positions=True))
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["wpe"])).eval()  # which adds zero
+    with_prefix = wrapped(**batch).logits
+    peft_kernels.set_active(wrapped, [])
+    assert torch.equal(wrapped(**batch).logits, before)
+    peft_kernels.set_active(wrapped, "default")
+    assert torch.equal(wrapped(**batch).logits, with_prefix)
+    peft_kernels.detach(wrapped)
+    assert torch.equal(wrapped(**batch).logits, before)
+    assert not any(isinstance(module, Shifts) for module in wrapped.modules())
 
 
 def test_rows_of_one_position_table_need_one_shift():
