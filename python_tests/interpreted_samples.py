@@ -1,7 +1,7 @@
 """Which samples of an op, and in which dtypes, its kernels run where that is slow: Triton's interpreter, the emulator.
 
-`make test` runs every sample in one pair of dtypes, another for each sample, so that every pair meets several edges;
-the rest of the product is marked slow, and `make test-all` runs it too.
+`make test` runs every sample but those that are `long` in one pair of dtypes, another for each sample, so that every
+pair meets several edges; the rest of the product is marked slow, and `make test-all` runs it too.
 """
 
 import pytest

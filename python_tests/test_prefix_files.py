@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from models import LAYERS, base_model, inputs
-from peft import PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft import PrefixTuningConfig as PeftsConfig
 from prefixes import with_values
 from safetensors.torch import load_file, save_file
@@ -76,6 +76,33 @@ def test_our_prefix_gives_our_logits_in_peft(name, tmp_path):
     torch.testing.assert_close(again(input_ids=ids).logits, ours(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("kind", ["LlamaForSequenceClassification", "LlamaForTokenClassification"])
+@torch.no_grad()
+def test_the_head_beside_a_prefix_goes_along_both_ways(kind, tmp_path):
+    torch.manual_seed(0)
+    ids, config = inputs(2, 9)["input_ids"], hf.LlamaConfig(**SMALL, pad_token_id=0, num_labels=3)
+    ours = getattr(hf, kind)(config).eval()
+    whole, again = copy.deepcopy(ours), copy.deepcopy(ours)
+    task = "SEQ_CLS" if "Sequence" in kind else "TOKEN_CLS"
+    theirs = get_peft_model(copy.deepcopy(ours), PeftsConfig(task_type=task, num_virtual_tokens=4)).eval()
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.normal_()
+    theirs.save_pretrained(tmp_path / "theirs")
+    wanted = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    peft_kernels.load(ours, tmp_path / "theirs")
+    torch.testing.assert_close(ours(input_ids=ids).logits, wanted)
+    peft_kernels.export_prefix(ours, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["task_type"] == task
+    loaded = PeftModel.from_pretrained(again, tmp_path / "ours").eval()
+    assert type(loaded) is type(theirs)
+    torch.testing.assert_close(loaded(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, wanted)
+    peft_kernels.detach(ours)
+    assert torch.equal(ours(input_ids=ids).logits, whole(input_ids=ids).logits)
+    with pytest.raises(ValueError, match="load: modules_to_save: a LlamaForCausalLM has no parameters in a mod"):
+        peft_kernels.load(hf.LlamaForCausalLM(config), tmp_path / "theirs")
+
+
 @pytest.mark.parametrize("name", ["gpt2", "opt", "bart"])
 @torch.no_grad()
 def test_learned_positions_start_behind_the_prefix_and_again_at_zero(name):
@@ -107,6 +134,50 @@ def test_each_row_has_the_positions_of_its_prefix(name):
         peft_kernels.set_active(model, [prefix] if prefix else [])
         torch.testing.assert_close(together[row], model(**batch).logits[row])
         assert torch.equal(generated[row], model.generate(input_ids=batch["input_ids"], **GREEDY)[row])
+
+
+@pytest.mark.parametrize("order", ["attach pool detach unpatch", "attach pool unpatch detach"])
+@torch.no_grad()
+def test_shifted_positions_beside_a_pool(order):
+    model, batch = base_model("gpt2").eval(), inputs()
+    before, classes = model(**batch).logits, [type(module) for module in model.modules()]
+    steps = {
+        "attach": lambda: peft_kernels.attach(model, PrefixTuningConfig(num_virtual_tokens=3, shift_positions=True)),
+        "pool": lambda: peft_kernels.attach_pool(model, adapters=2),
+        "detach": lambda: peft_kernels.detach(model),
+        "unpatch": lambda: peft_kernels.unpatch(model),
+    }
+    for step in order.split():
+        made = steps[step]()
+        if step == "pool":
+            assert made.left_alone["transformer.wpe"] == "a prefix shifts its positions"
+        model(**batch)
+    assert [type(module) for module in model.modules()] == classes
+    assert torch.equal(model(**batch).logits, before)
+
+
+def test_positions_that_a_pool_has_cannot_be_shifted():
+    model = base_model("gpt2").eval()
+    peft_kernels.attach_pool(model, adapters=2)
+    with pytest.raises(ValueError, match="attach: shift_positions: the model's learned positions have a place in"):
+        peft_kernels.attach(model, PrefixTuningConfig(num_virtual_tokens=3, shift_positions=True))
+    peft_kernels.attach(model, PrefixTuningConfig(num_virtual_tokens=3))
+
+
+@torch.no_grad()
+def test_shifted_positions_inside_of_pefts_lora():
+    model, batch = base_model("gpt2").eval(), inputs()
+    before = model(**batch).logits
+    peft_kernels.attach(model, PrefixTuningConfig(num_virtual_tokens=3, shift_positions=True))
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["wpe"])).eval()  # which adds zero
+    with_prefix = wrapped(**batch).logits
+    peft_kernels.set_active(wrapped, [])
+    assert torch.equal(wrapped(**batch).logits, before)
+    peft_kernels.set_active(wrapped, "default")
+    assert torch.equal(wrapped(**batch).logits, with_prefix)
+    peft_kernels.detach(wrapped)
+    assert torch.equal(wrapped(**batch).logits, before)
+    assert not any(isinstance(module, Shifts) for module in wrapped.modules())
 
 
 def test_rows_of_one_position_table_need_one_shift():

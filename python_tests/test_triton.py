@@ -4,8 +4,9 @@ by the pinned Triton and by the oldest that is supported.
 Interpretation shows that arithmetic and bounds are right, compilation that ptxas takes the kernels and keeps them in
 registers and shared memory. On a GPU the same kernels also run through test_ops.py.
 
-`make test` interprets every sample in one pair of dtypes (interpreted_samples.py), compiles the shapes of a model with
-the pinned Triton for the three architectures, and with the oldest for sm_90; the rest is slow.
+`make test` interprets every sample but those that are `LONG` in one pair of dtypes (interpreted_samples.py), compiles
+the shapes of a model with the pinned Triton for the three architectures, and with the oldest for sm_90; the rest is
+slow.
 """
 
 import importlib.metadata

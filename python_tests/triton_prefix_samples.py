@@ -46,6 +46,12 @@ def test_dropout_where_tiles_are_half_of_what_is_drawn():
     check(problem("cpu", F64, D=72, Hq=1, Hkv=1, S=2, T=19, P=19, p=0.3, B=1))
 
 
+@pytest.mark.parametrize("composition", ["merge", "relu"])
+def test_dropout_over_two_tiles_of_a_prefix_and_of_keys(composition):
+    """What the samples that are `LONG` have at sizes of their own."""
+    check(problem("cpu", F32, composition=composition, B=1, Hq=1, Hkv=1, S=2, T=35, P=35, D=8, p=0.1))
+
+
 def run(arguments):
     """Everything that comes out, by name."""
     return OP.evaluate(FORWARD, BACKWARD, arguments, testing.gradients_for(OP, arguments))

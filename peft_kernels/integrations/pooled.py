@@ -25,6 +25,7 @@ from peft_kernels.integrations.named import subclass
 from peft_kernels.integrations.peft import intercepted
 from peft_kernels.integrations.pool_sites import PoolSite, add_, add_embedded_
 from peft_kernels.integrations.pooled_blocks import FORMS, read_bottleneck, require_base, site_name
+from peft_kernels.integrations.prefix_positions import CHILD as SHIFTS
 from peft_kernels.integrations.prefixes import prefix_names
 from peft_kernels.integrations.rows import OUTSIDE, Rows, outside_graph
 from peft_kernels.integrations.targets import Group, forward_is_known, group_of
@@ -322,4 +323,6 @@ def _obstacle(module: nn.Module) -> str:
         return "its class was made by FSDP"
     if is_parametrized(module):
         return "its class was made by torch.nn.utils.parametrize"
+    if SHIFTS in module._modules:
+        return "a prefix shifts its positions"
     return OWN_FORWARD if forward_was_replaced(module) else ""

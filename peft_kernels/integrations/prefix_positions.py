@@ -61,19 +61,23 @@ def add_shift(root: nn.Module, name: str, P: int, of_model: set[str]) -> list[tu
     return swaps
 
 
+def _shifted(root: nn.Module) -> list[nn.Module]:
+    """The learned positions that prefixes shift, whatever PEFT has put around them since."""
+    return [module for module in root.modules() if isinstance(module._modules.get(CHILD), Shifts)]
+
+
 def activate_shift(root: nn.Module, names: tuple[str, ...]) -> None:
-    for table in tables_of(root):
-        if CHILD in table._modules:
-            shifts = table._modules[CHILD]
-            shifts.active_name = next((name for name in names if name in shifts.by_name), None)
+    for table in _shifted(root):
+        shifts = table._modules[CHILD]
+        shifts.active_name = next((name for name in names if name in shifts.by_name), None)
 
 
 def remove_shift(root: nn.Module, name: str) -> list[tuple[nn.Module, type]]:
     """Takes that back; returns the modules that get their class again."""
     swaps = []
-    for table in tables_of(root):
-        if name in getattr(table._modules.get(CHILD), "by_name", ()):
-            shifts = table._modules[CHILD]
+    for table in _shifted(root):
+        shifts = table._modules[CHILD]
+        if name in shifts.by_name:
             del shifts.by_name[name]
             shifts.active_name = None if shifts.active_name == name else shifts.active_name
             if not shifts.by_name:

@@ -29,7 +29,7 @@ from peft_kernels.integrations.prefix_positions import (
     require_positions,
     tables_of,
 )
-from peft_kernels.integrations.transformers import keeps_its_class, made_by_fsdp, swap
+from peft_kernels.integrations.transformers import POOL_SITE, keeps_its_class, made_by_fsdp, swap
 from peft_kernels.methods import PrefixTuningConfig
 from peft_kernels.modules import Prefix, PrefixEncoder, Prefixes
 from peft_kernels.modules.prefix import encoded
@@ -125,6 +125,11 @@ def plan_prefixes(root: nn.Module, config: PrefixTuningConfig) -> dict[str, Pref
         raise ValueError(f"attach: {sinks[0]} has attention sinks, which do not go together with prefixes")
     if config.shift_positions:
         require_positions(root)
+        if any(POOL_SITE in table.__dict__ for table in tables_of(root)):
+            raise ValueError(
+                "attach: shift_positions: the model's learned positions have a place in its pool; take that off with "
+                "peft_kernels.unpatch(model), attach the prefix, and then the pool again"
+            )
     slots = config.slots or {site.slot for site in every}
     if missing := [slot for slot in slots if not any(site.slot == slot for site in every)]:
         has = ", ".join(dict.fromkeys(site.slot for site in every))
