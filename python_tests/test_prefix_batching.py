@@ -141,6 +141,53 @@ def test_a_prefix_that_goes_takes_its_requests_along(gone, text):
     assert text in output.error
 
 
+@pytest.mark.parametrize("started", [False, True], ids=["made", "started"])
+def test_a_prefix_comes_before_the_engine(started):
+    _, model, _ = served()
+    model.set_attn_implementation("eager")
+    manager = peft_kernels.init_continuous_batching(model, greedy(), small_cache())
+    if started:
+        manager.start()
+    with pytest.raises(ValueError, match=r"attach: the attention is 'paged\|eager', .* stop its manager"):
+        peft_kernels.attach(model, PrefixTuningConfig(num_virtual_tokens=3))
+    manager.stop(block=True)
+    peft_kernels.attach(model, PrefixTuningConfig(num_virtual_tokens=3))
+    peft_kernels.detach(model, "default")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_manager_that_is_kept():
+    """It is that of the prefixes, and of the pool, that it was made for."""
+    _, model, _ = served()
+    config = PrefixTuningConfig(num_virtual_tokens=3)
+
+    def keep():
+        manager = peft_kernels.init_continuous_batching(model, greedy(), small_cache())
+        manager.start()
+        manager.stop(block=True, keep_for_next_session=True)
+        assert peft_kernels.init_continuous_batching(model) is manager
+        manager.stop(block=True)
+
+    for change in (lambda: peft_kernels.attach(model, config), lambda: peft_kernels.detach(model, "default")):
+        keep()
+        change()
+        with pytest.raises(ValueError, match="destroy_cached_continuous_batching_manager"):
+            peft_kernels.init_continuous_batching(model)
+        model.destroy_cached_continuous_batching_manager()
+    peft_kernels.attach(model, config)
+    keep()
+    peft_kernels.detach(model, "default")
+    peft_kernels.attach(model, config)
+    with pytest.raises(ValueError, match="destroy_cached_continuous_batching_manager"):
+        peft_kernels.init_continuous_batching(model)
+    model.destroy_cached_continuous_batching_manager()
+    peft_kernels.unpatch(model)
+    keep()
+    peft_kernels.attach_pool(model, adapters=2)
+    with pytest.raises(ValueError, match="destroy_cached_continuous_batching_manager"):
+        peft_kernels.init_continuous_batching(model)
+
+
 def test_errors():
     model = several()
     with pytest.raises(KeyError, match="the model has no prefix 'other'; it has 'long', 'short'"):
