@@ -88,7 +88,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def add_request(self, input_ids: list[int], request_id: str | None = None, *args, adapter: str | None = None,
                     **kwargs) -> str | None:  # fmt: skip
         """As transformers', with the name of an adapter of the pool or of a prefix, or None for neither. A request
-        without a prefix of its own has the active one, if one is.
+        without a prefix of its own has the active one, if one is. A prefix must stay until its requests have ended:
+        without it the engine ends, and with that all requests.
 
         Raises:
             KeyError: there is no such adapter.
@@ -172,7 +173,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self.requests.let_go([*scheduler.active_requests, *scheduler.waiting_requests, *forked, *batch])
         if self.has_prefixes:
             if not self.requests.prefixes:  # the model attends as it did before, which needs masks that nobody makes
-                raise RuntimeError("continuous batching: the last prefix was taken off while the engine ran")
+                raise RuntimeError("continuous batching: the engine ends, as the last prefix was taken off")
             lengths = [r.query_length for r in step.requests_in_batch]
             self.packed = PackedRows([self.requests.prefix(i) for i in batch], lengths, self.model.device)
         if self.requests.pool is not None:
@@ -243,9 +244,8 @@ def init_continuous_batching(
     generation_config = generation_config or root.generation_config
     if generation_config.eos_token_id is None:
         generation_config.eos_token_id = -1  # as transformers does: none
-    manager = AdapterBatchingManager(
-        root, generation_config, continuous_batching_config, requests=Requests(pool, prefixes), **kwargs
-    )
+    requests = Requests(pool, prefixes, [places for _, places in prefixes_in(root)])
+    manager = AdapterBatchingManager(root, generation_config, continuous_batching_config, requests=requests, **kwargs)
     if prefixes:
         _require_plain_steps(manager.continuous_batching_config)
     return manager

@@ -2,8 +2,9 @@
 
 import contextlib
 import threading
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 
+from peft_kernels.modules import Prefix, Prefixes
 from peft_kernels.ops import AdapterPool
 
 CHILD = "__child#"  # what transformers puts between a request's id and the number of a further sequence of it
@@ -15,14 +16,15 @@ class Requests:
 
     A request goes when the engine's scheduler knows neither it nor a further sequence of it any more; one that it has
     not seen yet stays, unless it was cancelled. Its id may come again after that, for which `begin` waits: its result
-    is out before the step is over. `prefixes`: names of those of the model, as they are now.
+    is out before the step is over. `prefixes`: names of those of the model, as they are now. `places`: they themselves,
+    by attention; where one is put back under its name, it is another one, which its requests did not ask for.
     """
 
-    def __init__(self, pool: AdapterPool | None, prefixes: Set[str] = frozenset()):
-        self.pool, self.prefixes = pool, prefixes
+    def __init__(self, pool: AdapterPool | None, prefixes: Set[str] = frozenset(), places: Sequence[Prefixes] = ()):
+        self.pool, self.prefixes, self.places = pool, prefixes, places
         self._lock = threading.Condition()
         self._slots: dict[str, int] = {}
-        self._names: dict[str, str | None] = {}
+        self._prefixes: dict[str, tuple[str | None, Prefix | None]] = {}
         self._pins: dict[str, contextlib.ExitStack] = {}
         self._seen: set[str] = set()
 
@@ -36,7 +38,7 @@ class Requests:
             self.require(adapter)
             pooled = adapter is not None and self.pool is not None
             self._slots[request_id] = pins.enter_context(self.pool.pin(adapter)) if pooled else -1
-            self._names[request_id] = adapter if adapter in self.prefixes else None
+            self._prefixes[request_id] = (adapter, self._find(adapter)) if adapter in self.prefixes else (None, None)
             self._pins[request_id] = pins.pop_all()
 
     def require(self, adapter: str | None) -> None:
@@ -53,10 +55,17 @@ class Requests:
 
     def prefix(self, request_id: str) -> str | None:
         """The name of a request's prefix; None: the active one."""
-        name = self._names[_parent(request_id)]
-        if name is not None and name not in self.prefixes:
-            raise RuntimeError(f"continuous batching: the prefix {name!r} was taken off before its requests had ended")
+        name, prefix = self._prefixes[_parent(request_id)]
+        if name is not None and self._find(name) is not prefix:
+            raise RuntimeError(
+                f"continuous batching: the engine ends, as the prefix {name!r} was taken off before its requests had "
+                "ended"
+            )
         return name
+
+    def _find(self, name: str) -> Prefix | None:
+        """The prefix of this name in the first attention that has one."""
+        return next((prefixes[name] for prefixes in self.places if name in prefixes), None)
 
     def cancel(self, request_id: str) -> None:
         self._seen.add(request_id)
@@ -68,7 +77,7 @@ class Requests:
             gone = [i for i in self._slots if i in self._seen and i not in known]
             pins = [self._pins.pop(i) for i in gone]
             for request_id in gone:
-                del self._slots[request_id], self._names[request_id]
+                del self._slots[request_id], self._prefixes[request_id]
             self._seen = (self._seen | known) & self._slots.keys()
             self._lock.notify_all()
         for pin in pins:
