@@ -9,8 +9,8 @@ from models import base_model, in_rows, served, small_cache, with_adapter
 from transformers import GenerationConfig
 
 import peft_kernels
-from peft_kernels.integrations.continuous import Requests
 from peft_kernels.integrations.pooled import pool_of
+from peft_kernels.integrations.requests import Requests
 
 PROMPTS = [[5, 9, 13], [7, 8, 9, 10, 11, 12, 13, 14], [5, 9, 13], [5, 9, 13], [3, 3], [7, 8, 9, 10, 11, 12, 13, 14]]
 NAMES = ["french", None, "german", None, "greek", "french"]

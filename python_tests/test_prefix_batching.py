@@ -124,21 +124,94 @@ def test_a_manager_is_made_while_another_thread_calls_the_model():
 @pytest.mark.parametrize(
     ("gone", "text"),
     [
-        (["long"], "the prefix 'long' was taken off before its requests had ended"),
-        (LENGTHS, "the last prefix was taken"),
+        (["long"], "the engine ends, as the prefix 'long' was taken off before its requests had ended"),
+        (LENGTHS, "the engine ends, as the last prefix was taken off"),
     ],
     ids=["one", "all"],
 )
-def test_a_prefix_that_goes_takes_its_requests_along(gone, text):
+def test_a_prefix_that_goes_ends_the_engine(gone, text):
     model = several()
     manager = peft_kernels.init_continuous_batching(model, greedy(), small_cache())
-    manager.add_request(PROMPTS[0], adapter="long")
+    requests = [manager.add_request(PROMPTS[0], adapter=name) for name in LENGTHS]
     for name in gone:
         peft_kernels.detach(model, name)
+    assert failed(manager) == dict.fromkeys(requests, text)
+
+
+def failed(manager):
+    """What the manager's two requests say, once it is started."""
     manager.start()
-    output = manager.get_result(timeout=60)
+    outputs = [manager.get_result(timeout=60) for _ in range(2)]
+    manager.join(time.perf_counter(), timeout=60)
+    assert not manager.is_running()
     manager.stop(block=True)
-    assert text in output.error
+    return {output.request_id: output.error.removeprefix("continuous batching: ") for output in outputs}
+
+
+def test_a_prefix_that_comes_back_is_another_one():
+    model = several()
+    manager = peft_kernels.init_continuous_batching(model, greedy(), small_cache())
+    for name in LENGTHS:
+        manager.add_request(PROMPTS[0], adapter=name)
+    step, steps = manager._generation_step, []
+
+    def changing_step():
+        steps.append(None)
+        if len(steps) == 3:
+            peft_kernels.detach(model, "long")
+            peft_kernels.attach(model, PrefixTuningConfig(num_virtual_tokens=3), "long")
+        step()
+
+    manager._generation_step = changing_step
+    assert all("the prefix 'long' was taken off" in text for text in failed(manager).values()) and len(steps) == 3
+    assert manager.add_request(PROMPTS[0], adapter="long") is None, "the engine has ended"
+
+
+@pytest.mark.parametrize("started", [False, True], ids=["made", "started"])
+def test_a_prefix_comes_before_the_engine(started):
+    _, model, _ = served()
+    model.set_attn_implementation("eager")
+    manager = peft_kernels.init_continuous_batching(model, greedy(), small_cache())
+    if started:
+        manager.start()
+    with pytest.raises(ValueError, match=r"attach: the attention is 'paged\|eager', .* stop its manager"):
+        peft_kernels.attach(model, PrefixTuningConfig(num_virtual_tokens=3))
+    manager.stop(block=True)
+    peft_kernels.attach(model, PrefixTuningConfig(num_virtual_tokens=3))
+    peft_kernels.detach(model, "default")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_manager_that_is_kept():
+    """It is that of the prefixes, and of the pool, that it was made for."""
+    _, model, _ = served()
+    config = PrefixTuningConfig(num_virtual_tokens=3)
+
+    def keep():
+        manager = peft_kernels.init_continuous_batching(model, greedy(), small_cache())
+        manager.start()
+        manager.stop(block=True, keep_for_next_session=True)
+        assert peft_kernels.init_continuous_batching(model) is manager
+        manager.stop(block=True)
+
+    for change in (lambda: peft_kernels.attach(model, config), lambda: peft_kernels.detach(model, "default")):
+        keep()
+        change()
+        with pytest.raises(ValueError, match="destroy_cached_continuous_batching_manager"):
+            peft_kernels.init_continuous_batching(model)
+        model.destroy_cached_continuous_batching_manager()
+    peft_kernels.attach(model, config)
+    keep()
+    peft_kernels.detach(model, "default")
+    peft_kernels.attach(model, config)
+    with pytest.raises(ValueError, match="destroy_cached_continuous_batching_manager"):
+        peft_kernels.init_continuous_batching(model)
+    model.destroy_cached_continuous_batching_manager()
+    peft_kernels.unpatch(model)
+    keep()
+    peft_kernels.attach_pool(model, adapters=2)
+    with pytest.raises(ValueError, match="destroy_cached_continuous_batching_manager"):
+        peft_kernels.init_continuous_batching(model)
 
 
 def test_errors():

@@ -9,8 +9,7 @@ said anew to each step, with the number of its requests, so none of its parts ma
 """
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +18,15 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from peft_kernels.integrations.attachments import root_of
-from peft_kernels.integrations.packed import PackedRows, packed
+from peft_kernels.integrations.packed import MANAGERS, PackedRows, packed
 from peft_kernels.integrations.pooled import find_pool, pool_of
 from peft_kernels.integrations.prefixes import prefix_names, prefixes_in
+from peft_kernels.integrations.requests import CHILD, Requests
 from peft_kernels.integrations.rows import Rows, entered
 from peft_kernels.ops import AdapterPool
 
 ROUTE = torch.ops.peft_kernels.batched_lora_route.default
-CHILD = "__child#"  # what transformers puts between a request's id and the number of a further sequence of it
-WAIT_S = 1.0  # how long one look for a result waits, or for the end of a step
+WAIT_S = 1.0  # how long one look for a result waits
 
 
 class TokenRows(Rows):
@@ -65,81 +64,6 @@ class KeptRows(TokenRows):
         return self.ids[self.kept[: leading.numel()].long()]
 
 
-class Requests:
-    """The slots and the prefixes of requests, by id, and the pins that keep the slots as they are.
-
-    A request goes when the engine's scheduler knows neither it nor a further sequence of it any more; one that it has
-    not seen yet stays, unless it was cancelled. Its id may come again after that, for which `begin` waits: its result
-    is out before the step is over. `prefixes`: names of those of the model, as they are now.
-    """
-
-    def __init__(self, pool: AdapterPool | None, prefixes: Set[str] = frozenset()):
-        self.pool, self.prefixes = pool, prefixes
-        self._lock = threading.Condition()
-        self._slots: dict[str, int] = {}
-        self._names: dict[str, str | None] = {}
-        self._pins: dict[str, contextlib.ExitStack] = {}
-        self._seen: set[str] = set()
-
-    def begin(self, request_id: str, adapter: str | None) -> None:
-        with contextlib.ExitStack() as pins, self._lock:
-            if CHILD in request_id or not self._lock.wait_for(lambda: request_id not in self._slots, WAIT_S):
-                raise ValueError(
-                    f"add_request: request_id must be another one than those of running requests, without '{CHILD}', "
-                    f"got {request_id!r}"
-                )
-            self.require(adapter)
-            pooled = adapter is not None and self.pool is not None
-            self._slots[request_id] = pins.enter_context(self.pool.pin(adapter)) if pooled else -1
-            self._names[request_id] = adapter if adapter in self.prefixes else None
-            self._pins[request_id] = pins.pop_all()
-
-    def require(self, adapter: str | None) -> None:
-        """Raises KeyError where there is no such adapter."""
-        if adapter is None or adapter in self.prefixes:
-            return
-        if self.pool is None:
-            has = ", ".join(map(repr, sorted(self.prefixes)))
-            raise KeyError(f"the model has no prefix {adapter!r}; it has {has}")
-        self.pool.slot(adapter)
-
-    def slot(self, request_id: str) -> int:
-        return self._slots[_parent(request_id)]
-
-    def prefix(self, request_id: str) -> str | None:
-        """The name of a request's prefix; None: the active one."""
-        name = self._names[_parent(request_id)]
-        if name is not None and name not in self.prefixes:
-            raise RuntimeError(f"continuous batching: the prefix {name!r} was taken off before its requests had ended")
-        return name
-
-    def cancel(self, request_id: str) -> None:
-        self._seen.add(request_id)
-
-    def let_go(self, known: Iterable[str]) -> None:
-        """Ends those that were seen and are not among the ids that a scheduler knows."""
-        known = {_parent(request_id) for request_id in known}
-        with self._lock:
-            gone = [i for i in self._slots if i in self._seen and i not in known]
-            pins = [self._pins.pop(i) for i in gone]
-            for request_id in gone:
-                del self._slots[request_id], self._names[request_id]
-            self._seen = (self._seen | known) & self._slots.keys()
-            self._lock.notify_all()
-        for pin in pins:
-            pin.close()
-
-    def end(self, *request_ids: str) -> None:
-        """Ends these, or all."""
-        ended = set(request_ids or self._slots)
-        self._seen |= ended
-        self.let_go(self._slots.keys() - ended)
-
-
-def _parent(request_id: str) -> str:
-    return request_id.partition(CHILD)[0]
-
-
 class AdapterBatchingManager(ContinuousBatchingManager):
     """transformers' ContinuousBatchingManager whose requests have adapters; `init_continuous_batching` makes one."""
 
@@ -154,6 +78,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self.requests, self.has_prefixes = requests, bool(requests.prefixes)
         self.ids, self.packed = None, None
         super().__init__(*args, **kwargs)
+        MANAGERS.add(self)
 
     def switch_to_cb_friendly_attn(self, *args, **kwargs) -> None:
         """As transformers', but for a model with prefixes: its attention knows the engine's steps, and stays."""
@@ -163,7 +88,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def add_request(self, input_ids: list[int], request_id: str | None = None, *args, adapter: str | None = None,
                     **kwargs) -> str | None:  # fmt: skip
         """As transformers', with the name of an adapter of the pool or of a prefix, or None for neither. A request
-        without a prefix of its own has the active one, if one is.
+        without a prefix of its own has the active one, if one is. A prefix must stay until its requests have ended:
+        without it the engine ends, and with that all requests.
 
         Raises:
             KeyError: there is no such adapter.
@@ -192,6 +118,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         super().stop(*args, **kwargs)
         if not self.is_running():
             self.requests.end()
+            if self._original_attn_impl is not None:  # it had not started, and then theirs leaves this
+                self.model.set_attn_implementation(self._original_attn_impl)
+                self._original_attn_impl = None
 
     def _create_batch_processor(self):
         processor = super()._create_batch_processor()
@@ -244,7 +173,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self.requests.let_go([*scheduler.active_requests, *scheduler.waiting_requests, *forked, *batch])
         if self.has_prefixes:
             if not self.requests.prefixes:  # the model attends as it did before, which needs masks that nobody makes
-                raise RuntimeError("continuous batching: the last prefix was taken off while the engine ran")
+                raise RuntimeError("continuous batching: the engine ends, as the last prefix was taken off")
             lengths = [r.query_length for r in step.requests_in_batch]
             self.packed = PackedRows([self.requests.prefix(i) for i in batch], lengths, self.model.device)
         if self.requests.pool is not None:
@@ -283,7 +212,8 @@ def init_continuous_batching(
 
     Raises:
         ValueError: the model has neither, its prefixes join in differently, or the config lets requests share blocks
-            of the cache, or asks for what prefixes do not go with.
+            of the cache, or asks for what prefixes do not go with; or the model keeps a manager from before its pool
+            or its first prefix.
 
     Example:
         >>> manager = peft_kernels.init_continuous_batching(model)
@@ -296,10 +226,10 @@ def init_continuous_batching(
     prefixes = prefix_names(root)
     pool = find_pool(model) if prefixes else pool_of(model)
     _require_one_composition(root)
-    cached = getattr(model, "_cached_continuous_batching_manager", None)
-    if cached is not None and not isinstance(cached, AdapterBatchingManager):
+    cached = getattr(root, "_cached_continuous_batching_manager", None)
+    if cached is not None and not _serves(cached, pool, prefixes):
         raise ValueError(
-            "init_continuous_batching: the model keeps a manager whose requests have no adapters; "
+            "init_continuous_batching: the model keeps a manager that does not know its adapters of now; "
             "model.destroy_cached_continuous_batching_manager() lets it go"
         )
     if continuous_batching_config is None:
@@ -314,12 +244,17 @@ def init_continuous_batching(
     generation_config = generation_config or root.generation_config
     if generation_config.eos_token_id is None:
         generation_config.eos_token_id = -1  # as transformers does: none
-    manager = AdapterBatchingManager(
-        root, generation_config, continuous_batching_config, requests=Requests(pool, prefixes), **kwargs
-    )
+    requests = Requests(pool, prefixes, [places for _, places in prefixes_in(root)])
+    manager = AdapterBatchingManager(root, generation_config, continuous_batching_config, requests=requests, **kwargs)
     if prefixes:
         _require_plain_steps(manager.continuous_batching_config)
     return manager
+
+
+def _serves(manager: ContinuousBatchingManager, pool: AdapterPool | None, prefixes: Set[str]) -> bool:
+    if not isinstance(manager, AdapterBatchingManager) or manager.requests.pool is not pool:
+        return False
+    return manager.requests.prefixes is prefixes or not (prefixes or manager.has_prefixes)
 
 
 def _require_one_composition(root: nn.Module) -> None:
@@ -390,8 +325,6 @@ def generate_batch(
         finally:
             manager.stop(block=True)
             manager.destroy()
-            if manager._original_attn_impl is not None:  # it had not started, and then stop() leaves this
-                model.set_attn_implementation(manager._original_attn_impl)
 
 
 def _generate(

@@ -6,6 +6,7 @@ A model with prefixes keeps its own attention function (`attending.py`), of whic
 
 import contextlib
 import inspect
+import weakref
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 
@@ -41,6 +42,8 @@ class PackedRows(Rows):
         """Nothing: requests are refused where no attention has their prefix."""
 
 
+MANAGERS = weakref.WeakSet()  # of continuous batching with adapters
+
 _STEP: ContextVar[PackedRows | None] = ContextVar("peft_kernels_packed_rows", default=None)
 
 
@@ -57,6 +60,16 @@ def packed(rows: PackedRows) -> Iterator[None]:
 def packed_rows() -> PackedRows | None:
     """The prefixes of the step that this thread runs, None outside of one."""
     return None if is_compiling() else _STEP.get()
+
+
+def require_own_attention(model: nn.Module) -> None:
+    """Raises ValueError where an engine has given the model another attention, and will take it away again."""
+    switched = any(m.model is model and m._original_attn_impl is not None for m in list(MANAGERS))
+    if switched or model.config._attn_implementation.startswith("paged|"):
+        raise ValueError(
+            f"attach: the attention is {model.config._attn_implementation!r}, which continuous batching has set: stop "
+            "its manager, or set_attn_implementation, before a prefix comes in"
+        )
 
 
 def from_paged_cache(

@@ -21,6 +21,7 @@ from peft_kernels.integrations.attending import CHILD, KEY
 from peft_kernels.integrations.blocks import layers_of, sites_of
 from peft_kernels.integrations.checkpoints import PREFIX
 from peft_kernels.integrations.named import again_over, asks_for_rows, beneath, keeping_class, subclass
+from peft_kernels.integrations.packed import require_own_attention
 from peft_kernels.integrations.prefix_positions import (
     Shifts,
     activate_shift,
@@ -130,6 +131,7 @@ def plan_prefixes(root: nn.Module, config: PrefixTuningConfig) -> dict[str, Pref
                 "attach: shift_positions: the model's learned positions have a place in its pool; take that off with "
                 "peft_kernels.unpatch(model), attach the prefix, and then the pool again"
             )
+    require_own_attention(root)
     slots = config.slots or {site.slot for site in every}
     if missing := [slot for slot in slots if not any(site.slot == slot for site in every)]:
         has = ", ".join(dict.fromkeys(site.slot for site in every))
