@@ -48,6 +48,7 @@ test-floor:
 
 # Both share one build folder, and the emulator's objects in it. Without a torch the kernels are built and tested alone.
 CONFIGURE = $(CMAKE) -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release \
+  -U'PK_CUDA*' $(if $(PK_CUDA),-DPK_CUDA=$(PK_CUDA)) $(if $(PK_CUDA_ARCHS),"-DPK_CUDA_ARCHS=$(PK_CUDA_ARCHS)") \
   -DPK_TORCH_DIR=$(abspath $(dir $(firstword $(wildcard $(VENV)/lib/python*/site-packages/torch/version.py))))
 
 test-kernels: $(CMAKE)

@@ -117,6 +117,12 @@ def test_every_stage_gets_what_it_needs_at_least():
     assert all(0 < stage.least <= stage.limit for stage in gpu_check.STAGES)
 
 
+def test_the_python_stage_runs_every_test_that_needs_a_gpu():
+    (command,) = next(stage.commands for stage in gpu_check.STAGES if stage.name == "python")
+    needing = {path.name for path in Path(__file__).parent.glob("test_cuda*.py")} - {"test_cuda_code.py"}
+    assert needing - {word.rpartition("/")[2] for word in command.split()} == set()
+
+
 def test_one_stage_alone(check):
     stages = {name: (20, [f"print('{name}')"]) for name in ("a", "b", "c")}
     assert list(results(check(stages, "--stage", "c", "--stage", "a")[2])) == ["a", "c"]

@@ -56,12 +56,8 @@ def test_a_pool_refuses_prefixes_in_words(tmp_path):
     theirs = get_peft_model(base_model("llama"), PeftsConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2))
     theirs.save_pretrained(tmp_path / "pefts")
     pool = peft_kernels.integrations.pooled.pool_of(model)
-    said = {
-        "ours": r"a pool holds no prefixes; peft_kernels.load\(model, ",
-        "pefts": "its peft_type is PeftType.PREFIX",
-    }
-    for folder, words in said.items():
-        with pytest.raises(ValueError, match=f"adapter 'task': {words}"):
+    for folder in ("ours", "pefts"):
+        with pytest.raises(ValueError, match=r"adapter 'task': a pool holds no prefixes; peft_kernels\.load\(model, "):
             pool.load("task", tmp_path / folder)
 
 

@@ -3,7 +3,7 @@
     o = softmax(q [P_k ; K]^T) [P_v ; V],  P keys and values in each layer         (Li and Liang 2021, arXiv:2101.00190)
 
 Everything is as in methods.py: one seed, the same batches for all, turns step by step, a learning rate chosen on a text
-that is none of the domains (INITS). Prefixes of a length have fewer parameters than LoRA here; both numbers are said.
+that is none of the domains (INITS). Without the MLP, prefixes have fewer parameters than LoRA here; all are counted.
 """
 
 from collections.abc import Callable

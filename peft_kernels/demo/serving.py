@@ -1,9 +1,9 @@
 """Many adapters in one batch: the base model and the demo's adapters answer together, and what many of them cost.
 
 Answers: rows of the base and of every adapter, LoRA or bottleneck, go through one `generate` of a model with a pool,
-and rows of the base and of every prefix through one of a model that has them all. With l the logits of a row at every
-byte that it wrote, l64 those of a model with that adapter alone (PEFT's, or that of `peft_kernels.load`) in fp64, and
-e = |l - l64|_max, it has to be that
+and rows of the base and of the prefixes that share the softmax through one of a model that has them. With l the logits
+of a row at every byte that it wrote, l64 those of a model with that adapter alone (PEFT's, or that of
+`peft_kernels.load`) in fp64, and e = |l - l64|_max, it has to be that
 
     e(mixed) <= bound,     bound = 2 e(alone) + (eps sqrt(longest) + eps) |l64|_max
 

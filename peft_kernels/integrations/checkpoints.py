@@ -16,7 +16,7 @@ from collections.abc import Container, Mapping
 from os import PathLike
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
@@ -89,7 +89,12 @@ def _refuse(config: PeftConfig, name: str) -> None:
     """Raises for what is more than factors on layers."""
     start = f"adapter '{name}':"
     if not isinstance(config, LoraConfig):
-        raise ValueError(f"{start} its peft_type is {config.peft_type}; a pool holds LoRA")
+        if config.peft_type == PeftType.PREFIX_TUNING:
+            raise ValueError(
+                f"{start} a pool holds no prefixes; peft_kernels.load(model, folder) gives the model's attentions this "
+                "one, and peft_kernels.adapter_ids gives it to rows"
+            )
+        raise ValueError(f"{start} its peft_type is {config.peft_type.value}; a pool holds LoRA")
     trained = {
         "modules_to_save": config.modules_to_save,
         "trainable_token_indices": config.trainable_token_indices,
