@@ -103,6 +103,24 @@ def test_the_head_beside_a_prefix_goes_along_both_ways(kind, tmp_path):
         peft_kernels.load(hf.LlamaForCausalLM(config), tmp_path / "theirs")
 
 
+@pytest.mark.parametrize("kind", [hf.LlamaModel, hf.LlamaForQuestionAnswering, hf.LlamaForSequenceClassification])
+@torch.no_grad()
+def test_a_head_that_was_not_trained_is_exported_as_it_is(kind, tmp_path):
+    torch.manual_seed(0)
+    ours, ids = kind(hf.LlamaConfig(**SMALL, pad_token_id=0)).eval(), inputs(2, 9)["input_ids"]
+    theirs = kind(ours.config).eval()  # with a head of its own
+    theirs.base_model.load_state_dict(ours.base_model.state_dict())
+    peft_kernels.attach(ours, PrefixTuningConfig(num_virtual_tokens=3), "task")
+    with_values(ours)
+    wanted = ours(input_ids=ids)[0]
+    if kind is hf.LlamaForSequenceClassification:
+        peft_kernels.attach(ours, PrefixTuningConfig(num_virtual_tokens=3, modules_to_save=["score"]), "other")
+        ours.score.weight.add_(1)  # the other's
+    peft_kernels.export_prefix(ours, tmp_path, "task")
+    found = PeftModel.from_pretrained(theirs, tmp_path).eval()(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "opt", "bart"])
 @torch.no_grad()
 def test_learned_positions_start_behind_the_prefix_and_again_at_zero(name):

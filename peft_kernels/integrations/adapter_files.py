@@ -57,8 +57,8 @@ def export_prefix(model: nn.Module, folder: str | PathLike, name: str = "default
     """Writes a prefix in HF PEFT's own form, for `PeftModel.from_pretrained`; `load` reads it too.
 
     Of decoder-only models, with a prefix in every layer. Where positions are learned (GPT-2, OPT), the prefix must have
-    been trained with shift_positions=True, as PEFT has it. A classifier's modules_to_save go along. PEFT's logits are
-    ours except in layers with a sliding window, which forget PEFT's prefix.
+    been trained with shift_positions=True, as PEFT has it. A classifier's head goes along. PEFT's logits are ours
+    except in layers with a sliding window, which forget PEFT's prefix.
 
     Raises:
         ValueError: the model has no prefix of that name, or PEFT has no form for it; it says why.

@@ -25,6 +25,7 @@ HEADS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }  # end of a class's name -> the task_type with which PEFT trains its head
+CLASSIFIERS = ("classifier", "score", "qa_outputs")  # the heads that PEFT then wants in a file
 
 
 def from_peft(
@@ -85,7 +86,10 @@ def to_peft(root: nn.Module, config: Any, name: str) -> tuple[dict[str, Any], di
         "prefix_projection": False, "encoder_hidden_size": Hkv * D, "init_weights": None,
         "base_model_name_or_path": root.config._name_or_path or None,
     }  # fmt: skip
-    heads = {HEAD + key: value for key, value in root.__dict__[NOTE].own.values(name).items()}
+    own = root.__dict__[NOTE].own
+    heads = {key: value for key, value in root.named_parameters() if task and key.partition(".")[0] in CLASSIFIERS}
+    base = {key: value for active in own.base.values() for key, (value, _) in active.items() if key in heads}
+    heads = {HEAD + key: value for key, value in (heads | base | own.values(name)).items()}
     return about, heads | {TENSOR: torch.stack(layers, 1).reshape(P, -1)}
 
 
