@@ -186,7 +186,8 @@ def main(
         str,
         typer.Option(
             help="lora_linear; batched_lora: one batch, many adapters; train_many: a model's adapters trained in one "
-            "batch; seam: the price of the call alone; limits: what the device can do"
+            "batch; bottleneck_adapter: a feed-forward block with adapters; prefix_attention: attention over a prefix; "
+            "seam: the price of the call alone; limits: what the device can do"
         ),
     ] = "lora_linear",
     grid: Annotated[
