@@ -141,6 +141,15 @@ def _compositions(several: dict) -> list[Sample]:
     ]  # fmt: skip
 
 
+def _windows() -> list[Sample]:
+    return [
+        _plain("window", "a sliding window, the prefix seen by all", window=4, S=19),
+        _plain("window-decode", "a sliding window in a cache", window=4, S=1, T=19),
+        _plain("window-over-prefix", "the prefix slides out of the window", window=4, over_prefix=True, S=19, n=2,
+               ids=(0, 1), lengths=(5, 2)),
+    ]  # fmt: skip
+
+
 def samples() -> list[Sample]:
     """Each for an edge that has broken a kernel somewhere, or would."""
     several = dict(B=4, n=3, ids=(2, -1, 0, 2), lengths=(5, 3, 4))
@@ -177,10 +186,7 @@ def samples() -> list[Sample]:
         _plain("mask", "any mask of booleans", mask="bool", causal=False, **several),
         _plain("additive", "a bias of positions, own and of the prefix", mask="additive", bias=True, **several),
         _plain("additive-prefix-seen", "a bias for own keys alone", mask="additive", causal=False),
-        _plain("window", "a sliding window, the prefix seen by all", window=4, S=19),
-        _plain("window-decode", "a sliding window in a cache", window=4, S=1, T=19),
-        _plain("window-over-prefix", "the prefix slides out of the window", window=4, over_prefix=True, S=19, n=2,
-               ids=(0, 1), lengths=(5, 2)),
+        *_windows(),
         _plain("least", "padding by the least number, longer than a tile of keys",
                mask="least", S=20, T=150, Hq=2, ids=(-1, 0)),
         _plain("least-decode", "the same for one query", mask="least", S=1, T=150, Hq=2, ids=(-1, 0)),
