@@ -6,6 +6,7 @@
 
 #include "prefix_attention/attention_tiles.h"
 #include "prefix_attention/backward_cuda.h"
+#include "prefix_attention/scalars.h"
 
 namespace pk::prefix_attention {
 
@@ -20,18 +21,6 @@ using AccOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <class T, int kDim>
 constexpr int kStep = kDim == 256 || sizeof(T) == 8 ? 16 : 32;
 
-__device__ __forceinline__ float exponential(float x) {
-  return expf(x);
-}
-__device__ __forceinline__ double exponential(double x) {
-  return exp(x);
-}
-__device__ __forceinline__ float hyperbolic_tangent(float x) {
-  return tanhf(x);
-}
-__device__ __forceinline__ double hyperbolic_tangent(double x) {
-  return tanh(x);
-}
 // elu(q) + 1, and its derivative.
 template <class Acc>
 __device__ __forceinline__ Acc feature(Acc q) {
@@ -61,11 +50,6 @@ __device__ __forceinline__ void clear_row(RowTable<Acc, kRows>& table, int i) {
   table.m[i] = 0;
   table.begin[i] = table.end[i] = 0;
   table.factor[i] = table.gate[i] = table.less[i] = table.lse[i] = 0;
-}
-
-template <class Acc>
-__device__ __forceinline__ Acc gate_of(const Gate& gate, int64_t sequence, int64_t head) {
-  return gate.data ? load<Acc>(gate.data, gate.type, sequence * gate.row + head * gate.head) : Acc(1);
 }
 
 // Row i of the table: query `query` of sequence r, with own keys or its prefix. less: Acc [B, Hq, S], or null for 0.

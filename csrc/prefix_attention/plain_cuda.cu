@@ -2,6 +2,7 @@
 // turn, with all sums in the type itself. Grid: a block of 4 warps for each tile of 16 query rows of a sequence and
 // head of keys. A row has eight lanes, which lie side by side along keys and along the head dim; keys and values of a
 // tile take turns in one place of shared memory.
+#include "prefix_attention/scalars.h"
 #include "prefix_attention/softmax_tiles.h"
 
 namespace pk::prefix_attention {
@@ -16,28 +17,11 @@ struct Shape {
   static constexpr int kBytes = static_cast<int>(sizeof(T)) * (kQueries + kKeys + kTileRows * kWeightPitch);
 };
 
-__device__ __forceinline__ float exponential(float x) {
-  return expf(x);
-}
-__device__ __forceinline__ double exponential(double x) {
-  return exp(x);
-}
 __device__ __forceinline__ float logarithm(float x) {
   return logf(x);
 }
 __device__ __forceinline__ double logarithm(double x) {
   return log(x);
-}
-__device__ __forceinline__ float hyperbolic_tangent(float x) {
-  return tanhf(x);
-}
-__device__ __forceinline__ double hyperbolic_tangent(double x) {
-  return tanh(x);
-}
-
-template <class T>
-__device__ __forceinline__ T gate_of(const Gate& gate, int64_t sequence, int64_t head) {
-  return gate.data ? load<T>(gate.data, gate.type, sequence * gate.row + head * gate.head) : T(1);
 }
 
 // kept() of common/dropout.h, without an index that would put the words into local memory.
