@@ -19,9 +19,9 @@ from functools import partial
 
 import torch
 
-from benchmarks import gate, record, runs
-from benchmarks.bottleneck_arms import ARMS, NAME, Cell, build, kernels
-from benchmarks.runs import Run
+from benchmarks import gate, runs
+from benchmarks.bottleneck_arms import ARMS, NAME, Cell, build
+from benchmarks.runs import Run, kernels
 from benchmarks.shapes import BF16, F32, MODELS
 from benchmarks.tables import grid_table
 from peft_kernels import registry
@@ -29,33 +29,15 @@ from peft_kernels import registry
 LEAST_ROUNDS = {"cpu": 15, "gpu": 50, "full": 30, "quick": 3}
 SECONDS = {"cpu": 4.0, "gpu": 0.5, "full": 0.5, "quick": 0.1}
 FOREIGN = ("torch", "inductor", "adapterhub")  # backends that are not ours
+ALIKE = ("eager", "compiled", "widened", "op")  # arms with the same factors
 BOTTLENECKS, ROWS, ADAPTERS = (64, 256), (1, 8, 64, 512, 4096), (1, 8, 64)
 
 
 @dataclass(frozen=True)
-class Row(record.Origin):
-    """One arm of one cell."""
+class Row(runs.Row, Cell):
+    """One arm of one cell; the base is the block alone."""
 
-    op: str
-    arm: str
-    backend: str
-    dtype: str
-    d: int
-    f: int
-    E: int
-    M: int
-    adapters: int
-    direction: str
-    rounds: int
-    ms_p20: float
-    ms_p50: float
-    ms_p80: float
-    ratio_p20: float  # to the block alone in the same round
-    ratio_p50: float
-    ratio_p80: float
-    aa_spread: float  # how far from 1 the middle 60% of the rounds put the ratio of the two equal blocks
     flop_ratio: float  # what the adapter adds to the block's products
-    not_timed: str  # why this arm has no time (its numbers are NaN); empty where it has
 
 
 def cells(grid: str, model: str = "") -> list[Cell]:
@@ -86,7 +68,7 @@ def _star(dtype: torch.dtype, blocks: list, Ms: tuple[int, ...], directions: tup
 def time_cell(cell: Cell, kinds: tuple[str, ...], run: Run) -> list[Row]:
     """All arms of a cell, and a row that says why for each that could not be timed."""
     added = 2 * cell.E / (3 * cell.f)  # [E, d] and [d, E] beside three times [f, d]
-    times, absent = runs.timed(build, cell, kinds, FOREIGN, run)
+    times, absent = runs.timed(build, cell, kinds, FOREIGN, run, ALIKE)
 
     def more(arm, columns):
         return {"flop_ratio": 1 + added * (arm.name not in ("ffn", "ffn_again"))}

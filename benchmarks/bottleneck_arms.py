@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import peft_kernels
-from benchmarks.runs import Arm, NotHere, arms_of
-from peft_kernels import backends
+from benchmarks.runs import Arm, NotHere, arms_of, kernels
 
 NAME = "bottleneck_adapter"
 ARMS = ("eager", "compiled", "adapterhub", "widened", "op")
@@ -129,7 +128,7 @@ def _widened(problem: Problem) -> list[Arm]:
     for name, tensor in zip(names, problem.adapters[0], strict=True):
         setattr(adapter, name, nn.Parameter(tensor))
     peft_kernels.widen(model)
-    return [Arm("widened", "torch", problem.step(block, ()))]
+    return [Arm("widened", "peft_kernels", problem.step(block, ()))]
 
 
 def _op(problem: Problem) -> list[Arm]:
@@ -137,11 +136,6 @@ def _op(problem: Problem) -> list[Arm]:
     if not made:
         raise NotHere(f"no backend but the reference is linked for {problem.device.type}")
     return made
-
-
-def kernels(op: str, device: torch.device) -> list[tuple[str, Callable]]:
-    names = [name for name in backends.linked(op, device.type) if name != "reference"]
-    return [(name, getattr(getattr(torch.ops, f"peft_kernels_{name}"), op).default) for name in names]
 
 
 def _one(problem: Problem) -> list[Arm]:

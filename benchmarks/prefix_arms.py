@@ -9,8 +9,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from benchmarks.runs import Arm, NotHere, arms_of
-from peft_kernels import backends
+from benchmarks.runs import Arm, NotHere, arms_of, kernels
 
 NAME = "prefix_attention"
 ARMS = ("peft", "cat", "flex", "merged", "op")
@@ -175,12 +174,6 @@ def _merged(problem: Problem) -> list[Arm]:
     return [Arm("merged", "torch", problem.step(forward))]
 
 
-def kernels(device: torch.device) -> list[tuple[str, Callable]]:
-    """Our backends of a device."""
-    names = [name for name in backends.linked(NAME, device.type) if name != "reference"]
-    return [(name, getattr(torch.ops, f"peft_kernels_{name}").prefix_attention.default) for name in names]
-
-
 def _op(problem: Problem) -> list[Arm]:
     cell = problem.cell
     ids = None if cell.prefixes == 1 else problem.ids
@@ -188,7 +181,7 @@ def _op(problem: Problem) -> list[Arm]:
     made = [
         Arm("op", name, problem.step(
             lambda kernel=kernel: kernel(problem.q, problem.k, problem.v, problem.pk, problem.pv, *rest)[0]))
-        for name, kernel in kernels(problem.device)
+        for name, kernel in kernels(NAME, problem.device)
     ]  # fmt: skip
     if not made:
         raise NotHere(f"no backend but the reference is linked for {problem.device.type}")

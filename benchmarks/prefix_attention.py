@@ -19,9 +19,9 @@ from functools import partial
 
 import torch
 
-from benchmarks import gate, record, runs
-from benchmarks.prefix_arms import ARMS, NAME, Cell, build, kernels
-from benchmarks.runs import Run
+from benchmarks import gate, runs
+from benchmarks.prefix_arms import ARMS, NAME, Cell, build
+from benchmarks.runs import Run, kernels
 from benchmarks.shapes import BF16, F32
 from benchmarks.tables import grid_table
 from peft_kernels import registry
@@ -33,32 +33,27 @@ SMALL, LLAMA_8B = (8, 4, 64), (32, 8, 128)  # query heads, heads of keys, head d
 
 
 @dataclass(frozen=True)
-class Row(record.Origin):
-    """One arm of one cell."""
+class Target:
+    """A limit for the op's ratio to attention without a prefix, in fp32, or to the arm `than` of the same cell."""
 
-    op: str
-    arm: str
-    backend: str
-    dtype: str
-    Hq: int
-    Hkv: int
-    D: int
-    B: int
-    S: int
-    T: int
-    P: int
-    prefixes: int
-    direction: str
-    rounds: int
-    ms_p20: float
-    ms_p50: float
-    ms_p80: float
-    ratio_p20: float  # to attention without a prefix in the same round
-    ratio_p50: float
-    ratio_p80: float
-    aa_spread: float  # how far from 1 the middle 60% of the rounds put the ratio of the two equal arms
+    title: str
+    place: tuple  # B, S, T, P, prefixes, direction
+    limit: float
+    than: str = ""
+
+
+TARGETS = (
+    Target("decoding, 32 rows, T = 128, one prefix of 128", (32, 1, 128, 128, 1, "inference"), 0.6),
+    Target("prefill, 4 rows, S = 128, P = 128, over cat", (4, 128, 128, 128, 1, "inference"), 1.0, "cat"),
+    Target("training step, 4 rows, S = 128, P = 32, over PEFT", (4, 128, 128, 32, 1, "training"), 1.0, "peft"),
+)
+
+
+@dataclass(frozen=True)
+class Row(runs.Row, Cell):
+    """One arm of one cell; the base is attention without a prefix."""
+
     flop_ratio: float  # what the prefix adds to the products
-    not_timed: str  # why this arm has no time (its numbers are NaN); empty where it has
 
 
 def cells(grid: str, model: str = "") -> list[Cell]:
@@ -69,9 +64,12 @@ def cells(grid: str, model: str = "") -> list[Cell]:
         return [one, dataclasses.replace(one, prefixes=2), prefill, dataclasses.replace(prefill, direction="training")]
     if grid == "cpu":
         decode = [(B, T, P) for B in (1, 8, 32) for T in (128, 512, 2048) for P in (32, 128, 1024)]
+        decode += [(1, 512, 8192), (8, 512, 8192), (32, 128, 8192)]
         prefill = [(B, S, P) for B in (1, 4) for S in (128, 512) for P in (16, 32, 128)]
+        first = [Cell(F32, *SMALL, *target.place) for target in TARGETS]
+        each = _decoding(F32, SMALL, decode, ((8, 512, 128), (32, 128, 128)))
         plain = [Cell(BF16, *SMALL, 32, 1, 128, 128, 1, "inference")]
-        return [*_decoding(F32, SMALL, decode, ((8, 512, 128), (32, 128, 128))), *_prefill(F32, SMALL, prefill), *plain]
+        return list(dict.fromkeys([*first, *each, *_prefill(F32, SMALL, prefill), *plain]))
     decode = [(B, T, P) for B in (1, 8, 32, 64) for T in (128, 512, 2048) for P in (32, 128, 1024, 8192)]
     prefill = [(B, S, P) for B in (1, 8, 32) for S in (128, 512, 1024, 2048) for P in (16, 32, 128, 200, 1024)]
     if grid == "gpu":
@@ -99,7 +97,7 @@ def _prefill(dtype, heads, shapes) -> list[Cell]:
 def time_cell(cell: Cell, kinds: tuple[str, ...], run: Run) -> list[Row]:
     """All arms of a cell, and a row that says why for each that could not be timed."""
     pairs = cell.S * cell.T - cell.S * (cell.S - 1) // 2
-    times, absent = runs.timed(build, cell, kinds, FOREIGN, run)
+    times, absent = runs.timed(build, cell, kinds, FOREIGN, run, ARMS)
 
     def more(arm, columns):
         return {"flop_ratio": 1 + cell.S * cell.P / pairs * (arm.name not in ("none", "none_again"))}
@@ -118,7 +116,7 @@ def refuse_wrong_results(cells: list[Cell], device: torch.device) -> int:
     Raises gate.RedGateError.
     """
     pairs = {(cell.dtype, cell.dtype) for cell in cells}
-    return gate.check(registry.ops()[NAME], [name for name, _ in kernels(device)], pairs, device)
+    return gate.check(registry.ops()[NAME], [name for name, _ in kernels(NAME, device)], pairs, device)
 
 
 def described(cell: Cell, rows: list[Row], seconds: float) -> str:
@@ -127,23 +125,6 @@ def described(cell: Cell, rows: list[Row], seconds: float) -> str:
 
 
 # -- the README's table -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Target:
-    """A limit for the op's ratio to attention without a prefix, in fp32, or to the arm `than` of the same cell."""
-
-    title: str
-    place: tuple  # B, S, T, P, prefixes, direction
-    limit: float
-    than: str = ""
-
-
-TARGETS = (
-    Target("decoding, 32 rows, T = 128, one prefix of 128", (32, 1, 128, 128, 1, "inference"), 0.6),
-    Target("prefill, 4 rows, S = 128, P = 128, over cat", (4, 128, 128, 128, 1, "inference"), 1.0, "cat"),
-    Target("training step, 4 rows, S = 128, P = 32, over PEFT", (4, 128, 128, 32, 1, "training"), 1.0, "peft"),
-)
 
 
 def verdicts(rows: list[Row]) -> list[tuple[bool, str]]:

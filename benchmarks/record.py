@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import peft_kernels
+from peft_kernels import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,6 +28,7 @@ class Origin:
     device: str
     driver: str  # of a GPU
     threads: int
+    instruction_set: str  # that our CPU kernels use
     torch: str
     triton: str
     cuda: str  # that torch was built for
@@ -82,7 +84,7 @@ def no_numbers(kind: type[Origin]) -> dict[str, float]:
 
 FIELDS = tuple(columns(Row))
 # Columns that came later, and what they say of a CSV without them: those were all of CPUs.
-_LATER = {"timing": "eager", "not_timed": "", "driver": "", "triton": "", "cuda": ""}
+_LATER = {"timing": "eager", "not_timed": "", "driver": "", "triton": "", "cuda": "", "instruction_set": ""}
 
 
 def _version(distribution: str) -> str:
@@ -128,6 +130,7 @@ def provenance(device: torch.device) -> dict[str, str | int]:
         "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
         "driver": _driver() if on_gpu else "",
         "threads": torch.get_num_threads(),
+        "instruction_set": "" if on_gpu or backends.operator_library() is None else backends.instruction_set(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": torch.version.cuda or "",
@@ -185,11 +188,10 @@ def _text(value) -> str:
 def read(path: Path, kind: type = Row) -> list:
     """The rows of a CSV. Raises ValueError where its columns are neither this version's nor an earlier one's."""
     fields = columns(kind)
-    later = _LATER if kind is Row else {}
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        earlier = [name for name in fields if name not in later]
-        if list(reader.fieldnames or ()) not in (list(fields), earlier):
+        found = set(reader.fieldnames or ())
+        if found - fields.keys() or fields.keys() - found - _LATER.keys():
             raise ValueError(f"{path.name}: columns must be {', '.join(fields)}, got {reader.fieldnames}")
-        lines = [later | line for line in reader]
+        lines = [{name: line.get(name, _LATER.get(name)) for name in fields} for line in reader]
     return [kind(**{name: fields[name](text) for name, text in line.items()}) for line in lines]

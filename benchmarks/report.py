@@ -15,7 +15,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import typer
 
-from benchmarks import bottleneck, cuda_tables, plots, prefix_attention, record, tables, targets, train_many
+from benchmarks import (
+    bottleneck,
+    cuda_tables,
+    plots,
+    prefix_attention,
+    prefix_models,
+    record,
+    tables,
+    targets,
+    train_many,
+)
 from benchmarks.batched_lora import tables as mixed_tables
 from benchmarks.batched_lora import timing as mixed
 from benchmarks.record import Row
@@ -26,7 +36,9 @@ def origin(rows: list[record.Origin], path: Path) -> str:
     row, rounds = rows[0], min(row.rounds for row in rows if not row.not_timed)
     digest, dirty, _ = row.commit.partition("-dirty")
     revision = digest[:12] + dirty
-    where = f"driver {row.driver}, CUDA {row.cuda}, Triton {row.triton}" if row.cuda else f"{row.threads} threads"
+    kernels = f", {row.instruction_set} kernels" if row.instruction_set else ""
+    on_gpu = f"driver {row.driver}, CUDA {row.cuda}, Triton {row.triton}"
+    where = on_gpu if row.cuda else f"{row.threads} threads{kernels}"
     return (
         f"Measured on {row.device}, {where}, torch {row.torch}, transformers {row.transformers}, "
         f"PEFT {row.peft}, peft_kernels {row.peft_kernels} at {revision}, "
@@ -101,6 +113,8 @@ def main(
     / "bottleneck_adapter_cpu.csv",
     prefixes: Annotated[Path, typer.Option(help="What it wrote of prefix_attention; need not exist")] = RESULTS
     / "prefix_attention_cpu.csv",
+    models: Annotated[Path, typer.Option(help="What it wrote of prefix_models; need not exist")] = RESULTS
+    / "prefix_models_cpu.csv",
     readme: Annotated[Path, typer.Option(help="File with the markers")] = record.ROOT / "README.md",
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where the README differs")] = False,
 ) -> None:
@@ -110,6 +124,7 @@ def main(
     train_rows = record.read(trained, train_many.Row) if trained.exists() else []
     adapter_rows = record.read(adapters, bottleneck.Row) if adapters.exists() else []
     prefix_rows = record.read(prefixes, prefix_attention.Row) if prefixes.exists() else []
+    model_rows = record.read(models, prefix_models.Row) if models.exists() else []
     before = readme.read_text()
     after = replaced(before, markdown(rows, csv))
     after = replaced(after, cuda_markdown(cuda_rows, cuda), f"{tables.OP}:cuda")
@@ -117,7 +132,13 @@ def main(
     after = replaced(after, module_markdown(train_many, train_rows, trained), train_many.NAME)
     after = replaced(after, module_markdown(bottleneck, adapter_rows, adapters), bottleneck.NAME)
     after = replaced(after, module_markdown(prefix_attention, prefix_rows, prefixes), prefix_attention.NAME)
-    of_modules = [(mixed_tables, mixed_rows), (bottleneck, adapter_rows), (prefix_attention, prefix_rows)]
+    after = replaced(after, module_markdown(prefix_models, model_rows, models), prefix_models.NAME)
+    of_modules = [
+        (mixed_tables, mixed_rows),
+        (bottleneck, adapter_rows),
+        (prefix_attention, prefix_rows),
+        (prefix_models, model_rows),
+    ]
     found = [verdict for module, measured in of_modules if measured for verdict in module.verdicts(measured)]
     for met, sentence in [*targets.verdicts(rows), *found]:
         typer.echo(f"{OUTCOMES[met]}  {sentence}")

@@ -6,9 +6,11 @@
     python benchmarks/run.py --op train_many --grid cpu --out benchmarks/results/train_many_cpu.csv
     python benchmarks/run.py --op bottleneck_adapter --grid cpu --out benchmarks/results/bottleneck_adapter_cpu.csv
     python benchmarks/run.py --op prefix_attention --grid cpu --out benchmarks/results/prefix_attention_cpu.csv
+    python benchmarks/run.py --op prefix_models --grid cpu --out benchmarks/results/prefix_models_cpu.csv
     python benchmarks/run.py --op limits --device cuda --out build/limits_cuda.csv
 
-Nothing is timed while a backend fails its samples: the run is refused with exit code 2.
+Nothing is timed while a backend fails its samples, or an arm of ours computes something else than the others of its
+cell: the run is refused with exit code 2.
 """
 
 import sys
@@ -35,8 +37,10 @@ from benchmarks import (
     measure,
     plan,
     prefix_attention,
+    prefix_models,
     record,
     roofline,
+    runs,
     shapes,
     train_many,
 )
@@ -45,18 +49,24 @@ from benchmarks.batched_lora import cells as mixed_cells
 from benchmarks.batched_lora import timing as mixed
 from peft_kernels import memory, registry
 
-OPS = ("lora_linear", "seam", "batched_lora", "train_many", "bottleneck_adapter", "prefix_attention", "limits")
+OPS = (
+    "lora_linear", "seam", "batched_lora", "train_many", "bottleneck_adapter", "prefix_attention", "prefix_models",
+    "limits",
+)  # fmt: skip
+OF_MODELS = ("train_many", "prefix_models")
 ARMS_OF = {
     "batched_lora": mixed_arms.ARMS,
     "train_many": train_many.ARMS,
     "bottleneck_adapter": bottleneck.ARMS,
     "prefix_attention": prefix_attention.ARMS,
+    "prefix_models": prefix_models.ARMS,
 }  # those that are not shapes.ARMS
 CELLS_OF = {  # those that are timed by a module of their own
     "batched_lora": (mixed, mixed_cells.cells),
     "train_many": (train_many, train_many.cells),
     "bottleneck_adapter": (bottleneck, bottleneck.cells),
     "prefix_attention": (prefix_attention, prefix_attention.cells),
+    "prefix_models": (prefix_models, prefix_models.cells),
 }
 LEAST_ROUNDS = {"cpu": 15, "gpu": 50, "full": 50, "quick": 5}
 SECONDS = {"cpu": 30.0, "gpu": 1.0, "full": 0.5, "quick": 0.3}
@@ -187,7 +197,7 @@ def main(
         typer.Option(
             help="lora_linear; batched_lora: one batch, many adapters; train_many: a model's adapters trained in one "
             "batch; bottleneck_adapter: a feed-forward block with adapters; prefix_attention: attention over a prefix; "
-            "seam: the price of the call alone; limits: what the device can do"
+            "prefix_models: whole models with one; seam: the price of the call alone; limits: what the device can do"
         ),
     ] = "lora_linear",
     grid: Annotated[
@@ -197,7 +207,7 @@ def main(
         str,
         typer.Option(
             help=f"Comma-separated, of {', '.join(shapes.ARMS)} (default: all, on cuda without reference); "
-            f"of batched_lora: {', '.join(mixed_arms.ARMS)}; of train_many: {', '.join(train_many.ARMS)}"
+            + "; ".join(f"of {op}: {', '.join(names)}" for op, names in ARMS_OF.items())
         ),
     ] = "",
     rounds: Annotated[int, typer.Option(help="Least rounds per cell; 0: the grid's own")] = 0,
@@ -226,8 +236,8 @@ def main(
         return show_limits(target, rounds or 50, out)
     warnings.filterwarnings("ignore", module="peft|transformers")
     if op in CELLS_OF:
-        if op == "train_many" and (absent := train_many.absent()):
-            raise typer.BadParameter(f"train_many needs {absent}, which is not installed", param_hint="--op")
+        if op in OF_MODELS and (absent := runs.absent()):
+            raise typer.BadParameter(f"{op} needs {absent}, which is not installed", param_hint="--op")
         timing, cells_of = CELLS_OF[op]
         return time_by_module(timing, cells_of(grid, model), wanted, grid, target, rounds, seconds, out)
     cells = shapes.cells(op, grid, model)
@@ -253,22 +263,22 @@ def time_by_module(
     out: Path | None,
 ) -> None:
     """Ops that are timed by a module of their own: the gate, then cell by cell."""
+    seconds = timing.SECONDS[grid] if seconds < 0 else seconds
     try:
         ran = timing.refuse_wrong_results(cells, device)
+        console.print(f"gate: {ran} samples right; {len(cells)} cells")
+        run = timing.Run.here(device, rounds or timing.LEAST_ROUNDS[grid], seconds)
+        record.one_by_one(
+            cells,
+            lambda cell: timing.time_cell(cell, wanted, run),
+            timing.described,
+            timing.Row,
+            lambda text: console.print(escape(text)),
+            out,
+        )
     except gate.RedGateError as red:
         console.print(f"[red]refused:[/red] {red}")
         raise typer.Exit(2) from None
-    console.print(f"gate: {ran} samples right; {len(cells)} cells")
-    seconds = timing.SECONDS[grid] if seconds < 0 else seconds
-    run = timing.Run.here(device, rounds or timing.LEAST_ROUNDS[grid], seconds)
-    record.one_by_one(
-        cells,
-        lambda cell: timing.time_cell(cell, wanted, run),
-        timing.described,
-        timing.Row,
-        lambda text: console.print(escape(text)),
-        out,
-    )
 
 
 def show_limits(device: torch.device, rounds: int, out: Path | None) -> None:

@@ -1,6 +1,7 @@
 """What the benchmarks that are modules of their own share: arms and who is left out, the clock, rows, their words."""
 
 import dataclasses
+import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,10 +9,14 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from benchmarks import limits, measure, record
+from benchmarks import gate, limits, measure, record
+from peft_kernels import backends
 
 _DEFAULT_CACHE = 32 << 20  # where the system does not say
+_LONG_SUMS = 1e-4  # what the order of a sum in fp32 may cost, of the largest value
 
 
 class NotHere(Exception):  # noqa: N818  (no error: a contender that this cell is not for)
@@ -29,6 +34,25 @@ class Arm:
     name: str
     backend: str
     run: Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(record.Origin):
+    """One arm of one cell: what its columns are beside the cell's own."""
+
+    op: str
+    arm: str
+    backend: str
+    dtype: str
+    rounds: int
+    ms_p20: float
+    ms_p50: float
+    ms_p80: float
+    ratio_p20: float  # to the base in the same round
+    ratio_p50: float
+    ratio_p80: float
+    aa_spread: float  # how far from 1 the middle 60% of the rounds put the ratio of the two equal bases
+    not_timed: str  # why this arm has no time (its numbers are NaN); empty where it has
 
 
 @dataclass(frozen=True)
@@ -57,6 +81,17 @@ def arms_of(problem, makers: dict[str, Callable], kinds: tuple[str, ...]) -> tup
     return arms, left_out
 
 
+def absent() -> str:
+    """What whole models need and is not installed, or nothing."""
+    return ", ".join(name for name in ("transformers", "peft") if importlib.util.find_spec(name) is None)
+
+
+def kernels(op: str, device: torch.device) -> list[tuple[str, Callable]]:
+    """Our backends of an op on a device, but the reference."""
+    names = [name for name in backends.linked(op, device.type) if name != "reference"]
+    return [(name, getattr(getattr(torch.ops, f"peft_kernels_{name}"), op).default) for name in names]
+
+
 def last_cache() -> int:
     """Bytes of the processor's largest cache."""
     texts = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -81,19 +116,44 @@ def clock(device: torch.device) -> Callable[[Arm], float]:
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-def timed(build: Callable, cell, kinds: tuple[str, ...], foreign: tuple[str, ...], run: Run) -> tuple[dict, list]:
+def timed(
+    build: Callable, cell, kinds: tuple[str, ...], foreign: tuple[str, ...], run: Run, alike: tuple[str, ...] = ()
+) -> tuple[dict, list]:
     """The times of the arms that `build` makes; and (arm, backend, reason) for each that has none.
 
-    Only those of `foreign` backends may fail.
+    Only those of `foreign` backends may fail. The arms named `alike` must compute the same: a foreign one that differs
+    from the last of them is not timed, and one of ours raises gate.RedGateError.
     """
     torch.manual_seed(0)
     torch.compiler.reset()
     arms, left_out = build(cell, run.device, kinds)
     step = clock(run.device)
     able, failed = measure.runnable(arms, step, foreign)
+    for arm, reason in differing([arm for arm in able if arm.name in alike], cell.dtype).items():
+        if arm.backend not in foreign:
+            raise gate.RedGateError(f"{cell.title}: {arm.name} {arm.backend} {reason}")
+        failed[arm] = reason
+    able = [arm for arm in able if arm not in failed]
     absent = [(name, "", reason) for name, reason in left_out.items()]
     absent += [(arm.name, arm.backend, reason) for arm, reason in failed.items()]
     return measure.interleave(able, step, run.rounds, run.seconds), absent
+
+
+def differing(arms: list, dtype: torch.dtype) -> dict:
+    """The arms that do not compute what the last one does, to a few roundings of the largest value; and by how much."""
+    found = [tree_leaves(arm.run()) for arm in arms]
+    allowed, wrong = 8 * torch.finfo(dtype).eps + _LONG_SUMS, {}
+    for arm, ys in zip(arms[:-1], found[:-1], strict=True):
+        shares = [_distance(y, expected) for y, expected in zip(ys, found[-1], strict=True)]
+        if not all(share <= allowed for share in shares):  # NaN is never small
+            wrong[arm] = f"computes something else than {arms[-1].name}: {max(shares):.1%} of the largest value away"
+    return wrong
+
+
+def _distance(y: Tensor, expected: Tensor) -> float:
+    """Of the largest value."""
+    y, expected = y.double(), expected.double()
+    return ((y - expected).abs().max() / expected.abs().max()).item()
 
 
 def rows_of(

@@ -11,7 +11,6 @@ Making an adapter the active one is not timed: who trains one after another does
 """
 
 import dataclasses
-import importlib.util
 import math
 import time
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import peft_kernels
-from benchmarks import gate, measure, record, runs
+from benchmarks import gate, measure, runs
 from benchmarks.runs import Arm, Run
 from benchmarks.shapes import BF16, F32
 from benchmarks.tables import grid_table
@@ -34,6 +33,7 @@ ARMS = ("alone", "together", "peft_mixed")
 ADAPTERS, ROWS = (1, 4, 16), (1, 4)
 LEAST_ROUNDS = {"cpu": 15, "gpu": 30, "full": 30, "quick": 3}
 SECONDS = {"cpu": 5.0, "gpu": 1.0, "full": 1.0, "quick": 0.1}
+RANK = 16
 RATE = 1e-5  # small: after many rounds the weights are still such as training has
 
 
@@ -48,7 +48,7 @@ class Cell:
     adapters: int
     rows: int
     tokens: int
-    r: int = 16
+    r: int
 
     @property
     def names(self) -> list[str]:
@@ -61,47 +61,22 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row(record.Origin):
-    """One arm of one cell."""
+class Row(runs.Row, Cell):
+    """One arm of one cell; the base is PEFT, one adapter after another."""
 
-    op: str
-    arm: str
-    backend: str
-    dtype: str
     adapter_dtype: str
-    hidden: int
-    intermediate: int
-    layers: int
-    adapters: int
-    rows: int  # of each adapter
-    tokens: int  # of each row
-    r: int
-    rounds: int
-    ms_p20: float
-    ms_p50: float
-    ms_p80: float
-    ratio_p20: float  # to PEFT, one adapter after another, in the same round
-    ratio_p50: float
-    ratio_p80: float
-    aa_spread: float  # how far from 1 the middle 60% of the rounds put the ratio of the two equal arms
     tokens_per_s: float
-    not_timed: str  # why this arm has no time (its numbers are NaN); empty where it has
 
 
 def cells(grid: str, model: str = "") -> list[Cell]:
     """The cells of a grid of shapes.GRIDS; of `full` the same as of `gpu`, whatever the model."""
     if grid == "quick":
-        return [Cell(F32, 64, 96, 1, adapters, 2, 16) for adapters in (1, 4)]
-    small = Cell(F32, 1024, 3072, 2, 1, 1, 64)
-    near = small if grid == "cpu" else Cell(BF16, 4096, 14336, 2, 1, 1, 256)
+        return [Cell(F32, 64, 96, 1, adapters, 2, 16, RANK) for adapters in (1, 4)]
+    small = Cell(F32, 1024, 3072, 2, 1, 1, 64, RANK)
+    near = small if grid == "cpu" else Cell(BF16, 4096, 14336, 2, 1, 1, 256, RANK)
     found = [dataclasses.replace(near, rows=rows, adapters=adapters) for rows, adapters in product(ROWS, ADAPTERS)]
     # A processor without bf16 products takes minutes for more of these.
     return found + ([dataclasses.replace(small, dtype=BF16)] if grid == "cpu" else [])
-
-
-def absent() -> str:
-    """What is needed and not installed, or nothing."""
-    return ", ".join(name for name in ("transformers", "peft") if importlib.util.find_spec(name) is None)
 
 
 # -- arms -------------------------------------------------------------------------------------------------------------

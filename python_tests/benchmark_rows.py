@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from benchmarks import bottleneck, prefix_attention, record, train_many
+from benchmarks import bottleneck, prefix_attention, prefix_models, record, train_many
 from benchmarks.batched_lora import cells, timing
 
 
@@ -14,7 +14,7 @@ def made_up(arm, M=16, ratio=1.0, dtype="float32", adapter="", p="", direction="
         op="lora_linear", arm=arm, backend="cpu", dtype=dtype, adapter_dtype=adapter, M=M, K=64, N=64, r="16", p=p,
         direction=direction, timing="eager", rounds=15, **numbers, ratio_p20=ratio, ratio_p50=ratio, ratio_p80=ratio,
         aa_spread=0.02, peak_share=0.5, saved_bytes=100, not_timed="", device="a processor", driver="",
-        threads=2, torch="2", triton="3", cuda="", transformers="5", peft="0",
+        threads=2, instruction_set="avx2", torch="2", triton="3", cuda="", transformers="5", peft="0",
         peft_kernels="0", commit="0123456789abcdef-dirty", date="2026-01-02T03:04:05+00:00",
     )  # fmt: skip
     return dataclasses.replace(row, **changes)
@@ -58,46 +58,43 @@ def mixed_rows(ratio=1.1, share=0.9, not_timed=""):
     ]  # fmt: skip
 
 
-def trained_rows(ratio=0.5):
-    """Every cell of train_many's CPU grid."""
-    origin = record.provenance(torch.device("cpu"))
-    times = dict.fromkeys(("ms_p20", "ms_p50", "ms_p80", "tokens_per_s"), 1.5)
+def rows_of(module, arms, **more):
+    """Every cell of a module's CPU grid; arms: (name, backend, ratio)."""
+    origin, times = record.provenance(torch.device("cpu")), dict.fromkeys(("ms_p20", "ms_p50", "ms_p80"), 1.5)
     return [
-        train_many.Row(
-            **train_many.labels(cell, arm, "cpu"), rounds=15, **times, ratio_p20=ratio, ratio_p50=ratio,
-            ratio_p80=ratio, aa_spread=0.02, not_timed="", **origin,
+        module.Row(
+            **module.labels(cell, arm, backend), rounds=15, **times, ratio_p20=ratio, ratio_p50=ratio, ratio_p80=ratio,
+            aa_spread=0.02, not_timed="", **more, **origin,
         )
-        for cell in train_many.cells("cpu")
-        for arm in ("peft", "peft_again", "alone", "together")
+        for cell in module.cells("cpu")
+        for arm, backend, ratio in arms
     ]  # fmt: skip
+
+
+def trained_rows(ratio=0.5):
+    names = ("peft", "peft_again", "alone", "together")
+    return rows_of(train_many, [(arm, "cpu", ratio) for arm in names], tokens_per_s=1.5)
 
 
 def bottleneck_rows(ratio=1.02, eager=1.1):
-    """Every cell of bottleneck_adapter's CPU grid."""
-    origin = record.provenance(torch.device("cpu"))
-    times = dict.fromkeys(("ms_p20", "ms_p50", "ms_p80"), 1.5)
-    return [
-        bottleneck.Row(
-            **bottleneck.labels(cell, arm, "cpu"), rounds=15, **times, ratio_p20=r, ratio_p50=r, ratio_p80=r,
-            aa_spread=0.02, flop_ratio=1.03, not_timed="", **origin,
-        )
-        for cell in bottleneck.cells("cpu")
-        for arm, r in (("ffn", 1.0), ("ffn_again", 1.0), ("eager", eager), ("op", ratio))
-    ]  # fmt: skip
+    ratios = {"ffn": 1.0, "ffn_again": 1.0, "eager": eager, "op": ratio}
+    return rows_of(bottleneck, [(arm, "cpu", r) for arm, r in ratios.items()], flop_ratio=1.03)
 
 
 def prefix_rows(ratio=0.5, cat=1.1):
-    """Every cell of prefix_attention's CPU grid."""
-    origin = record.provenance(torch.device("cpu"))
-    times = dict.fromkeys(("ms_p20", "ms_p50", "ms_p80"), 1.5)
-    return [
-        prefix_attention.Row(
-            **prefix_attention.labels(cell, arm, backend), rounds=15, **times, ratio_p20=r, ratio_p50=r, ratio_p80=r,
-            aa_spread=0.02, flop_ratio=1.5, not_timed="", **origin,
-        )
-        for cell in prefix_attention.cells("cpu")
-        for arm, backend, r in (
-            ("none", "torch", 1.0), ("none_again", "torch", 1.0), ("peft", "torch", cat), ("cat", "torch", cat),
-            ("op", "cpu", ratio),
-        )
-    ]  # fmt: skip
+    ratios = {"none": 1.0, "none_again": 1.0, "peft": cat, "cat": cat}
+    arms = [(arm, "torch", r) for arm, r in ratios.items()]
+    return rows_of(prefix_attention, [*arms, ("op", "cpu", ratio)], flop_ratio=1.5)
+
+
+def model_rows(ratio=1.1):
+    ratios = {"none": 1.0, "none_again": 1.0, "peft": 1.2, "attached": ratio}
+    return rows_of(prefix_models, [(arm, "torch", r) for arm, r in ratios.items()])
+
+
+MADE_UP = {
+    "bottleneck_adapter": bottleneck_rows,
+    "prefix_attention": prefix_rows,
+    "prefix_models": model_rows,
+    "train_many": trained_rows,
+}

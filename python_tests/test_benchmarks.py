@@ -257,9 +257,10 @@ def test_csv_round_trip(tmp_path):
 def test_csv_columns_say_where_a_number_is_from(tmp_path):
     path = write(tmp_path / "a.csv", [])
     assert path.read_text().startswith("op,arm,backend,dtype,adapter_dtype,M,K,N,r,p,direction,timing,rounds,")
-    origin = "device,driver,threads,torch,triton,cuda,transformers,peft,peft_kernels,commit,date"
+    origin = "device,driver,threads,instruction_set,torch,triton,cuda,transformers,peft,peft_kernels,commit,date"
     assert path.read_text().strip().endswith(f"saved_bytes,not_timed,{origin}")
     assert origin.split(",") == list(record.provenance(CPU))
+    assert record.provenance(CPU)["instruction_set"] in ("default", "avx2", "avx512", "avx512_bf16")
     path.write_text("op,arm\n")
     with pytest.raises(ValueError, match="columns must be"):
         record.read(path)

@@ -7,7 +7,16 @@ import math
 import pytest
 import torch
 import typer
-from benchmark_rows import bottleneck_rows, made_up, made_up_rows, mixed_rows, prefix_rows, trained_rows, write
+from benchmark_rows import (
+    bottleneck_rows,
+    made_up,
+    made_up_rows,
+    mixed_rows,
+    model_rows,
+    prefix_rows,
+    trained_rows,
+    write,
+)
 from typer.testing import CliRunner
 
 from benchmarks import (
@@ -19,6 +28,7 @@ from benchmarks import (
     measure,
     plan,
     prefix_attention,
+    prefix_models,
     record,
     report,
     roofline,
@@ -254,13 +264,13 @@ def test_the_gpu_table_has_a_column_per_contender_and_hides_nothing():
 MARKERS = "before\n" + "".join(
     f"<!-- benchmark:{name}:begin -->\nold\n<!-- benchmark:{name}:end -->\n"
     for name in ("lora_linear", "lora_linear:cuda", "batched_lora", "train_many", "bottleneck_adapter",
-                 "prefix_attention")
+                 "prefix_attention", "prefix_models")
 ) + "after\n"  # fmt: skip
 
 
 def test_report_writes_the_readme_and_check_sees_it_differ(tmp_path):
     csv, cuda = write(tmp_path / "lora_linear_cpu.csv", made_up_rows()), tmp_path / "lora_linear_cuda.csv"
-    csvs = {name: tmp_path / f"{name}.csv" for name in ("batched", "trained", "adapters", "prefixes")}
+    csvs = {name: tmp_path / f"{name}.csv" for name in ("batched", "trained", "adapters", "prefixes", "models")}
     readme = tmp_path / "README.md"
     readme.write_text(MARKERS)
     app = typer.Typer()
@@ -278,11 +288,11 @@ def test_report_writes_the_readme_and_check_sees_it_differ(tmp_path):
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "| no dropout | forward+backward | 4 | 1.20 | **1.27** | 2 | 1.20 | **1.80** | 0.98; 1.06 |" in text
-    assert "a processor, 2 threads" in text
+    assert "a processor, 2 threads, avx2 kernels, torch 2" in text
     assert "0123456789ab-dirty" in text
     assert csv.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "Not measured yet; on a machine with a GPU" in text
-    assert text.count("Not measured yet; on a machine that does nothing else") == 4
+    assert text.count("Not measured yet; on a machine that does nothing else") == 5
     assert text.count("| not measured yet |") == 3
     assert invoke("--check").exit_code == 0
     write(csv, made_up_rows(patched=0.8))
@@ -293,6 +303,7 @@ def test_report_writes_the_readme_and_check_sees_it_differ(tmp_path):
     write(csvs["trained"], trained_rows(), train_many.Row)
     write(csvs["adapters"], bottleneck_rows(), bottleneck.Row)
     write(csvs["prefixes"], prefix_rows(), prefix_attention.Row)
+    write(csvs["models"], model_rows(), prefix_models.Row)
     assert invoke("--check").exit_code == 1
     assert "not measured" not in invoke().output
     assert "CUDA 13.0, Triton 3.6" in readme.read_text()

@@ -21,13 +21,9 @@ FOREIGN = ("peft", "torch")  # backends that are not ours
 
 
 @dataclass(frozen=True)
-class Row(record.Origin):
-    """One arm of one cell."""
+class Row(runs.Row):
+    """One arm of one cell; the base is the layer alone."""
 
-    op: str
-    arm: str
-    backend: str
-    dtype: str
     site: str
     M: int
     K: int
@@ -36,19 +32,10 @@ class Row(record.Origin):
     present: int  # that some row has
     popularity: str
     r: str
-    rounds: int
-    ms_p20: float
-    ms_p50: float
-    ms_p80: float
-    ratio_p20: float  # to the base layer of the same round
-    ratio_p50: float
-    ratio_p80: float
-    aa_spread: float  # how far from 1 the middle 60% of the rounds put the ratio of the two equal base arms
     gbs: float  # of the least traffic that the arm's work needs
     tflops: float
     read_gbs: float  # what this machine reads at, measured in the same process
     read_share: float  # gbs / read_gbs
-    not_timed: str  # why this arm has no time (its numbers are NaN); empty where it has
 
 
 @dataclass(frozen=True)
