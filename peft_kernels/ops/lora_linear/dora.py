@@ -222,7 +222,7 @@ def cost_scale(z, magnitude, norm, bias, residual, ids) -> dict[str, Cost]:
 DORA_NORM = register(
     Op(
         name=NORM,
-        formula="norm = ||W + s B A|| of each row",
+        formula="norm of each row of W + s B A",
         functions=(Function(NORM, NORM_SCHEMA, fake_norm, norm_reference),),
         samples=dora_samples.norm_samples,
         bad_inputs=dora_samples.bad_norms,
