@@ -79,8 +79,13 @@ def gradients_for(op: registry.Op, sample: dict) -> list[Tensor]:
     """`output_gradients` of an op's outputs, one or a list; none where it has no backward."""
     if not op.backward:
         return []
-    y = op.forward.reference(*sample.values())[0]
+    y = first_output(op.forward.reference(*sample.values()))
     return output_gradients([y] if isinstance(y, Tensor) else y)
+
+
+def first_output(outputs) -> Tensor | list[Tensor]:
+    """Of what a forward returns: alone, or before others that have no gradient."""
+    return outputs if isinstance(outputs, Tensor) else outputs[0]
 
 
 def output_gradients(y: list[Tensor]) -> list[Tensor]:

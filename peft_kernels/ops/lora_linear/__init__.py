@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from peft_kernels.ops.lora_linear import gated  # noqa: F401  (importing it registers gated_product)
 from peft_kernels.ops.lora_linear.op import check
 
 
