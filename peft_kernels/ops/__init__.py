@@ -3,7 +3,7 @@
 from peft_kernels.ops.batched_lora import AdapterPool, Site, SiteAdapter, batched_lora, batched_lora_route
 from peft_kernels.ops.bottleneck_adapter import bottleneck_adapter
 from peft_kernels.ops.common.dropout import lora_dropout_mask, new_seed
-from peft_kernels.ops.lora_linear import lora_linear, lora_linear_group
+from peft_kernels.ops.lora_linear import lora_linear, lora_linear_group, lora_mlp
 from peft_kernels.ops.prefix_attention import prefix_attention
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "lora_dropout_mask",
     "lora_linear",
     "lora_linear_group",
+    "lora_mlp",
     "new_seed",
     "prefix_attention",
 ]

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from peft_kernels.ops.lora_linear import gated  # noqa: F401  (importing it registers gated_product)
+from peft_kernels.ops.lora_linear.mlp import lora_mlp
 from peft_kernels.ops.lora_linear.op import check
+
+__all__ = ["lora_linear", "lora_linear_group", "lora_mlp"]
 
 
 def lora_linear(
