@@ -23,6 +23,7 @@ from peft_kernels.ops import (
     lora_dropout_mask,
     lora_linear,
     lora_linear_group,
+    lora_mlp,
     new_seed,
     prefix_attention,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "lora_dropout_mask",
     "lora_linear",
     "lora_linear_group",
+    "lora_mlp",
     "new_seed",
     "patch",
     "prefix_attention",

@@ -124,8 +124,9 @@ def test_opcheck(op, backend, device, sample):
         leaf = lambda t: t.detach().clone().requires_grad_() if is_float(t) else t  # noqa: E731
         arguments = {n: v if n in op.constants else tree_map(leaf, v) for n, v in arguments.items()}
     torch.library.opcheck(forward, tuple(arguments.values()))
-    for *call, needs in calls:  # all gradients that there are, and those of x alone
-        for wanted in (needs, [i == 0 for i in range(len(needs))]):
+    for *call, needs in calls:  # all gradients that there are, and those of x alone where one can say so
+        alone = [[i == 0 for i in range(len(needs))]] if isinstance(needs, list) else []
+        for wanted in (needs, *alone):
             torch.library.opcheck(backward, (*call, wanted))
 
 

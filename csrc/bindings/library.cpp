@@ -25,6 +25,7 @@ PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
   auto* library = new StableLibrary(StableLibrary::Kind::IMPL, ns, device, __FILE__, __LINE__);
   if (cpu) {
     pk::bind_lora_linear_cpu(*library);
+    pk::bind_gated_product_cpu(*library);
     pk::bind_batched_lora_cpu(*library);
     pk::bind_batched_lora_pool_cpu(*library);
     pk::bind_bottleneck_adapter_cpu(*library);
@@ -33,6 +34,7 @@ PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
 #ifdef PK_WITH_CUDA
   if (cuda) {
     pk::bind_lora_linear_cuda(*library);
+    pk::bind_gated_product_cuda(*library);
     pk::bind_batched_lora_pool_cuda(*library);
     pk::bind_bottleneck_adapter_cuda(*library);
     pk::bind_prefix_attention_cuda(*library);

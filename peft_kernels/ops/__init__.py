@@ -11,6 +11,7 @@ from peft_kernels.ops.lora_linear import (
     lora_add_,
     lora_linear,
     lora_linear_group,
+    lora_mlp,
 )
 from peft_kernels.ops.prefix_attention import prefix_attention
 
@@ -29,6 +30,7 @@ __all__ = [
     "lora_dropout_mask",
     "lora_linear",
     "lora_linear_group",
+    "lora_mlp",
     "new_seed",
     "prefix_attention",
 ]

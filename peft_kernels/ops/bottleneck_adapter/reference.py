@@ -8,46 +8,11 @@ Houlsby et al. 2019 (arXiv:1902.00751), He et al. 2022 (arXiv:2110.04366, table 
 32-bit inputs, in fp64 for fp64.
 """
 
-import math
-
-import torch
 from torch import Tensor
 
-from peft_kernels.ops.common.activations import ACTIVATIONS, LEAK
-from peft_kernels.ops.common.activations import GELU_TANH as _GELU_TANH
+from peft_kernels.ops.common.activations import ACTIVATIONS, SLOPES
 from peft_kernels.ops.common.dropout import drop, scaled_mask
 from peft_kernels.ops.common.projections import accumulator
-
-
-def _gelu_slope(h: Tensor) -> Tensor:
-    normal = torch.exp(-h * h / 2) / math.sqrt(2 * math.pi)
-    return torch.special.ndtr(h) + h * normal
-
-
-def _gelu_tanh_slope(h: Tensor) -> Tensor:
-    """(1 + tanh z) / 2 is the logistic function of 2 z, which does not cancel; past 64 nothing changes."""
-    a, b = _GELU_TANH
-    h = h.clamp(-64, 64)
-    z = 2 * a * (h + b * h**3)
-    share = torch.sigmoid(z)
-    return share + h * share * torch.sigmoid(-z) * 2 * a * (1 + 3 * b * h * h)
-
-
-def _silu_slope(h: Tensor) -> Tensor:
-    sigmoid = torch.sigmoid(h)
-    return sigmoid * (1 + h * (1 - sigmoid))
-
-
-SLOPES = {  # f'(h); relu's and leaky_relu's at 0 are those of PyTorch
-    "identity": torch.ones_like,
-    "relu": lambda h: torch.where(h.isnan(), h, (h > 0).to(h.dtype)),
-    "gelu": _gelu_slope,
-    "gelu_tanh": _gelu_tanh_slope,
-    "silu": _silu_slope,
-    "tanh": lambda h: 1 - torch.tanh(h) ** 2,
-    "sigmoid": lambda h: torch.sigmoid(h) * (1 - torch.sigmoid(h)),
-    "leaky_relu": lambda h: torch.where(h.isnan(), h, torch.where(h > 0, 1.0, torch.full_like(h, LEAK))),
-}
 
 
 def _normed(rows: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:

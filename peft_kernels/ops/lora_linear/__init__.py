@@ -7,8 +7,12 @@ import torch
 from torch import Tensor
 
 from peft_kernels.ops.common.projections import any_requires_grad
-from peft_kernels.ops.lora_linear import add
+from peft_kernels.ops.lora_linear import (
+    add,
+    gated,  # noqa: F401  (importing it registers gated_product)
+)
 from peft_kernels.ops.lora_linear.dora_linear import dora_linear, dora_norm, dora_scale
+from peft_kernels.ops.lora_linear.mlp import lora_mlp
 from peft_kernels.ops.lora_linear.op import check
 
 __all__ = [
@@ -19,6 +23,7 @@ __all__ = [
     "lora_add_",
     "lora_linear",
     "lora_linear_group",
+    "lora_mlp",
 ]
 
 
