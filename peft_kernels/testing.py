@@ -79,8 +79,13 @@ def gradients_for(op: registry.Op, sample: dict) -> list[Tensor]:
     """`output_gradients` of an op's outputs, one or a list; none where it has no backward."""
     if not op.backward:
         return []
-    y = op.forward.reference(*sample.values())[0]
-    return output_gradients([y] if isinstance(y, Tensor) else y)
+    return output_gradients(first_output(op.forward.reference(*sample.values())))
+
+
+def first_output(outputs) -> list[Tensor]:
+    """What has gradients of what an op returned: one tensor, or the first of several, which may be a list."""
+    y = outputs if isinstance(outputs, Tensor) else outputs[0]
+    return [y] if isinstance(y, Tensor) else y
 
 
 def output_gradients(y: list[Tensor]) -> list[Tensor]:

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from peft_kernels.ops.lora_linear.dora_linear import dora_linear, dora_norm, dora_scale
 from peft_kernels.ops.lora_linear.op import check
+
+__all__ = ["dora_linear", "dora_norm", "dora_scale", "lora_linear", "lora_linear_group"]
 
 
 def lora_linear(
