@@ -3,7 +3,15 @@
 from peft_kernels.ops.batched_lora import AdapterPool, Site, SiteAdapter, batched_lora, batched_lora_route
 from peft_kernels.ops.bottleneck_adapter import bottleneck_adapter
 from peft_kernels.ops.common.dropout import lora_dropout_mask, new_seed
-from peft_kernels.ops.lora_linear import dora_linear, dora_norm, dora_scale, lora_linear, lora_linear_group
+from peft_kernels.ops.lora_linear import (
+    dora_linear,
+    dora_norm,
+    dora_scale,
+    lora_add,
+    lora_add_,
+    lora_linear,
+    lora_linear_group,
+)
 from peft_kernels.ops.prefix_attention import prefix_attention
 
 __all__ = [
@@ -16,6 +24,8 @@ __all__ = [
     "dora_linear",
     "dora_norm",
     "dora_scale",
+    "lora_add",
+    "lora_add_",
     "lora_dropout_mask",
     "lora_linear",
     "lora_linear_group",

@@ -32,16 +32,35 @@ def forward(
     """y of each projection, and h of `width` columns."""
     dtype = accumulator(x.dtype)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [M, K]
-    M, K = rows.shape
-    h = rows.new_zeros(M, width)
     y = [rows @ w.to(dtype).mT + (0 if b is None else b.to(dtype)) for w, b in zip(weight, bias, strict=True)]
+    h = add_(y, rows, lora_A, lora_B, lora_bias, member, scaling, dropout_p, seed, own, begins, width)
+    return [out.to(x.dtype).reshape(*x.shape[:-1], out.shape[1]) for out in y], h
+
+
+def add_(
+    y: list[Tensor],
+    rows: Tensor,
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    lora_bias: list[Tensor | None],
+    member: list[int],
+    scaling: list[float],
+    dropout_p: list[float],
+    seed: Tensor | None,
+    own: Rows,
+    begins: list[int],
+    width: int,
+) -> Tensor:
+    """Adds to y [M, N_g] what the adapters make of rows [M, K]; all of the dtype that sums are kept in. Returns h."""
+    M, K = rows.shape
+    dtype, h = rows.dtype, rows.new_zeros(M, width)
     for i, (a, b, g, s, p) in enumerate(zip(lora_A, lora_B, member, scaling, dropout_p, strict=True)):
         low_rank = s * (drop(rows, scaled_mask(seed, M, K, p, i, dtype))[own[i]] @ a.to(dtype).mT)  # [rows of i, R_l]
         h[own[i], begins[i] : begins[i] + a.shape[0]] = low_rank
         y[g][own[i]] += low_rank @ b.to(dtype).mT
         if lora_bias[i] is not None:
             y[g][own[i]] += s * lora_bias[i].to(dtype)
-    return [out.to(x.dtype).reshape(*x.shape[:-1], out.shape[1]) for out in y], h
+    return h
 
 
 def backward(
@@ -59,7 +78,8 @@ def backward(
     own: Rows,
     begins: list[int],
 ) -> list[Tensor]:
-    """Gradients of (x, *weight, *bias, *lora_A, *lora_B, *lora_bias); an empty tensor where `needs` says no.
+    """Gradients of (x, *weight, *bias, *lora_A, *lora_B, *lora_bias); an empty tensor where `needs` says no. Without
+    weights the adapters alone have gradients.
 
     With the rows of adapter l alone in every product of the second column:
 
@@ -67,7 +87,7 @@ def backward(
     dW_g = dy_g^T x                         dA_l = ds_l^T drop_l(x)
     db_g = colsum(dy_g)                     dB_l = dy_g^T h_l,  db_Bl = s_l colsum(dy_g)
     """
-    dtype, G, L, K = accumulator(dy[0].dtype), len(weight), len(lora_A), weight[0].shape[1]
+    dtype, G, L, K = accumulator(dy[0].dtype), len(weight), len(lora_A), lora_A[0].shape[1]
     rows = None if x is None else x.reshape(-1, K).to(dtype)
     dys = [d.reshape(-1, d.shape[-1]).to(dtype) for d in dy]
     M = dys[0].shape[0]
@@ -77,7 +97,9 @@ def backward(
     masks = [mask if mask is None else mask[own[i]] for i, mask in enumerate(masks)]
 
     def dx():
-        out = sum(d @ w.to(dtype) for d, w in zip(dys, weight, strict=True))
+        out = dys[0].new_zeros(M, K)
+        for g in range(G):
+            out += dys[g] @ weight[g].to(dtype)
         for i in range(L):
             out[own[i]] += drop(ds[i] @ lora_A[i].to(dtype), masks[i])
         return out.to(dy[0].dtype).reshape(*dy[0].shape[:-1], K)

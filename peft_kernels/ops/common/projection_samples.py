@@ -61,15 +61,21 @@ def _like(*shape):
     return lambda tensor: tensor.new_zeros(shape)
 
 
-def _bad_base(bad: Callable) -> list[BadInput]:
-    """x and the frozen projections."""
+def bad_input(bad: Callable) -> list[BadInput]:
+    """x alone."""
     return [
         bad("x-int", TypeError, "x must have dtype", x=lambda x: x.to(torch.int32)),
         bad("x-complex", TypeError, "x must have dtype", x=lambda x: x.to(torch.complex64)),
         bad("x-sparse", TypeError, "x must be a dense", x=lambda x: x.to_sparse()),
+        bad("x-scalar", ValueError, "x must have shape [..., in_features]", x=lambda x: x[0, 0]),
+    ]
+
+
+def _bad_base(bad: Callable) -> list[BadInput]:
+    """x against the frozen projections, these, and the indices that name them."""
+    return [
         bad("x-features", ValueError, "weight[0] must have shape [out_features, in_features=63], got [48, 64]",
             x=lambda x: x[:, :63]),
-        bad("x-scalar", ValueError, "x must have shape [..., in_features]", x=lambda x: x[0, 0]),
         bad("weight-1d", ValueError, "weight[0] must have shape", weight=_first(lambda w: w[0])),
         bad("weight-dtype", TypeError, "weight[0] must have dtype float32, as x, got bfloat16",
             weight=_first(lambda w: w.to(BF16))),
@@ -82,10 +88,12 @@ def _bad_base(bad: Callable) -> list[BadInput]:
             bias=lambda b: [torch.zeros(47)]),
         bad("bias-dtype", TypeError, "bias[0] must have dtype float32", bias=lambda b: [torch.zeros(48, dtype=F64)]),
         bad("bias-count", ValueError, "bias must have one entry per weight (1), got 2", bias=lambda b: [None, None]),
+        bad("member-range", ValueError, "member[0] must lie in [0, 1), got 1", member=lambda m: [1]),
+        bad("member-negative", ValueError, "member[0] must lie in [0, 1), got -1", member=lambda m: [-1]),
     ]  # fmt: skip
 
 
-def _bad_factors(bad: Callable) -> list[BadInput]:
+def bad_factors(bad: Callable) -> list[BadInput]:
     """The adapters' tensors."""
     return [
         bad("lora_A-shape", ValueError, "lora_A[0] must have shape [r, in_features=64], got [4, 63]",
@@ -107,11 +115,9 @@ def _bad_factors(bad: Callable) -> list[BadInput]:
     ]  # fmt: skip
 
 
-def _bad_numbers(bad: Callable) -> list[BadInput]:
-    """Indices, scalings, probabilities and the seed."""
+def bad_numbers(bad: Callable) -> list[BadInput]:
+    """Scalings, probabilities and the seed."""
     return [
-        bad("member-range", ValueError, "member[0] must lie in [0, 1), got 1", member=lambda m: [1]),
-        bad("member-negative", ValueError, "member[0] must lie in [0, 1), got -1", member=lambda m: [-1]),
         bad("scaling-inf", ValueError, "scaling[0] must be finite, got inf", scaling=lambda s: [math.inf]),
         bad("scaling-nan", ValueError, "scaling[0] must be finite, got nan", scaling=lambda s: [math.nan]),
         bad("p-one", ValueError, "dropout_p[0] must lie in [0, 1), got 1", dropout_p=lambda p: [1.0]),
@@ -128,4 +134,4 @@ def bad_projections(make: Callable) -> list[BadInput]:
     """What every family refuses with words, before anything happens. `make(device)`: one projection, K = 64, N = 48,
     rank 4, in fp32, with dropout."""
     bad = partial(refused, make)
-    return _bad_base(bad) + _bad_factors(bad) + _bad_numbers(bad)
+    return bad_input(bad) + _bad_base(bad) + bad_factors(bad) + bad_numbers(bad)

@@ -51,14 +51,18 @@ def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], word
     require(op, tuple(tensor.shape) == shape, f"{name} must have shape {words}, got {list(tensor.shape)}")
 
 
-def _check_base(op: str, x: Tensor, weight: list[Tensor], bias: list[Tensor | None]) -> None:
-    """x and the frozen projections."""
+def check_input(op: str, x: Tensor) -> None:
     check_tensor(op, "x", x, x, FLOATS, "float32, float16, bfloat16 or float64")
     require(op, x.dim() >= 1, "x must have shape [..., in_features], got a 0-d tensor")
+    require(op, x.shape[-1] >= 1, f"x must have at least one feature, got shape {list(x.shape)}")
+
+
+def _check_base(op: str, x: Tensor, weight: list[Tensor], bias: list[Tensor | None]) -> None:
+    """x and the frozen projections."""
+    check_input(op, x)
     require(op, len(weight) >= 1, "weight must name at least one projection, got none")
     require(op, len(bias) == len(weight), f"bias must have one entry per weight ({len(weight)}), got {len(bias)}")
     K = x.shape[-1]
-    require(op, K >= 1, f"x must have at least one feature, got shape {list(x.shape)}")
     for g, (w, b) in enumerate(zip(weight, bias, strict=True)):
         check_tensor(op, f"weight[{g}]", w, x, (x.dtype,), f"{dtype_name(x.dtype)}, as x")
         require(
@@ -71,13 +75,13 @@ def _check_base(op: str, x: Tensor, weight: list[Tensor], bias: list[Tensor | No
             check_shape(op, f"bias[{g}]", b, (w.shape[0],), f"[out_features={w.shape[0]}]")
 
 
-def _check_factors(op: str, x: Tensor, weight: list[Tensor], lora_A, lora_B, lora_bias, member: list[int]) -> None:
-    """The adapters' tensors against x and their projections."""
+def _check_factors(op: str, x: Tensor, widths: list[int], lora_A, lora_B, lora_bias, member: list[int]) -> None:
+    """The adapters' tensors against x and the out_features of their projections."""
     allowed = (torch.float64,) if x.dtype is torch.float64 else FLOATS[:3]
     rule = "float64, as x" if x.dtype is torch.float64 else "float32, float16 or bfloat16"
     K = x.shape[-1]
     for i, (a, b, c, g) in enumerate(zip(lora_A, lora_B, lora_bias, member, strict=True)):
-        require(op, 0 <= g < len(weight), f"member[{i}] must lie in [0, {len(weight)}), got {g}")
+        require(op, 0 <= g < len(widths), f"member[{i}] must lie in [0, {len(widths)}), got {g}")
         check_tensor(op, f"lora_A[{i}]", a, x, allowed, rule)
         if i == 0:
             allowed, rule = (a.dtype,), f"{dtype_name(a.dtype)}, as lora_A[0]"
@@ -86,7 +90,7 @@ def _check_factors(op: str, x: Tensor, weight: list[Tensor], lora_A, lora_B, lor
             a.dim() == 2 and a.shape[1] == K,
             f"lora_A[{i}] must have shape [r, in_features={K}], got {list(a.shape)}",
         )
-        r, N = a.shape[0], weight[g].shape[0]
+        r, N = a.shape[0], widths[g]
         require(op, 1 <= r <= MAX_RANK, f"lora_A[{i}] must have a rank r from 1 to {MAX_RANK}, got {r}")
         check_tensor(op, f"lora_B[{i}]", b, x, allowed, rule)
         check_shape(op, f"lora_B[{i}]", b, (N, r), f"[out_features={N}, r={r}]")
@@ -98,11 +102,16 @@ def _check_factors(op: str, x: Tensor, weight: list[Tensor], lora_A, lora_B, lor
 def check_projections(op: str, x, weight, bias, lora_A, lora_B, lora_bias, lists: dict[str, list], seed) -> None:
     """Refuses what no family takes, in words. `lists`: what else has one entry per adapter, by name."""
     _check_base(op, x, weight, bias)
+    check_adapters(op, x, [w.shape[0] for w in weight], lora_A, lora_B, lora_bias, lists, seed)
+
+
+def check_adapters(op: str, x, widths: list[int], lora_A, lora_B, lora_bias, lists: dict[str, list], seed) -> None:
+    """The same for the adapters alone; `widths`: out_features of each projection."""
     L = len(lora_A)
     require(op, L >= 1, "lora_A must name at least one adapter, got none")
     for name, entries in {"lora_B": lora_B, "lora_bias": lora_bias, **lists}.items():
         require(op, len(entries) == L, f"{name} must have one entry per lora_A ({L}), got {len(entries)}")
-    _check_factors(op, x, weight, lora_A, lora_B, lora_bias, lists["member"])
+    _check_factors(op, x, widths, lora_A, lora_B, lora_bias, lists["member"])
     for i, (s, p) in enumerate(zip(lists["scaling"], lists["dropout_p"], strict=True)):
         require(op, math.isfinite(s), f"scaling[{i}] must be finite, got {s}")
         require(op, 0 <= p < 1, f"dropout_p[{i}] must lie in [0, 1), got {p}")

@@ -1,14 +1,17 @@
-"""lora_linear: y = x W^T + b + s (drop(x) A^T) B^T, the frozen layer and its LoRA adapters in one call."""
+"""lora_linear: y = x W^T + b + s (drop(x) A^T) B^T, the frozen layer and its LoRA adapters in one call; and lora_add,
+the adapters alone, for a frozen layer that is somebody else's kernel."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from peft_kernels.ops.common.projections import any_requires_grad
+from peft_kernels.ops.lora_linear import add
 from peft_kernels.ops.lora_linear.dora_linear import dora_linear, dora_norm, dora_scale
 from peft_kernels.ops.lora_linear.op import check
 
-__all__ = ["dora_linear", "dora_norm", "dora_scale", "lora_linear", "lora_linear_group"]
+__all__ = ["dora_linear", "dora_norm", "dora_scale", "lora_add", "lora_add_", "lora_linear", "lora_linear_group"]
 
 
 def lora_linear(
@@ -116,3 +119,102 @@ def lora_linear_group(
     except (RuntimeError, TypeError):
         check(*arguments)
         raise
+
+
+def lora_add(
+    residual: Tensor,
+    x: Tensor,
+    lora_A: Tensor | Sequence[Tensor],
+    lora_B: Tensor | Sequence[Tensor],
+    *,
+    scaling: float | Sequence[float] = 1.0,
+    dropout_p: float | Sequence[float] = 0.0,
+    seed: Tensor | None = None,
+    lora_bias: Tensor | Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """y = r + sum over the adapters l of s_l ((drop_l(x) A_l^T) B_l^T + b_Bl),  r = base(x)
+
+    LoRA (arXiv:2106.09685) on a frozen layer that is somebody else's kernel: 4-bit, 8-bit, a tensor subclass. The
+    residual r is read once and y written once; nothing is cloned, and x is not copied to another dtype.
+
+    Args:
+        residual: `[..., N]`, what the frozen layer made of x; x's leading sizes and dtype, any strides.
+        x: `[..., K]`, float32, float16, bfloat16 or float64, any strides.
+        lora_A: `[r, K]`, 1 <= r <= 512, its own dtype; or a sequence of them, with sequences for what follows: several
+            active adapters, whose ranks may differ.
+        lora_B: `[N, r]`, lora_A's dtype.
+        scaling, dropout_p: s and the probability of dropping an element of x, as in `lora_linear`; a number stands for
+            all adapters.
+        seed: 0-d int64 on x's device, from `new_seed`; needed where dropout_p > 0.
+        lora_bias: b_B `[N]` in lora_A's dtype, or None.
+
+    Returns:
+        y `[..., N]` in x's dtype, accumulated in float32 (float64 for float64) and rounded once.
+
+    Differentiable in residual, x, lora_A, lora_B and lora_bias. Kept for the backward: x itself, h = s drop(x) A^T in
+    float32 `[M, r]`, and the seed; the residual is not kept.
+
+    Raises:
+        ValueError: a shape, a rank, a probability or a scaling is out of range, or the seed is missing.
+        TypeError: a dtype, a layout or a device does not fit.
+
+    Example:
+        >>> x, base = torch.randn(4, 64), torch.nn.Linear(64, 32)
+        >>> lora_A, lora_B = torch.randn(8, 64, requires_grad=True), torch.zeros(32, 8, requires_grad=True)
+        >>> y = peft_kernels.lora_add(base(x), x, lora_A, lora_B, scaling=2.0)
+    """
+    arguments = (residual, x, *_adapters(lora_A, lora_B, lora_bias, scaling, dropout_p), seed)
+    try:
+        return torch.ops.peft_kernels.lora_add.default(*arguments)[0]
+    except (RuntimeError, TypeError):
+        add.check(*arguments)  # says in words what the operator refused
+        raise
+
+
+def lora_add_(
+    residual: Tensor,
+    x: Tensor,
+    lora_A: Tensor | Sequence[Tensor],
+    lora_B: Tensor | Sequence[Tensor],
+    *,
+    scaling: float | Sequence[float] = 1.0,
+    dropout_p: float | Sequence[float] = 0.0,
+    seed: Tensor | None = None,
+    lora_bias: Tensor | Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """The same written into the residual, for inference: no memory but h.
+
+    Arguments as in `lora_add`; the residual must be contiguous. x may be the residual itself, or overlap it: it is read
+    before anything is written. Not under autocast, which cannot change the dtype of what is written to.
+
+    Returns:
+        The residual.
+
+    Raises:
+        RuntimeError: a tensor requires a gradient, which this form does not have.
+        ValueError, TypeError: as `lora_add`.
+
+    Example:
+        >>> with torch.no_grad():
+        ...     y = peft_kernels.lora_add_(base(x), x, lora_A, lora_B, scaling=2.0)
+    """
+    arguments = (residual, x, *_adapters(lora_A, lora_B, lora_bias, scaling, dropout_p), seed)
+    if torch.is_grad_enabled() and any_requires_grad(residual, ([x], *arguments[2:5])):
+        raise RuntimeError(
+            "lora_add_: writes into the residual and has no gradient; lora_add has one, torch.no_grad() needs none"
+        )
+    try:
+        torch.ops.peft_kernels.lora_add_.default(*arguments)
+    except (RuntimeError, TypeError):
+        add.check_in_place(*arguments)
+        raise
+    return residual
+
+
+def _adapters(lora_A, lora_B, lora_bias, scaling, dropout_p) -> tuple[list, ...]:
+    """One adapter or several as the lists of the operator."""
+    if isinstance(lora_A, Tensor):
+        lora_A, lora_B, lora_bias = [lora_A], [lora_B], [lora_bias]
+    count = len(lora_A)
+    numbers = ([n] * count if isinstance(n, (int, float)) else list(n) for n in (scaling, dropout_p))
+    return list(lora_A), list(lora_B), [None] * count if lora_bias is None else list(lora_bias), *numbers

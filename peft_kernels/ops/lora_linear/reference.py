@@ -12,7 +12,7 @@ from torch import Tensor
 from peft_kernels.ops.common import projection_reference
 
 
-def _places(lora_A: list[Tensor]) -> tuple[list[slice], list[int], int]:
+def places(lora_A: list[Tensor]) -> tuple[list[slice], list[int], int]:
     """The rows of each adapter, its first column of h, and the width of h."""
     *begins, width = accumulate((a.shape[0] for a in lora_A), initial=0)
     return [slice(None)] * len(lora_A), begins, width
@@ -20,12 +20,12 @@ def _places(lora_A: list[Tensor]) -> tuple[list[slice], list[int], int]:
 
 def forward(x, weight, bias, lora_A, lora_B, lora_bias, member, scaling, dropout_p, seed):
     return projection_reference.forward(
-        x, weight, bias, lora_A, lora_B, lora_bias, member, scaling, dropout_p, seed, *_places(lora_A)
+        x, weight, bias, lora_A, lora_B, lora_bias, member, scaling, dropout_p, seed, *places(lora_A)
     )
 
 
 def backward(dy, x, h, weight, lora_A, lora_B, member, scaling, dropout_p, seed, needs):
-    own, begins, _ = _places(lora_A)
+    own, begins, _ = places(lora_A)
     return projection_reference.backward(
         dy, x, h, weight, lora_A, lora_B, member, scaling, dropout_p, seed, needs, own, begins
     )
