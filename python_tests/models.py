@@ -9,7 +9,7 @@ from collections import Counter
 
 import torch
 import transformers as hf
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -95,15 +95,22 @@ def randomise(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name and parameter.dim() == 2:
+            if "magnitude" in name:
+                parameter.mul_(1 + torch.rand(parameter.shape, generator=generator) / 2)
+            elif "lora_" in name and parameter.dim() == 2:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5 / 4)
-            elif "lora_" in name:
+            elif "lora_" in name or "vera_lambda" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
     return model
 
 
 def peft_model(name: str, base_changes: dict | None = None, **changes) -> nn.Module:
     return randomise(get_peft_model(base_model(name, **base_changes or {}), lora_config(**changes)))
+
+
+def adapted(name: str, config: PeftConfig, base_changes: dict | None = None) -> nn.Module:
+    """A model of a type with trained adapters of any method."""
+    return randomise(get_peft_model(base_model(name, **base_changes or {}), config))
 
 
 def inputs(rows: int = 2, tokens: int = 7) -> dict[str, Tensor]:
@@ -153,6 +160,31 @@ def assert_as_close_as_peft(patched: dict[str, Tensor], plain: dict[str, Tensor]
         if not error <= 2 * max(error_peft, usual) + 1:
             failed.append(f"{name}: {error:.3g} roundings, PEFT {error_peft:.3g}, {usual:.3g} in nine of ten tensors")
     assert not failed, "; ".join(failed)
+
+
+def assert_fused_like_peft(model: nn.Module, fallbacks: dict | None = None, **batch) -> peft_kernels.PatchReport:
+    """One step patched against one by plain PEFT, a fused call of each group and of each layer outside of groups."""
+    plain, exact = results(model, **batch), results(in_double(model), **batch)
+    report = peft_kernels.patch(model, strict=True)
+    assert_as_close_as_peft(results(model, **batch), plain, exact)
+    assert report.fused == calls_per_forward(report), report
+    assert report.fallbacks == (fallbacks or {}) and not report.left, report
+    return report
+
+
+def assert_saves_like_peft(model: nn.Module, base: nn.Module, path) -> None:
+    """What a patched model saves is what PEFT saves, and PEFT loads it to a model that computes the same."""
+    peft_kernels.patch(model, strict=True)
+    state = get_peft_model_state_dict(model)
+    with peft_kernels.unpatch(model):
+        plain = get_peft_model_state_dict(model)
+        assert list(plain) == list(state) and all(torch.equal(plain[k], state[k]) for k in plain)
+    model.save_pretrained(path)
+    loaded = PeftModel.from_pretrained(base, path).eval()
+    with torch.no_grad():
+        expected = model.eval()(**inputs()).logits
+        peft_kernels.patch(loaded, strict=True)
+        assert torch.equal(loaded(**inputs()).logits, expected)
 
 
 class Operators(TorchDispatchMode):

@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels
-from peft_kernels.integrations.peft import INACTIVE, FusedLinear
+from peft_kernels.integrations.gathering import INACTIVE
+from peft_kernels.integrations.peft import FusedLinear
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -31,8 +31,8 @@ from peft import get_peft_model
 from torch import nn
 
 import peft_kernels
-from peft_kernels.integrations import peft
-from peft_kernels.integrations.peft import INACTIVE
+from peft_kernels.integrations import gathering
+from peft_kernels.integrations.gathering import INACTIVE
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -92,8 +92,8 @@ def test_generate_gives_the_same_tokens(name, beams):
 def test_a_generation_gathers_once(monkeypatch):
     model = two_adapters().eval()
     report = peft_kernels.patch(model, strict=True)
-    entries, gather = [], peft._add_adapter
-    monkeypatch.setattr(peft, "_add_adapter", lambda *a: entries.append(a) or gather(*a))
+    entries, gather = [], gathering.add_factors
+    monkeypatch.setattr(gathering, "add_factors", lambda *a: entries.append(a) or gather(*a))
     with torch.no_grad():
         model(**batch())
     once = len(entries)

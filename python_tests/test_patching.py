@@ -29,7 +29,8 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import peft_kernels
-from peft_kernels.integrations.peft import WITHOUT_KERNEL, FusedLinear
+from peft_kernels.integrations.gathering import WITHOUT_KERNEL
+from peft_kernels.integrations.peft import FusedLinear
 from peft_kernels.integrations.targets import FAMILIES, GROUPS, MLP_FORWARD, fingerprint, forward_is_known
 
 

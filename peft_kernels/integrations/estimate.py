@@ -25,7 +25,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Embedding, Linear, LoraLayer
 from torch import nn
 
-from peft_kernels.integrations.peft import MAX_RANK
+from peft_kernels.integrations.gathering import MAX_RANK
 from peft_kernels.ops import Site
 from peft_kernels.ops.batched_lora.pages import PageStore, SiteTable
 

@@ -9,12 +9,12 @@ import functools
 import importlib
 from collections.abc import Callable
 
-from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_kernels.integrations.counts import count_fallback, count_fused
-from peft_kernels.integrations.peft import INACTIVE, PLAIN, Call, FusedLinear, add_base, add_layer, intercepted, kept
+from peft_kernels.integrations.gathering import INACTIVE, PLAIN, Call, add_base, intercepted, kept
+from peft_kernels.integrations.other_methods import ADDS
 from peft_kernels.integrations.rows import OUTSIDE, current, outside_graph
 from peft_kernels.integrations.targets import GROUPS, Group
 
@@ -22,11 +22,10 @@ PREFIX = "Fused"
 
 
 def add_member(call: Call, member: nn.Module, x: Tensor, types=PLAIN) -> str:
-    """Adds a projection, with LoRA or without, to a call; returns why it cannot be added, or nothing."""
+    """Adds a projection, with adapters or without, to a call; returns why it cannot be added, or nothing."""
     if intercepted(member, x):
         return "hook"  # it has to be called as a module
-    adapted = type(member) is FusedLinear or type(member) is Linear  # Linear: an adapter that came after patch
-    return add_layer(call, member, x, types) if adapted else add_base(call, member, x, types)
+    return ADDS.get(type(member), add_base)(call, member, x, types)  # a PEFT class: an adapter that came after patch
 
 
 def project(owner: nn.Module, x: Tensor) -> list[Tensor] | None:

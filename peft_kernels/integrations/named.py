@@ -16,7 +16,7 @@ from torch import nn
 from torch.compiler import is_compiling
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from peft_kernels.integrations.peft import FusedLinear
+from peft_kernels.integrations.invocations import from_offsets
 from peft_kernels.integrations.rows import (
     OUTSIDE,
     adapters_of,
@@ -34,20 +34,23 @@ CHECKPOINT = "_gradient_checkpointing_func"
 
 
 class FusedLoraModel(LoraModel):
-    """`peft.tuners.lora.LoraModel` whose adapter_names leave no hooks and may be used in training and by threads."""
+    """`peft.tuners.lora.LoraModel` whose adapter_names and alora_offsets leave no hooks and may be used by threads, the
+    names in training too."""
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
-        names = kwargs.get("adapter_names")
-        if names is None and kwargs.get("alora_offsets") is None:
+        names, offsets = kwargs.get("adapter_names"), kwargs.get("alora_offsets")
+        if names is None and offsets is None:
             yield
             return
-        known = None if names is None or kwargs.get("alora_offsets") is not None else _known_adapters(self.model)
-        if known is None:
-            with super()._enable_peft_forward_hooks(*args, **kwargs):
-                yield
-            return
-        with entered(from_names(names, known, expansion(kwargs, self.model))):
+        rows = None
+        if (known := _known_adapters(self.model)) is not None:
+            expand = expansion(kwargs, self.model)
+            if offsets is None:
+                rows = from_names(names, known, expand)
+            else:
+                rows = from_offsets(names, offsets, self.active_adapters, self.peft_config, known, expand)
+        with super()._enable_peft_forward_hooks(*args, **kwargs) if rows is None else entered(rows):
             yield
 
 
@@ -73,7 +76,7 @@ def takes_names(module: nn.Module) -> bool:
 
 
 def asks_for_rows(module: nn.Module) -> bool:
-    return isinstance(module, FusedLinear) or hasattr(type(module), "asks_for_rows")
+    return hasattr(type(module), "asks_for_rows")
 
 
 # -- subclasses of any class ------------------------------------------------------------------------------------------

@@ -20,9 +20,9 @@ from transformers.pytorch_utils import Conv1D
 from peft_kernels.integrations.adapter_folders import about, is_pefts
 from peft_kernels.integrations.blocks import CHILD, adapted_class, sites_of
 from peft_kernels.integrations.checkpoints import Source, read_adapter
+from peft_kernels.integrations.gathering import intercepted
 from peft_kernels.integrations.groups import grouped_class
 from peft_kernels.integrations.named import subclass
-from peft_kernels.integrations.peft import intercepted
 from peft_kernels.integrations.pool_sites import PoolSite, add_, add_embedded_
 from peft_kernels.integrations.pooled_blocks import FORMS, read_bottleneck, require_base, site_name
 from peft_kernels.integrations.prefix_positions import CHILD as SHIFTS

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_kernels.integrations.counts import Calls, calls
-from peft_kernels.integrations.peft import INACTIVE
+from peft_kernels.integrations.gathering import INACTIVE
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from contextvars import ContextVar
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.vera import VeraLayer
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from transformers.pytorch_utils import Conv1D
@@ -128,11 +130,16 @@ class RowAdapters(Rows):
         """Notes which of the adapters a layer has."""
         self.found = (self.found or set()).union(i for i, name in enumerate(self.adapters) if name in present)
 
-    def names(self, leading: torch.Size) -> list[str]:
-        """For PEFT's own forward, whose input has these leading sizes."""
+    @property
+    def by_token(self) -> bool:
+        """Whether it was said for each token, and not for each sequence."""
+        return self.ids.dim() == 2
+
+    def for_peft(self, leading: torch.Size) -> dict:
+        """The arguments that say the same to PEFT's own forward, whose input has these leading sizes."""
         if leading not in self._names:
             self._names[leading] = [BASE if i < 0 else self.adapters[i] for i in self._flat(leading).tolist()]
-        return self._names[leading]
+        return {"adapter_names": self._names[leading]}
 
 
 # -- what a call carries ----------------------------------------------------------------------------------------------
@@ -226,12 +233,12 @@ def by_peft(forward: Callable, module: nn.Module, rows: RowAdapters | None, x: T
         return forward(module, x, *args, **kwargs)
     rows.look(adapters_of(module))
     if rows.ids.dim() == 1:
-        return forward(module, x, *args, adapter_names=rows.names(x.shape[:1]), **kwargs)
-    base = module.get_base_layer() if isinstance(module, LoraLayer) else module.original_module
+        return forward(module, x, *args, **rows.for_peft(x.shape[:1]), **kwargs)
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
     if not isinstance(base, TOKENWISE):
         raise ValueError(f"adapter_ids: ids per token do not reach into a {type(base).__name__}; give one per sequence")
     leading = x.shape[:-1] if x.is_floating_point() else x.shape
-    flat = forward(module, x.reshape(-1, *x.shape[len(leading) :]), *args, adapter_names=rows.names(leading), **kwargs)
+    flat = forward(module, x.reshape(-1, *x.shape[len(leading) :]), *args, **rows.for_peft(leading), **kwargs)
     return flat.reshape(*leading, *flat.shape[1:])
 
 
@@ -239,7 +246,7 @@ def adapters_of(module: nn.Module) -> Container[str]:
     """Names of the adapters of a LoRA layer, or of a wrapper around a module that is trained whole."""
     if isinstance(module, LoraLayer):
         return {*module.lora_A, *module.lora_embedding_A}
-    return module._adapters
+    return module.vera_lambda_d if isinstance(module, VeraLayer) else module._adapters
 
 
 # -- from names, from ids ---------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peft_kernels import backends
 from peft_kernels.integrations.blocks import CHILD
+from peft_kernels.integrations.gathering import HOOKED_BASE, MERGED, PLAIN, Call, add_base, own_method
 from peft_kernels.integrations.groups import add_member, fused_class
 from peft_kernels.integrations.named import (
     CHECKPOINT,
@@ -36,22 +37,13 @@ from peft_kernels.integrations.named import (
     keeping_class,
     takes_names,
 )
-from peft_kernels.integrations.peft import (
-    HOOKED_BASE,
-    MERGED,
-    PLAIN,
-    Call,
-    FusedLinear,
-    add_base,
-    add_layer,
-    own_method,
-)
+from peft_kernels.integrations.other_methods import ADDS, FUSED
 from peft_kernels.integrations.report import PatchReport, Row
 from peft_kernels.integrations.targets import forward_is_known, group_of
 from peft_kernels.modules import Prefixes
 
 SHARDABLE = PLAIN | {DTensor}  # a layer-wise FSDP unit holds plain parameters again when its forward runs
-PLAIN_CLASS = {FusedLinear: Linear, FusedLoraModel: LoraModel}
+PLAIN_CLASS = {fused: plain for plain, fused in FUSED.items()} | {FusedLoraModel: LoraModel}
 POOL_SITE = "pool_site"  # what `attach_pool` gives a layer beside its class
 OWN_FORWARD = "the instance has a forward of its own"
 
@@ -111,7 +103,7 @@ def unpatch(model: nn.Module) -> contextlib.AbstractContextManager:
             continue
         elif _plain_class(kind) is not kind:
             swaps.append((module, _plain_class(kind)))
-        elif isinstance(module, FusedLinear) or hasattr(beneath(kind), "family_class"):
+        elif isinstance(module, tuple(PLAIN_CLASS)) or hasattr(beneath(kind), "family_class"):
             warnings.warn(f"unpatch: {name} keeps its class, {kind.__name__}, which was made after patch", stacklevel=2)
     for module in model.modules():
         if POOL_SITE in module.__dict__:
@@ -170,20 +162,28 @@ def _plan_layers(model: nn.Module) -> tuple[list[Row], list[tuple[nn.Module, typ
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
-        plain = _plain_class(type(module)) is Linear
-        if not plain and not isinstance(module, FusedLinear):
+        kind = _method(module)
+        if kind is None:
             rows.append(Row(name, type(module).__name__, reason=_no_kernel_for(module)))
             continue
+        shown = f"{kind.__module__.split('.')[2]}.{kind.__name__}"  # peft.tuners.lora.layer: lora.Linear
         if reason := _obstacle(module):
-            rows.append(Row(name, "lora.Linear", reason=reason))
+            rows.append(Row(name, shown, reason=reason))
             continue
-        rows.append(Row(name, "lora.Linear", backends.bound(module.weight.device.type), _state(module)))
-        if plain and type(module) is not FusedLinear:
-            swaps.append((module, FusedLinear))
+        rows.append(Row(name, shown, backends.bound(module.weight.device.type), _state(module, kind)))
+        if type(module) is kind:
+            swaps.append((module, FUSED[kind]))
     return rows, swaps
 
 
-def _obstacle(layer: Linear) -> str:
+def _method(layer: BaseTunerLayer) -> type | None:
+    """The class of PEFT's whose forward a layer has, fused or not, if it is one that can be fused."""
+    kind = _plain_class(type(layer))
+    patched = (PLAIN_CLASS[fused] for fused in PLAIN_CLASS if isinstance(layer, fused))  # and wrapped by others since
+    return kind if kind in FUSED else next(patched, None)
+
+
+def _obstacle(layer: BaseTunerLayer) -> str:
     """Why this layer can be fused in no state, or nothing."""
     if forward_was_replaced(layer):
         return OWN_FORWARD
@@ -194,11 +194,11 @@ def _obstacle(layer: Linear) -> str:
     return "" if reason == HOOKED_BASE else reason
 
 
-def _state(layer: Linear) -> str:
+def _state(layer: BaseTunerLayer, kind: type) -> str:
     """Why the next call of a layer would not be fused, or nothing. A disabled or inactive adapter is no reason."""
     if layer.merged_adapters and not layer._disable_adapters:
         return MERGED
-    return add_layer(Call(), layer, _input_of(layer._modules["base_layer"]), SHARDABLE)
+    return ADDS[kind](Call(), layer, _input_of(layer._modules["base_layer"]), SHARDABLE)
 
 
 def _input_of(base: nn.Module) -> torch.Tensor:
@@ -299,13 +299,13 @@ def _group_state(children, lora) -> str:
 
 
 def _plan_rows_adapters(model: nn.Module, fused: set[int]) -> list[tuple[nn.Module, type]]:
-    """Swaps of what else has to know which adapter each row has; `fused` are the layers that become FusedLinear."""
+    """Swaps of what else has to know which adapter each row has; `fused` are the layers that become fused."""
     swaps, above = [], set()
     modules = dict(model.named_modules())
     for name, module in modules.items():
         if type(module) is LoraModel:
             swaps.append((module, FusedLoraModel))
-        if not takes_names(module):
+        if not (takes_names(module) or asks_for_rows(module) or id(module) in fused):
             continue
         parts = name.split(".")
         above.update(".".join(parts[:i]) for i in range(len(parts)))

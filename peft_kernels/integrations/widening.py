@@ -16,8 +16,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from peft_kernels.integrations.blocks import CHILD, Site, adapted_class, sites_of, unfit
+from peft_kernels.integrations.gathering import PLAIN
 from peft_kernels.integrations.named import beneath
-from peft_kernels.integrations.peft import PLAIN
 from peft_kernels.integrations.report import render
 from peft_kernels.integrations.targets import MLP_FORWARD, fingerprint
 from peft_kernels.integrations.transformers import POOL_SITE, forward_was_replaced, keeps_its_class, swap

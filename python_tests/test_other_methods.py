@@ -1,0 +1,166 @@
+"""AdaLoRA and VeRA in patched models against PEFT: results, gradients, switches, merging, saving; what is not kept."""
+
+import pytest
+import torch
+from models import (
+    LAYERS,
+    adapted,
+    assert_as_close_as_peft,
+    assert_fused_like_peft,
+    assert_saves_like_peft,
+    base_model,
+    calls_per_forward,
+    in_double,
+    inputs,
+    randomise,
+    results,
+)
+from peft import AdaLoraConfig, VeraConfig
+from torch import nn
+
+import peft_kernels
+from peft_kernels.integrations.gathering import INACTIVE, MERGED
+
+TARGETS = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_fc", "mlp.c_proj"],
+    "t5": ["q", "v", "wi", "wo"],
+}
+
+
+def adalora(name="llama", **changes):
+    config = AdaLoraConfig(
+        **{"init_r": 6, "target_r": 4, "lora_alpha": 8, "total_step": 20, "target_modules": TARGETS[name]} | changes
+    )
+    config.orth_reg_weight = 0.1
+    return adapted(name, config)
+
+
+def vera(name="llama", **changes):
+    return adapted(name, VeraConfig(**{"r": 8, "target_modules": TARGETS[name]} | changes))
+
+
+@pytest.mark.parametrize("make", [adalora, vera])
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_step_is_pefts(make, name):
+    model = make(name)
+    report = assert_fused_like_peft(model)
+    assert {row.kind for row in report.rows} - {"qkv", "gate_up"} == {
+        "adalora.SVDLinear" if make is adalora else "vera.Linear"
+    }
+    if name == "llama":
+        assert report.fused == 4 * LAYERS  # qkv, o, gate and up, down
+
+
+@pytest.mark.parametrize("make", [adalora, vera])
+@pytest.mark.parametrize(
+    ("base", "factors"),
+    [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+    ids=str,
+)
+def test_on_a_16_bit_base(make, base, factors):
+    model = make().to(base)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if "lora_" in name or "ranknum" in name or "vera_" in name:
+            tensor.data = tensor.data.to(factors)
+    assert_fused_like_peft(model)
+
+
+@pytest.mark.parametrize("make", [adalora, vera])
+def test_dropout_is_drawn_anew_and_only_in_training(make):
+    model = make(**{"lora_dropout" if make is adalora else "vera_dropout": 0.3}).train()
+    report = peft_kernels.patch(model, strict=True)
+    assert not torch.equal(results(model)["logits"], results(model)["logits"])
+    model.eval()
+    patched = results(model)
+    with peft_kernels.unpatch(model):
+        plain = results(model)
+    assert_as_close_as_peft(patched, plain, results(in_double(model)))
+    assert report.fused == 3 * calls_per_forward(report) and not report.fallbacks
+
+
+@pytest.mark.parametrize("make", [adalora, vera])
+def test_switches_merging_and_saving(make, tmp_path):
+    model = make().eval()
+    report = peft_kernels.patch(model, strict=True)
+    with torch.no_grad():
+        before = model(**inputs()).logits
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs()).logits, base_model("llama").eval()(**inputs()).logits)
+    fused = report.fused
+    assert fused == calls_per_forward(report) and INACTIVE in report.fallbacks
+    model.merge_adapter()
+    with torch.no_grad():
+        merged = model(**inputs()).logits
+    assert MERGED in report.fallbacks and report.fused == fused
+    model.unmerge_adapter()
+    assert_as_close_as_peft({"merged": merged}, {"merged": before}, {"merged": model.double()(**inputs()).logits})
+    assert_saves_like_peft(make(), base_model("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("make", [adalora, vera])
+def test_rows_with_adapters_of_their_own(make):
+    """PEFT has no mixed batches of these methods."""
+    model = make().eval()
+    config = model.peft_config["default"]
+    if make is adalora:
+        config.inference_mode = True  # PEFT trains one adapter of this method at a time
+    model.add_adapter("other", config)
+    randomise(model)
+    tokens = inputs(rows=4)["input_ids"]
+    alone = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = model(input_ids=tokens).logits
+    with model.disable_adapter():
+        alone[None] = model(input_ids=tokens).logits
+    peft_kernels.patch(model, strict=True)
+    with peft_kernels.adapter_ids([1, -1, 0, 1], ["default", "other"]):
+        mixed = model(input_ids=tokens).logits
+    expected = torch.stack([alone[name][i] for i, name in enumerate(["other", None, "default", "other"])])
+    torch.testing.assert_close(mixed, expected)
+
+
+def test_adalora_allocates_ranks_while_it_is_patched():
+    """PEFT's allocator reads the gradients of E, masks E in place, and resizes at the end."""
+    states = []
+    for patched in (False, True):
+        model = adalora(tinit=1, tfinal=1, deltaT=1, total_step=6, init_r=4, target_r=2)
+        if patched:
+            report = peft_kernels.patch(model, strict=True)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for step in range(6):
+            loss = model(**inputs()).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(step)
+        states.append(model.base_model.peft_config["default"].rank_pattern)
+    assert states[0] and states[0] == states[1]
+    assert report.fused == 6 * calls_per_forward(report)
+
+
+def test_a_rank_of_zero_is_left_to_peft():
+    model = adalora().eval()
+    report = peft_kernels.patch(model, strict=True)
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    for factor, shape in (("lora_A", (0, layer.in_features)), ("lora_E", (0, 1)), ("lora_B", (layer.out_features, 0))):
+        getattr(layer, factor)["default"] = nn.Parameter(torch.zeros(shape))
+    model(**inputs())
+    assert report.fallbacks == {"rank 0": 1} and report.fused == calls_per_forward(report) - 1
+
+
+def test_vera_keeps_nothing_for_its_frozen_factors():
+    """Neither x nor a gradient of A; the vectors alone train."""
+    model = vera(target_modules=["down_proj"])
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    x = torch.randn(50, layer.in_features)
+    peft_kernels.patch(model, strict=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x).sum().backward()
+    assert not any(t.shape == x.shape for t in saved)
+    assert {name for name, p in layer.named_parameters() if p.grad is not None} == {
+        "vera_lambda_d.default",
+        "vera_lambda_b.default",
+    }
