@@ -25,7 +25,7 @@ class Row:
     """
 
     name: str
-    kind: str  # "lora.Linear", "qkv", "gate_up", or the class of a layer that has no kernel
+    kind: str  # "lora.Linear", "qkv", "gate_up", "mlp" (recomputed), or the class of a layer that has no kernel
     kernel: str = ""
     reason: str = ""
     group: str = ""  # name of the module whose one call computes this projection too

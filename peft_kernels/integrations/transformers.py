@@ -38,6 +38,7 @@ from peft_kernels.integrations.named import (
     takes_names,
 )
 from peft_kernels.integrations.other_methods import ADDS, FUSED
+from peft_kernels.integrations.recomputed import KIND, recomputed_class, why_not
 from peft_kernels.integrations.report import PatchReport, Row
 from peft_kernels.integrations.targets import forward_is_known, group_of
 from peft_kernels.modules import Prefixes
@@ -48,12 +49,15 @@ POOL_SITE = "pool_site"  # what `attach_pool` gives a layer beside its class
 OWN_FORWARD = "the instance has a forward of its own"
 
 
-def patch(model: nn.Module, strict: bool = False) -> PatchReport:
+def patch(model: nn.Module, strict: bool = False, *, recompute_mlp: bool = False) -> PatchReport:
     """Lets the LoRA layers of a model run fused; returns what was done to each of them.
 
     Args:
         model: a PeftModel, or a transformers model with PEFT adapters loaded, or any module that holds such layers.
         strict: raise if any adapter layer would not run fused as it is now; nothing is changed then.
+        recompute_mlp: in training an MLP with LoRA on its gate and up projections (Llama, Qwen, Mistral, Gemma) becomes
+            one call, `lora_mlp`, that keeps x, gate and up for the backward and computes the activation again. Its
+            row is of the kind "mlp". Evaluated without gradients it runs as it does otherwise.
 
     Only instances are touched: a layer's class becomes a subclass without state. State dict, isinstance, pickling,
     copying, saving, merging and switching adapters are as before. No forward is run. Patching again picks up what
@@ -78,7 +82,7 @@ def patch(model: nn.Module, strict: bool = False) -> PatchReport:
     if strict and any(row.reason for row in rows):
         reasons = "\n  ".join(f"{row.name} ({row.kind}): {row.reason}" for row in rows if row.reason)
         raise RuntimeError(f"patch(strict=True): nothing was changed, for these would not run fused:\n  {reasons}")
-    rows, group_swaps, notes = _plan_groups(model, rows)
+    rows, group_swaps, notes = _plan_groups(model, rows, recompute_mlp)
     row_swaps = _plan_rows_adapters(model, {id(module) for module, _ in swaps})
     return PatchReport(model, rows, notes, swap([*swaps, *group_swaps, *row_swaps]))
 
@@ -236,7 +240,7 @@ def _no_kernel_for(layer: BaseTunerLayer) -> str:
 # -- groups -----------------------------------------------------------------------------------------------------------
 
 
-def _plan_groups(model: nn.Module, rows: list[Row]):
+def _plan_groups(model: nn.Module, rows: list[Row], recompute_mlp: bool):
     """Rows and swaps of the modules that own several LoRA projections, and a note where a model has none."""
     layers = {row.name: row for row in rows}
     swaps, known = [], False
@@ -254,11 +258,15 @@ def _plan_groups(model: nn.Module, rows: list[Row]):
         if reason := _group_obstacle(group, owner, plain, children, lora):
             rows.append(Row(name, group.kind, reason=reason))
             continue
-        rows.append(Row(name, group.kind, next(iter(lora.values())).kernel, _group_state(children, lora)))
+        wanted, shown, state = fused_class(group), group.kind, _group_state(children, lora)
+        if group.kind == KIND and (recompute_mlp or kind is recomputed_class(group)):
+            wanted, shown = recomputed_class(group), "mlp"
+            state = state or why_not(owner, SHARDABLE)
+        rows.append(Row(name, shown, next(iter(lora.values())).kernel, state))
         for path, row in lora.items():
             layers[path] = replace(row, group=name)
-        if kind is plain:
-            swaps.append((owner, again_over(type(owner), fused_class(group))))
+        if kind is not wanted and kind in (plain, fused_class(group)):
+            swaps.append((owner, again_over(type(owner), wanted)))
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     notes = [] if known else [f"{family}: no module with several projections of one input is known; one call per layer"]
     return sorted((layers.get(row.name, row) for row in rows), key=_order(model)), swaps, notes
@@ -327,7 +335,7 @@ class PeftKernelsCallback(TrainerCallback):
     """Patches the model when a Trainer starts to train, and takes that back at the end.
 
     Args:
-        strict: as in `peft_kernels.patch`.
+        strict, recompute_mlp: as in `peft_kernels.patch`.
         unpatch_at_end: False leaves the model patched after training; what was patched before stays so anyway.
 
     `report` is the PatchReport of the last training.
@@ -335,13 +343,14 @@ class PeftKernelsCallback(TrainerCallback):
         >>> trainer = Trainer(model, args, callbacks=[peft_kernels.PeftKernelsCallback()])
     """
 
-    def __init__(self, strict: bool = False, unpatch_at_end: bool = True):
+    def __init__(self, strict: bool = False, unpatch_at_end: bool = True, *, recompute_mlp: bool = False):
         self.strict = strict
+        self.recompute_mlp = recompute_mlp
         self.unpatch_at_end = unpatch_at_end
         self.report: PatchReport | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.report = patch(model, self.strict)
+        self.report = patch(model, self.strict, recompute_mlp=self.recompute_mlp)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self.unpatch_at_end:
