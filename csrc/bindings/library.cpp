@@ -4,6 +4,7 @@
 
 #include "bindings/batched_lora.h"
 #include "bindings/bottleneck_adapter.h"
+#include "bindings/dora.h"
 #include "bindings/lora_linear.h"
 #include "bindings/prefix_attention.h"
 #include "bindings/tensors.h"
@@ -25,6 +26,7 @@ PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
   auto* library = new StableLibrary(StableLibrary::Kind::IMPL, ns, device, __FILE__, __LINE__);
   if (cpu) {
     pk::bind_lora_linear_cpu(*library);
+    pk::bind_dora_cpu(*library);
     pk::bind_batched_lora_cpu(*library);
     pk::bind_batched_lora_pool_cpu(*library);
     pk::bind_bottleneck_adapter_cpu(*library);

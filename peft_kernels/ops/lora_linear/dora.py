@@ -232,7 +232,7 @@ DORA_NORM = register(
         public=NORM,
         size=(dora_samples.norm_size, None),
         rows="weight",
-        backends=("reference",),
+        backends=("reference", "cpu"),
     )
 )
 
@@ -254,6 +254,6 @@ DORA_SCALE = register(
         constants=("norm",),
         autograd=autograd,
         autocast=autocast,
-        backends=("reference",),
+        backends=("reference", "cpu"),
     )
 )
