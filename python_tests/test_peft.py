@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from models import Mask, assert_as_close_as_peft, in_double, lora_config, randomise
-from peft import get_peft_model
+from peft import BdLoraConfig, get_peft_model
 from peft.tuners import lora
 from torch import nn
 from torch.nn.utils import parametrize
@@ -220,9 +220,9 @@ def test_states_at_the_moment_of_patch_pass():
         model.base_model.disable_adapter_layers()
         return model.base_model.enable_adapter_layers  # PEFT unmerges in the forward
 
-    def dora_is_active(model):
+    def dora_is_active_too(model):
         model.add_adapter("dora", lora_config(target_modules=["layer"], use_dora=True))
-        model.set_adapter("dora")
+        model.base_model.set_adapter(["default", "dora"])
         return lambda: model.set_adapter("default")
 
     def hooked(module):
@@ -231,7 +231,7 @@ def test_states_at_the_moment_of_patch_pass():
     reasons = {
         merged: "merged: the base layer alone",
         disabled_while_merged: "disabled while merged: PEFT unmerges",
-        dora_is_active: "Dora changes the maths",
+        dora_is_active_too: "DoRA together with another active adapter",
         lambda model: hooked(lora_layer(model).base_layer): "hook on base_layer",
         lambda model: hooked(lora_layer(model).lora_A["default"]): "hook on lora_A, lora_B or lora_dropout",
     }
@@ -259,7 +259,7 @@ def test_states_at_the_moment_of_patch_pass():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"use_dora": True}, "Dora changes the maths"),
+        ({"use_bdlora": BdLoraConfig(target_modules_bd_a=["layer"], nblocks=2)}, "BdLora changes the maths"),
         ({"alora_invocation_tokens": [1]}, "ALora without a place of invocation"),
         ({"r": MAX_RANK + 1}, f"rank {MAX_RANK + 1} is above {MAX_RANK}"),
     ],
@@ -270,7 +270,7 @@ def test_adapters_that_have_no_kernel_wait_for_one_that_has(changes, reason):
     assert [row.reason for row in report.rows] == [reason]
     with pytest.raises(RuntimeError, match=reason):
         peft_kernels.patch(model, strict=True)
-    if "use_dora" in changes:
+    if "use_bdlora" in changes:
         assert_falls_back(model, reason)
     assert report.fused == 0
     model.add_adapter("plain", lora_config(target_modules=["layer"]))

@@ -33,13 +33,14 @@ WITHOUT_KERNEL = {
         for device in backends.all_backends()["reference"].devices
         if (why := backends.without_kernel(device, registry.ops()[name].backends))
     }
-    for name in ("lora_linear", "batched_lora")
+    for name in ("lora_linear", "batched_lora", "dora_norm", "dora_scale", "lora_add")
 }
 
 DISABLED = "adapters disabled: the base layer alone"
 MERGED = "merged: the base layer alone"
 MERGED_ROWS = "merged, and rows with adapters of their own: PEFT refuses"
 INACTIVE = "no active adapter here: the base layer alone"
+ONE_EACH = "DoRA with dropout: a call for each projection"
 UNMERGES = "disabled while merged: PEFT unmerges"
 NAMED = "arguments of the call (adapter_names, alora_offsets)"
 SHARDED = "a parameter is a DTensor"
@@ -60,27 +61,38 @@ class Call:
         self.lora_A, self.lora_B, self.lora_bias = [], [], []
         self.member, self.scaling, self.dropout_p = [], [], []
         self.drops = False
+        self.gains = None  # by projection, what is done to its output (`dora.py`)
 
     def keep(self, module: nn.Module, x: Tensor) -> None:
         """Keeps the call of a module for the other tokens of a generation: gathering costs as much as computing.
 
         Not a view that somebody makes anew for each forward (FSDP1's), only parameters."""
         tensors = (*self.weight, *self.bias, *self.lora_A, *self.lora_B, *self.lora_bias)
+        if self.gains is not None:
+            return
         generating = self.rows is not None and self.rows.calls is not None and not torch.is_grad_enabled()
         if generating and all(t is None or type(t) is nn.Parameter for t in tensors):
             self.rows.calls[module, x.dtype] = self
 
     def run(self, x: Tensor) -> list[Tensor]:
+        residual = None
+        if self.gains is not None:
+            x, residual = next(iter(self.gains.values())).drop(x)
         seed = new_seed(x.device) if self.drops else None
         if self.rows is not None:
-            return BATCHED_LORA(
+            y = BATCHED_LORA(
                 x, self.rows.route(x.shape[:-1], x.device), self.weight, self.bias,
                 self.lora_A, self.lora_B, self.lora_bias, self.member, self.adapter, self.scaling, self.dropout_p, seed,
             )[0]  # fmt: skip
-        return LORA_LINEAR(
-            x, self.weight, self.bias, self.lora_A, self.lora_B, self.lora_bias,
-            self.member, self.scaling, self.dropout_p, seed,
-        )[0]  # fmt: skip
+        else:
+            y = LORA_LINEAR(
+                x, self.weight, self.bias, self.lora_A, self.lora_B, self.lora_bias,
+                self.member, self.scaling, self.dropout_p, seed,
+            )[0]  # fmt: skip
+        if self.gains is None:
+            return y
+        scale = {member: gain.scale for member, gain in self.gains.items()}
+        return [scale[g](z, residual, self.rows) if g in scale else z for g, z in enumerate(y)]
 
 
 def kept(rows: RowAdapters | None, module: nn.Module, x: Tensor) -> Call | None:
@@ -118,7 +130,7 @@ def own_method(module: nn.Module, attribute: str) -> bool:
     return type(method) is MethodType and method.__self__ is module and method.__func__ is type(module).forward
 
 
-def _tensor(module: nn.Module, name: str) -> Tensor | None:
+def tensor_of(module: nn.Module, name: str) -> Tensor | None:
     parameters = module._parameters
     return parameters[name] if name in parameters else module.__dict__.get(name)  # where FSDP1 puts a gathered one
 
@@ -136,7 +148,7 @@ def add_base(call: Call, base: nn.Module, x: Tensor, types=PLAIN) -> str:
         return without[device]
     if kind is not nn.Linear and kind is not Conv1D:
         return f"the base layer is a {kind.__name__}"
-    weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
+    weight, bias = tensor_of(base, "weight"), tensor_of(base, "bias")
     if type(weight) not in types:
         return describe_type(weight)
     if bias is not None and type(bias) not in types:
@@ -158,7 +170,7 @@ def add_adapter(call: Call, layer: LoraLayer, name: str, x: Tensor, types=PLAIN)
         return f"lora_A is a {type(lora_A).__name__}, lora_B a {type(lora_B).__name__}"
     if intercepted(lora_A, x) or intercepted(lora_B, x):
         return HOOKED_ADAPTER
-    a, b, lora_bias = _tensor(lora_A, "weight"), _tensor(lora_B, "weight"), _tensor(lora_B, "bias")
+    a, b, lora_bias = tensor_of(lora_A, "weight"), tensor_of(lora_B, "weight"), tensor_of(lora_B, "bias")
     dropout, scaling = modules["lora_dropout"]._modules[name], layer.scaling[name]
     return add_factors(call, layer, dropout, a, b, lora_bias, layer.r[name], scaling, x, types)
 

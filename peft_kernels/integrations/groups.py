@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_kernels.integrations.counts import count_fallback, count_fused
-from peft_kernels.integrations.gathering import INACTIVE, PLAIN, Call, add_base, intercepted, kept
+from peft_kernels.integrations.gathering import INACTIVE, ONE_EACH, PLAIN, Call, add_base, intercepted, kept
 from peft_kernels.integrations.other_methods import ADDS
 from peft_kernels.integrations.rows import OUTSIDE, current, outside_graph
 from peft_kernels.integrations.targets import GROUPS, Group
@@ -46,6 +46,9 @@ def project(owner: nn.Module, x: Tensor) -> list[Tensor] | None:
                 return None
         if not call.lora_A:
             count_fallback(owner, INACTIVE)
+            return None
+        if call.gains is not None and any(gain.dropout is not None for gain in call.gains.values()):
+            count_fallback(owner, ONE_EACH)
             return None
         call.keep(owner, x)
     count_fused(owner)

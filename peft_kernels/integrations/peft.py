@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from peft_kernels.integrations.counts import count_fallback, count_fused
+from peft_kernels.integrations.dora import ForgetsNorms
 from peft_kernels.integrations.gathering import (
     DISABLED,
     INACTIVE,
@@ -107,7 +108,7 @@ def fused_forward(family_class: type[BaseTunerLayer], add: Callable[..., str]) -
 add_layer = adding("lora_A", "_modules", add_adapter, has_variants=True)
 
 
-class FusedLinear(Linear):
+class FusedLinear(ForgetsNorms, Linear):
     """`peft.tuners.lora.Linear` whose forward is one op; `peft_kernels.patch` gives the class to instances."""
 
     asks_for_rows = True

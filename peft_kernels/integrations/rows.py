@@ -44,15 +44,27 @@ class Rows:
 
     def route(self, leading: torch.Size, device: torch.device) -> Tensor:
         """For an op on x [*leading, K]."""
-        key = leading, device
+        return self._once((leading, device), lambda: self.make_route(leading, device), device)
+
+    def among(self, chosen: tuple[int, ...], leading: torch.Size, device: torch.device) -> Tensor:
+        """For an op on x [*leading, K] with some of the adapters: the place among them of each row's, or -1."""
+
+        def make():
+            place = torch.full((self.count + 1,), -1, dtype=torch.int32, device=self.ids.device)
+            place[list(chosen)] = torch.arange(len(chosen), dtype=torch.int32, device=self.ids.device)
+            return place[self._flat(leading).long()].to(device)  # an id of -1 reads the last
+
+        return self._once((chosen, leading, device), make, device)
+
+    def _once(self, key: tuple, make: Callable[[], Tensor], device: torch.device) -> Tensor:
         if device.type == "cuda" and not self.one_forward and torch.cuda.is_current_stream_capturing():
-            return self.make_route(leading, device)  # a replay would not make again what is from before the capture
+            return make()  # a replay would not make again what is from before the capture
         try:
             return self._routes[key]
         except KeyError:
             if len(self._routes) == KEPT_ROUTES:
                 del self._routes[next(iter(self._routes))]
-            return self._routes.setdefault(key, self.make_route(leading, device))
+            return self._routes.setdefault(key, make())
 
     def make_route(self, leading: torch.Size, device: torch.device) -> Tensor:
         return batched_lora_route(self._flat(leading).to(device), self.count)

@@ -1,20 +1,23 @@
 """PEFT's variants of a LoRA adapter, as far as they are products that the ops compute; which ones are not, and why.
 
-MiCA changes how factors begin and which of them train; VeLoRA what training keeps of x; MonteCLoRA samples A in
-training. KaSA (arXiv:2412.06071) scales each rank: y = x W^T + b + s (e * (drop(x) A^T)) B^T. aLoRA (arXiv:2504.12397)
-is LoRA for the tokens from an invocation on (`rows.py`); the others have no adapter.
+DoRA is in `dora.py`. MiCA changes how factors begin and which of them train; VeLoRA what training keeps of x;
+MonteCLoRA samples A in training. KaSA (arXiv:2412.06071) scales each rank: y = x W^T + b + s (e * (drop(x) A^T)) B^T.
+aLoRA (arXiv:2504.12397) is LoRA for the tokens from an invocation on; the others have no adapter (`invocations.py`).
 """
 
 import torch
 from peft.tuners.lora import Linear, variants
 from torch import Tensor
 
+from peft_kernels.integrations.dora import add_dora
 from peft_kernels.integrations.gathering import Call, add_adapter, describe_type, fold
 
 
 def add_variant(call: Call, layer: Linear, name: str, x: Tensor, types) -> str:
     """Adds an adapter that is a variant to the call's last projection; returns why it cannot be added, or nothing."""
     kind = type(layer.lora_variant[name])
+    if kind is variants.DoraLinearVariant:
+        return add_dora(call, layer, name, x, types)
     if kind is variants.MiCALinearVariant:
         return add_adapter(call, layer, name, x, types)
     if kind is variants.KasaLinearVariant:

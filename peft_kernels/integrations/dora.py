@@ -1,0 +1,159 @@
+"""DoRA adapters (arXiv:2402.09353) of PEFT's layers: y = g (x W^T + s drop(x) A^T B^T) + b, g = m / ||W + s B A||.
+
+The bracket is a projection of the op call; what is done to its output here is one pass (`dora_scale`). With dropout in
+training PEFT gives d = drop(x) to W too: y = (x - d) W^T + b + g (d W^T + s d A^T B^T), a call for each layer.
+
+The norms are computed in every call that is training or records gradients, and else only once for as long as W, A, B
+and s are the same ones. They are kept here, weakly by layer, and not on it. An optimizer need not leave a trace on the
+parameters that it changes, but the step before it had gradients; and `train`, `eval` and merging forget them too.
+"""
+
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from peft.tuners.lora import Linear
+from peft.tuners.lora.dora import DoraLinearLayer
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from peft_kernels.integrations.gathering import (
+    DTYPES,
+    HOOKED_ADAPTER,
+    WITHOUT_KERNEL,
+    Call,
+    add_adapter,
+    describe_type,
+    intercepted,
+    tensor_of,
+)
+from peft_kernels.integrations.rows import RowAdapters
+
+DORA_NORM = torch.ops.peft_kernels.dora_norm.default
+DORA_SCALE = torch.ops.peft_kernels.dora_scale.default
+TOGETHER = "DoRA together with another active adapter"
+
+
+@dataclass(frozen=True)
+class KeptNorm:
+    """A norm, and what it is of."""
+
+    norm: Tensor
+    sources: tuple[ref, ...]  # W, A, B
+    state: tuple
+
+    def is_of(self, sources: tuple[Tensor, ...], state: tuple) -> bool:
+        return self.state == state and all(kept() is tensor for kept, tensor in zip(self.sources, sources, strict=True))
+
+
+_NORMS: WeakKeyDictionary[nn.Module, dict[str, KeptNorm]] = WeakKeyDictionary()
+
+
+class ForgetsNorms:
+    """For a fused layer: what changes its weights, or announces that they change."""
+
+    def train(self, mode: bool = True):
+        _NORMS.pop(self, None)
+        return super().train(mode)
+
+    def merge(self, *args, **kwargs) -> None:
+        _NORMS.pop(self, None)
+        super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        _NORMS.pop(self, None)
+        super().unmerge()
+
+
+@dataclass
+class Adapter:
+    """What a norm is of: s, A, B; the magnitude m; `index` among the adapters of the rows."""
+
+    name: str
+    a: Tensor
+    b: Tensor
+    scaling: float
+    magnitude: Tensor
+    index: int
+
+
+@dataclass
+class Gain:
+    """What DoRA does to the output of one projection of a call."""
+
+    layer: Linear
+    weight: Tensor
+    bias: Tensor | None
+    dropout: nn.Module | None = None  # what drops x before W
+    adapters: list[Adapter] = field(default_factory=list)
+
+    def drop(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the op is given, and what is added to its output after the gain."""
+        if self.dropout is None:
+            return x, None
+        dropped = self.dropout(x)
+        return dropped, nn.functional.linear(x - dropped, self.weight, self.bias)
+
+    def scale(self, z: Tensor, residual: Tensor | None, rows: RowAdapters | None) -> Tensor:
+        bias = self.bias if residual is None else None
+        norms = [self._norm(adapter) for adapter in self.adapters]
+        if rows is None:
+            return DORA_SCALE(z, self.adapters[0].magnitude, norms[0], bias, residual, None)
+        magnitudes = torch.stack([adapter.magnitude for adapter in self.adapters])
+        ids = rows.among(tuple(adapter.index for adapter in self.adapters), z.shape[:-1], z.device)
+        return DORA_SCALE(z, magnitudes, torch.stack(norms), bias, residual, ids)
+
+    def _norm(self, adapter: Adapter) -> Tensor:
+        layer, changing = self.layer, self.layer.training or torch.is_grad_enabled()
+        arguments = self.weight, adapter.a, adapter.b, adapter.scaling
+        with torch.no_grad():
+            if is_compiling():
+                return DORA_NORM(*arguments)
+            sources = tensor_of(layer._modules["base_layer"], "weight"), adapter.a, adapter.b
+            if changing or any(tensor.is_inference() for tensor in sources):
+                _NORMS.pop(layer, None)
+                return DORA_NORM(*arguments)
+            kept = _NORMS.setdefault(layer, {})
+            state = adapter.scaling, *((t.data_ptr(), t._version) for t in sources)
+            if adapter.name not in kept or not kept[adapter.name].is_of(sources, state):
+                kept[adapter.name] = KeptNorm(DORA_NORM(*arguments), tuple(map(ref, sources)), state)
+            return kept[adapter.name].norm
+
+
+def add_dora(call: Call, layer: Linear, name: str, x: Tensor, types) -> str:
+    """Adds a DoRA adapter to the call's last projection, and its gain; returns why it cannot be added, or nothing."""
+    modules, rows, active = layer._modules, call.rows, layer._active_adapter
+    dora, dropout = modules["lora_magnitude_vector"]._modules[name], modules["lora_dropout"]._modules[name]
+    if not rows and type(active) is not str and sum(n in modules["lora_A"]._modules for n in active) > 1:
+        return TOGETHER
+    if type(dora) is not DoraLinearLayer:
+        return f"its magnitude is in a {type(dora).__name__}"
+    for op in ("dora_norm", "dora_scale"):
+        if x.device.type in WITHOUT_KERNEL[op]:
+            return WITHOUT_KERNEL[op][x.device.type]
+    if intercepted(dora, x):
+        return HOOKED_ADAPTER
+    magnitude = tensor_of(dora, "weight")
+    if type(magnitude) not in types:
+        return describe_type(magnitude)
+    if (call.weight[-1].dtype, magnitude.dtype) not in DTYPES:
+        return f"a magnitude in {magnitude.dtype} on a base in {call.weight[-1].dtype}"
+    before = call.drops
+    if reason := add_adapter(call, layer, name, x, types):
+        return reason
+    if call.lora_bias[-1] is not None:
+        return "lora_bias of a DoRA adapter"
+    drops = call.dropout_p[-1] > 0 and layer.training
+    call.dropout_p[-1], call.drops = 0.0, before  # the op drops nothing before A that W is given
+    if drops and rows:
+        return "DoRA with dropout in a mixed batch"
+    if call.gains is None:
+        call.gains = {}
+    member = call.member[-1]
+    if member not in call.gains:
+        call.gains[member] = Gain(layer, call.weight[-1], call.bias[-1], dropout if drops else None)
+        call.bias[-1] = None
+    index = rows.adapters.index(name) if rows else 0
+    adapter = Adapter(name, call.lora_A[-1], call.lora_B[-1], call.scaling[-1], magnitude, index)
+    call.gains[member].adapters.append(adapter)
+    return ""
