@@ -230,7 +230,7 @@ def test_states_at_the_moment_of_patch_pass():
     reasons = {
         merged: "merged: the base layer alone",
         disabled_while_merged: "disabled while merged: PEFT unmerges",
-        dora_is_active: "Dora changes the maths",
+        dora_is_active: "DoRA changes the maths",
         lambda model: hooked(lora_layer(model).base_layer): "hook on base_layer",
         lambda model: hooked(lora_layer(model).lora_A["default"]): "hook on lora_A, lora_B or lora_dropout",
     }
@@ -258,7 +258,7 @@ def test_states_at_the_moment_of_patch_pass():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"use_dora": True}, "Dora changes the maths"),
+        ({"use_dora": True}, "DoRA changes the maths"),
         ({"alora_invocation_tokens": [1]}, "ALora changes the maths"),
         ({"r": MAX_RANK + 1}, f"rank {MAX_RANK + 1} is above {MAX_RANK}"),
     ],

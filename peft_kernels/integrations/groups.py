@@ -14,7 +14,18 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_kernels.integrations.counts import count_fallback, count_fused
-from peft_kernels.integrations.peft import INACTIVE, PLAIN, Call, FusedLinear, add_base, add_layer, intercepted, kept
+from peft_kernels.integrations.peft import (
+    DISABLED,
+    INACTIVE,
+    MERGED,
+    PLAIN,
+    Call,
+    FusedLinear,
+    add_base,
+    add_layer,
+    intercepted,
+    kept,
+)
 from peft_kernels.integrations.rows import OUTSIDE, current, outside_graph
 from peft_kernels.integrations.targets import GROUPS, Group
 
@@ -46,11 +57,19 @@ def project(owner: nn.Module, x: Tensor) -> list[Tensor] | None:
                 count_fallback(owner, f"{name}: {reason}")
                 return None
         if not call.lora_A:
-            count_fallback(owner, INACTIVE)
+            count_fallback(owner, _idle([modules[name] for name in owner.group.projections]))
             return None
         call.keep(owner, x)
     count_fused(owner)
     return call.run(x)
+
+
+def _idle(members: list[nn.Module]) -> str:
+    """Why none of the projections adds anything of its own."""
+    layers = [member for member in members if isinstance(member, Linear)]
+    if any(layer._disable_adapters for layer in layers):
+        return DISABLED
+    return MERGED if any(layer.merged_adapters for layer in layers) else INACTIVE
 
 
 def _mlp_forward(self, x: Tensor) -> Tensor:

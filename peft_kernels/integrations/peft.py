@@ -189,7 +189,10 @@ def _add_adapter(call: Call, layer: Linear, name: str, x: Tensor, types) -> str:
     lora_A, lora_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     dropout = modules["lora_dropout"]._modules[name]
     if name in layer.lora_variant:
-        return type(layer.lora_variant[name]).__name__.removesuffix("LinearVariant") + " changes the maths"
+        return (
+            type(layer.lora_variant[name]).__name__.removesuffix("LinearVariant").replace("Dora", "DoRA")
+            + " changes the maths"
+        )
     if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
         return f"lora_A is a {type(lora_A).__name__}, lora_B a {type(lora_B).__name__}"
     if intercepted(lora_A, x) or intercepted(lora_B, x) or intercepted(dropout, x):
