@@ -27,7 +27,7 @@ from benchmarks.tables import grid_table
 from peft_kernels import registry
 
 LEAST_ROUNDS = {"cpu": 15, "gpu": 50, "full": 30, "quick": 3}
-SECONDS = {"cpu": 3.0, "gpu": 0.5, "full": 0.5, "quick": 0.1}
+SECONDS = {"cpu": 2.0, "gpu": 0.5, "full": 0.5, "quick": 0.1}
 FOREIGN = ("torch", "inductor", "flash_attention", "cudnn_attention", "efficient_attention")
 SMALL, LLAMA_8B = (8, 4, 64), (32, 8, 128)  # query heads, heads of keys, head dim
 

@@ -9,6 +9,7 @@ Nothing here initialises CUDA before somebody asks for a description: after that
 import ctypes
 import importlib.util
 import os
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -234,7 +235,9 @@ def cuda_summary() -> str:
         return _load_library()
     function = operator_library().peft_kernels_cuda_devices
     function.restype = ctypes.c_char_p
-    return function().decode()
+    found = function().decode()
+    without_driver = re.search(r"driver none, runtime ([\d.]+)", found)
+    return f"no NVIDIA driver here; the kernels were built with CUDA {without_driver[1]}" if without_driver else found
 
 
 def describe() -> list[dict]:

@@ -67,13 +67,20 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="One JSON object i
     console.print(f"devices: {', '.join(found['devices'])}")
     console.print(f"CPU kernels: {found['instruction_set'] or 'not built'}")
     console.print(f"CUDA: {found['cuda']}")
-    built = ", ".join(f"{key} {value}" for key, value in found["build"].items()) or "the module _C is not built"
-    console.print(f"build: {built}")
+    console.print(f"build: {_build(found['build'])}")
     table = Table("backend", "device", "", "why not", box=box.SIMPLE_HEAD)
     for row in found["backends"]:
         state = "[green]used[/green]" if row["bound"] else "there" if row["available"] else "[dim]not there[/dim]"
         table.add_row(row["name"], row["device"], state, row["reason"])
     console.print(table)
+
+
+def _build(facts: dict) -> str:
+    """What is known of the build; a revision is not where it was made outside of git."""
+    known = {key: value for key, value in facts.items() if value is not None}
+    texts = (" ".join(map(str, value)) if isinstance(value, list | tuple) else value for value in known.values())
+    words = (f"{key.replace('_', ' ')} {text}" for key, text in zip(known, texts, strict=True))
+    return ", ".join(words) or "the module _C is not built"
 
 
 @app.command()
@@ -185,9 +192,9 @@ def _show_bottleneck(console: Console, found, question, model: str) -> None:
     for name, value, base in (
         ("base", found.base, found.base),
         (f"one adapter, {found.adapter_parameters:,} trainable parameters", found.adapter, found.base),
-        (f"{question.adapters} adapters", found.adapters, found.base),
+        (_adapters(question.adapters), found.adapters, found.base),
         (f"read by a decode step of {question.rows} rows, base alone", found.step_base, found.step_base),
-        (f"  with {found.distinct} adapters", found.step_base + found.step_adapters, found.step_base),
+        (f"  with {_adapters(found.distinct)}", found.step_base + found.step_adapters, found.step_base),
     ):
         sizes.add_row(name, _bytes(value), f"{value / base:.2%}")
     console.print(sizes)
@@ -220,7 +227,7 @@ def _show_estimate(console: Console, found, question, model: str) -> None:
     with_adapters = found.step_base + found.step_adapters
     for name, value, token in (
         ("base alone", found.step_base, found.token_base),
-        (f"with {found.distinct} adapters", with_adapters, found.token),
+        (f"with {_adapters(found.distinct)}", with_adapters, found.token),
     ):
         step.add_row(name, _bytes(value), _bytes(token), f"{value / found.step_base:.2%}")
     console.print(memory)
@@ -229,6 +236,10 @@ def _show_estimate(console: Console, found, question, model: str) -> None:
     console.print("The KV cache, which costs both the same, is left out.")
     for note in found.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
+def _adapters(count: int) -> str:
+    return f"{count} adapter{'s' * (count != 1)}"
 
 
 def _bytes(count: float) -> str:

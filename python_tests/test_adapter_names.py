@@ -267,7 +267,7 @@ def test_what_peft_refuses_is_refused():
     report = peft_kernels.patch(model)
     with pytest.raises(ValueError, match="DoRA"):
         model(**batch())
-    assert any("Dora" in reason for reason in report.fallbacks) and nothing_is_left(model)
+    assert any("DoRA" in reason for reason in report.fallbacks) and nothing_is_left(model)
     model = two_adapters().eval()
     peft_kernels.patch(model)
     model.merge_adapter(["other"])

@@ -4,8 +4,10 @@ that PEFT saves, what is refused, versions, threads, exceptions, and the plain m
 import contextvars
 import copy
 import pickle
+import re
 import threading
 
+import huggingface_hub
 import pytest
 import torch
 from models import (
@@ -187,6 +189,20 @@ def test_refusals(tmp_path):
     with pytest.raises(KeyError, match=r"did you mean 'model\.layers\.0"):
         pool_of(model).load("t5", with_adapter(base_model("bart"), 0))
     assert nothing_is_left(model)
+
+
+def test_a_folder_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "french").mkdir()
+    model = base_model("llama")
+    pool = peft_kernels.attach_pool(model, adapters=2)
+    near = re.escape(f"load: there is no folder {tmp_path / 'frnch'} (did you mean {tmp_path / 'french'}?), and no id")
+    with pytest.raises(ValueError, match=near):
+        pool.load("french", tmp_path / "frnch")
+    with pytest.raises(ValueError, match="no folder someone/else, and as an id of the Hugging Face Hub it has no"):
+        pool.load("french", "someone/else")
+    with pytest.raises(ValueError, match=r"french has no adapter_config.json that can be read"):
+        peft_kernels.load(model, tmp_path / "french")
 
 
 def test_a_task_that_outlives_the_block_raises():

@@ -194,7 +194,7 @@ def test_targets_are_met_missed_or_not_measured():
 def test_tables_have_every_cell_once():
     rows = mixed_rows()
     distinct, rest = tables.distinct_table(rows), tables.cell_table(rows)
-    assert distinct.splitlines()[0] == "| dtype | M | base, ms | 1 adapters | 4 adapters | 16 adapters | 64 adapters |"
+    assert distinct.splitlines()[0] == "| dtype | M | base, ms | 1 adapter | 4 adapters | 16 adapters | 64 adapters |"
     assert "| float32 | 2048 | 1.5 | 1.10 / 1.10 |" in distinct
     entries = distinct.count(" / ")
     assert entries + len(rest.splitlines()) - 2 == len(cells.cells("cpu"))

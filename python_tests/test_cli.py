@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,21 @@ def test_info_names_every_backend_and_the_reason():
         assert row["name"] in result.output
     assert "used" in result.output
     assert peft_kernels.__version__ in result.output
+
+
+def test_info_is_in_words(monkeypatch):
+    said = "no CUDA device: CUDA driver version is insufficient (driver none, runtime 13.0)"
+    library = SimpleNamespace(peft_kernels_cuda_devices=lambda: said.encode())
+    monkeypatch.setattr(backends, "operator_library", lambda: library)
+    assert backends.cuda_summary() == "no NVIDIA driver here; the kernels were built with CUDA 13.0"
+    facts = {"version": "1.0", "revision": None, "instruction_sets": ["default", "avx512_bf16"]}
+    monkeypatch.setattr(cli, "facts", lambda: {
+        "version": "1.0", "torch": "2", "python": "3", "devices": ["cpu"], "instruction_set": "avx2",
+        "cuda": backends.cuda_summary(), "build": facts, "backends": [],
+    })  # fmt: skip
+    output = RUN.invoke(cli.app, ["info"]).output
+    assert "CUDA: no NVIDIA driver here" in output
+    assert "build: version 1.0, instruction sets default avx512_bf16\n" in output  # the revision is not known
 
 
 def test_info_json_is_the_same_as_data():
@@ -151,6 +167,11 @@ def test_demo(tmp_path, miniature):
         assert {len(times) for times in row["step_times_ms"].values()} == {2}
     assert all(f"{count} rows in one batch" in result.output for count in (11, 4))
     assert "Decode step of 4 rows" in result.output
+    lines = result.output.splitlines()  # of a log: when a stage starts, and when it has ended
+    starts = ["base model on English", f"{domains[0]}, methods, r=16", "one batch, many adapters"]
+    for started in starts:
+        at = lines.index(f"{started} ...")
+        assert any(line.startswith(f"{started}: ") for line in lines[at:])
     for name in ("loss_curves.png", "step_times.png", "methods.png", "prefixes.png", "serving.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 

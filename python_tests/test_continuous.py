@@ -196,6 +196,8 @@ def test_errors():
             model, PROMPTS, NAMES, greedy(num_return_sequences=2, do_sample=True), small_cache()
         )
     before = model.config._attn_implementation
-    with pytest.raises(TypeError):
-        peft_kernels.generate_batch(model, [None], ["greek"], greedy(), small_cache())
+    for prompts, got in (([None], "None in place 0"), (["hello"], "'hello' in place 0"), ("hello", "a str"),
+                         ([[1, "x"]], "in place 0"), ({"input_ids": [[1]]}, "a dict")):  # fmt: skip
+        with pytest.raises(TypeError, match=rf"inputs must be .*tokenizer\(prompts\)\['input_ids'\], got .*{got}"):
+            peft_kernels.generate_batch(model, prompts, ["greek"], greedy(), small_cache())
     assert model.config._attn_implementation == before and pool_of(model).pinned == 0

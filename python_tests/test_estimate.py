@@ -104,7 +104,7 @@ def test_what_a_step_reads(tied, folder):
 
 
 @pytest.mark.parametrize("changes,said", [
-    ({"rank": 0}, "rank must be from 1 to 512, got 0"),
+    ({"rank": 0}, "rank must be from 1 to 1024, got 0"),
     ({"adapters": 0}, "adapters and rows must be 1 or more, got 0 and 32"),
     ({"rows": 0}, "adapters and rows must be 1 or more, got 5 and 0"),
     ({"distinct": 6}, "distinct must be from 0 to 5, the rows and the adapters, got 6"),
@@ -113,6 +113,15 @@ def test_what_a_step_reads(tied, folder):
 def test_questions_without_an_answer_are_refused_in_words(changes, said, folder):
     with pytest.raises(ValueError, match=said):
         estimated(folder("llama"), **changes)
+
+
+def test_ranks_above_those_that_are_trained_fused_are_a_pools(folder):
+    model = folder("llama")
+    assert not estimated(model, rank=512).notes
+    (note,) = estimated(model, rank=1024).notes
+    assert "a pool serves rank 1024; training with it is left to PEFT's own forward above 512" in note
+    pool = peft_kernels.attach_pool(base_model("llama"), adapters=1)
+    assert pool.max_rank == 1024
 
 
 def test_an_embedding_reads_a_column_of_its_a(folder):
@@ -140,6 +149,8 @@ def test_the_command_prints_what_the_estimate_holds(folder):
     assert (words["model"], words["dtype"], words["adapter_dtype"]) == (model, "float32", "float32")
     for text in ("model.layers.*.self_attn.q_proj", f"{found.adapter_parameters:,}", f"x{found.price:.3f}", "32 rows"):
         assert text in printed.output
+    one = command(model, "--adapters", "1", "--rank", "4").output
+    assert "with 1 adapter " in one and "1 adapters" not in one
 
 
 def test_a_model_that_cannot_be_read(tmp_path, monkeypatch):

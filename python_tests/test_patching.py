@@ -107,6 +107,20 @@ def test_a_model_without_adapters_is_refused():
         peft_kernels.patch(base_model("llama"))
 
 
+def test_a_model_that_serves_a_pool_is_refused_in_words():
+    model = base_model("llama")
+    peft_kernels.attach_pool(model, adapters=2)
+    with pytest.raises(ValueError, match=r"patch: the model serves a pool, .*unpatch\(model\)"):
+        peft_kernels.patch(model)
+
+
+@pytest.mark.parametrize("function", ["patch", "unpatch", "attach_pool", "set_active", "attach", "load", "detach"])
+def test_what_is_no_module_is_refused_in_words(function):
+    more = {"set_active": ["a"], "attach": [peft_kernels.BottleneckConfig()], "load": ["folder"]}
+    with pytest.raises(TypeError, match=f"^{function}: model must be a torch.nn.Module, got str"):
+        getattr(peft_kernels, function)("llama", *more.get(function, []))
+
+
 def test_reasons_strict_and_the_table():
     model = base_model("llama")
     model = get_peft_model(model, lora_config(target_modules=["embed_tokens", "q_proj", "k_proj"], use_dora=False))
@@ -163,6 +177,30 @@ def test_verify_names_what_was_not_reached():
     with pytest.raises(RuntimeError, match=r"layers.0.mlp.down_proj: not reached by this forward"):
         report.verify(**inputs())
     assert report.fused == calls_per_forward(report) - 2
+
+
+def test_verify_knows_that_the_model_was_unpatched():
+    model = peft_model("llama")
+    with peft_kernels.patch(model) as report:
+        report.verify(**inputs())
+    with pytest.raises(RuntimeError, match="no longer patched") as error:
+        report.verify(**inputs())
+    assert "not reached" not in str(error.value)
+    peft_kernels.patch(model)
+    report.verify(**inputs())
+
+
+def test_a_group_of_merged_projections_is_said_to_be_merged():
+    model = peft_model("llama")
+    report = peft_kernels.patch(model)
+    model.merge_adapter()
+    model(**inputs())
+    model.unmerge_adapter()
+    assert {why for calls in report.calls().values() for why in calls.fallbacks} == {"merged: the base layer alone"}
+    with model.disable_adapter():
+        model(**inputs())
+    disabled = {why for name, calls in report.calls().items() if "self_attn" in name for why in calls.fallbacks}
+    assert disabled == {"merged: the base layer alone", "adapters disabled: the base layer alone"}
 
 
 def test_copies_and_pickles_stay_patched():

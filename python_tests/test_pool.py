@@ -25,6 +25,11 @@ def test_slots_names_and_ids():
     for call in (pool.slot, pool.remove, lambda name: pool.ids([name]), lambda name: pool.pin(name).__enter__()):
         with pytest.raises(KeyError, match="no adapter 'a' in this pool"):
             call("a")
+    with pytest.raises(KeyError, match=r"no adapter 'a' in this pool; it has 'b\.1'"):
+        pool.remove("a")
+    with pytest.raises(KeyError, match=r"no adapter 'b\.2' in this pool; did you mean 'b\.1'"):
+        pool.remove("b.2")
+    assert repr(pool).startswith(f"AdapterPool(1 of at most 2, {len(SITES)} sites, torch.float32 on cpu, ")
     with pytest.raises(KeyError, match="no site 'qq' in this pool; did you mean 'q'"):
         pool.tables("qq")
 
@@ -316,7 +321,7 @@ def test_a_taken_name_and_a_full_pool_are_refused():
     before = state(pool)
     with pytest.raises(ValueError, match="there is an adapter 'a'; replace=True makes a new version of it"):
         pool.add("a", adapter())
-    with pytest.raises(RuntimeError, match="full: it has all of its 1 adapters"):
+    with pytest.raises(RuntimeError, match="full: it has 1 of at most 1; remove one"):
         pool.add("b", adapter())
     assert unchanged(pool, before)
     pool.add("a", adapter(), replace=True)

@@ -81,7 +81,7 @@ def distinct_table(rows: list[Row]) -> str:
                     f"{_ratio(here[n].get('peft'))} / {_ratio(here[n]['op'])}" if n in here else "" for n in adapters
                 )
                 lines.append([dtype, str(M), f"{next(iter(here.values()))['base'].ms_p50:.3g}", *pairs])
-    return grid_table(["dtype", "M", "base, ms", *(f"{n} adapters" for n in adapters)], lines)
+    return grid_table(["dtype", "M", "base, ms", *(f"{n} adapter{'s' * (n > 1)}" for n in adapters)], lines)
 
 
 def _key(row: Row) -> tuple:

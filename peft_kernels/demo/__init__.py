@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from peft_kernels import backends
 from peft_kernels.demo import corpus, methods, plots, prefixes, report, serving, task
@@ -154,7 +154,7 @@ def _serve(
             prefix_folders[f"{name_of[text.name]}-{kind}"] = out / folder
             text_of[f"{name_of[text.name]}-{kind}"] = text
     title = "one batch, many adapters"
-    bar = progress.add_task(title, total=serving.turns(size), loss="")
+    bar = _begin(progress, title, serving.turns(size))
     found = serving.serve(
         base, adapters, bottlenecks, prefix_folders, text_of, english, size, seed,
         lambda: progress.update(bar, advance=1),
@@ -164,9 +164,16 @@ def _serve(
     return found
 
 
+def _begin(progress: Progress, title: str, steps: int) -> TaskID:
+    """A new progress bar; a log gets a line."""
+    if progress.disable:
+        progress.console.print(f"{title} ...")
+    return progress.add_task(title, total=steps, loss="")
+
+
 def _ticker(progress: Progress, title: str, steps: int, losses: list[float]):
-    """A function that moves a new progress bar by one step and keeps the loss; a log gets a line at the end."""
-    bar, begin = progress.add_task(title, total=steps, loss=""), time.perf_counter()
+    """A function that moves a new progress bar by one step and keeps the loss; a log gets a line at the end too."""
+    bar, begin = _begin(progress, title, steps), time.perf_counter()
 
     def tick(loss: float) -> None:
         losses.append(loss)

@@ -1,12 +1,14 @@
 """Folders of adapters: adapter_config.json, with a peft_type of our own, and adapter_model.safetensors, or AdapterHub's
 two files. `load` and a pool's `load` read them here."""
 
+import difflib
 import json
 import warnings
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -25,7 +27,25 @@ def about(source: str | PathLike) -> Any:
     try:
         return json.loads(Path(cached_file(source, CONFIG)).read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"load: {source} has no {CONFIG} that can be read: {str(error).splitlines()[0]}") from error
+        if not Path(source).exists():
+            raise ValueError(f"load: there is no folder {source}{_nearest(Path(source))}, {_as_id(error)}") from error
+        raise ValueError(f"load: {source} has no {CONFIG} that can be read: {_first_line(error)}") from error
+
+
+def _nearest(folder: Path) -> str:
+    there = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    near = difflib.get_close_matches(folder.name, [path.name for path in there if path.is_dir()], n=1)
+    return f" (did you mean {folder.parent / near[0]}?)" if near else ""
+
+
+def _as_id(error: Exception) -> str:
+    if isinstance(error.__cause__, HFValidationError):
+        return "and no id of the Hugging Face Hub is of that form"
+    return f"and as an id of the Hugging Face Hub it has no {CONFIG} that can be read: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def is_pefts(said: Any) -> bool:

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from peft_kernels.integrations.blocks import CHILD, Site, chosen_sites, file_key, shapes, stream_owner, unfit
+from peft_kernels.integrations.blocks import (
+    CHILD,
+    Site,
+    chosen_sites,
+    file_key,
+    require_module,
+    shapes,
+    stream_owner,
+    unfit,
+)
 from peft_kernels.integrations.checkpoints import PREFIX
 from peft_kernels.integrations.own_parameters import NOTE, OwnParameters, Slot, at, biases_of, own_parameters
 from peft_kernels.integrations.pooled import PooledBlock
@@ -60,6 +69,7 @@ def root_of(model: nn.Module) -> nn.Module:
 
 def require_unwrapped(model: nn.Module, function: str) -> None:
     """DDP averages the gradients of the parameters that were trained when it was made, and of no others."""
+    require_module(model, function)
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError(
             f"{function}: the model is in a DistributedDataParallel, which would not average the gradients of what is "
@@ -69,6 +79,7 @@ def require_unwrapped(model: nn.Module, function: str) -> None:
 
 def require_one_root(root: nn.Module, function: str) -> None:
     """What adapters a model has is noted at one module, that which they were attached to."""
+    require_module(root, function)
     for name, module in root.named_modules():
         if name and NOTE in module.__dict__:
             raise ValueError(

@@ -57,6 +57,11 @@ def sites_of(model: nn.Module) -> list[Site]:
     ]
 
 
+def require_module(model: nn.Module, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def layers_of(model: nn.Module, blocks: dict[str, str]) -> dict[str, str]:
     """The name of the layer that each block is in, from their representations by name: what ends in a number, in the
     innermost of transformers' models, and has one block of some representation (an encoder's layer two FFNs, but one
@@ -77,10 +82,13 @@ def chosen_sites(model: nn.Module, config: BottleneckConfig) -> list[Site]:
     every = sites_of(model)
     for representation in config.representations:
         if not any(site.block.representation == representation for site in every):
-            raise ValueError(
-                f"attach: no {representation} block is known in a {type(model).__name__}; those that are have the "
-                "children that peft_kernels/integrations/targets.py lists"
+            whole = any(isinstance(module, PreTrainedModel) for module in model.modules())
+            remedy = (
+                "those that are have the children that peft_kernels/integrations/targets.py lists"
+                if whole
+                else "adapters go into the layers of transformers' models: pass the model that it is a part of"
             )
+            raise ValueError(f"attach: no {representation} block is known in a {type(model).__name__}; {remedy}")
     check_layers("attach: layers", config.layers or (), every)
     sites = [site for site in every if site.block.representation in config.representations]
     if config.layers is not None:

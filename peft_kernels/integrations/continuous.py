@@ -304,6 +304,7 @@ def generate_batch(
     Raises:
         ValueError: as `init_continuous_batching`, or there is not one adapter for each prompt, or the config asks for
             several sequences of a prompt, for which there is the manager.
+        TypeError: inputs are no lists of token ids.
         KeyError: there is no such adapter.
         RuntimeError: the engine stopped.
 
@@ -311,6 +312,7 @@ def generate_batch(
         >>> outputs = peft_kernels.generate_batch(model, prompts, adapters=["french", None], max_new_tokens=20)
         >>> outputs[0].generated_tokens
     """
+    inputs = _prompts(inputs)
     if isinstance(adapters, str) or len(adapters) != len(inputs):
         raise ValueError(f"generate_batch: adapters must have one entry per input ({len(inputs)}), got {adapters!r}")
     sequences = getattr(generation_config or model.generation_config, "num_return_sequences", None) or 1
@@ -327,6 +329,18 @@ def generate_batch(
             manager.destroy()
 
 
+def _prompts(inputs: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The tokens of each prompt; a tensor's rows are prompts too."""
+    remedy = "must be a list with the token ids of each prompt, as in tokenizer(prompts)['input_ids']"
+    if isinstance(inputs, str) or not isinstance(inputs, Sequence | Tensor):
+        raise TypeError(f"generate_batch: inputs {remedy}, got a {type(inputs).__name__}")
+    prompts = [tokens.tolist() if isinstance(tokens, Tensor) else tokens for tokens in inputs]
+    for i, tokens in enumerate(prompts):
+        if not isinstance(tokens, Sequence) or not all(isinstance(token, int) for token in tokens):
+            raise TypeError(f"generate_batch: inputs {remedy}, got {inputs[i]!r} in place {i}")
+    return [list(tokens) for tokens in prompts]
+
+
 def _generate(
     manager: AdapterBatchingManager,
     inputs: Sequence[Sequence[int]],
@@ -336,7 +350,7 @@ def _generate(
     manager.warmup()
     manager.start()
     ids = [
-        manager.add_request(list(tokens), adapter=adapter, max_new_tokens=max_new_tokens)
+        manager.add_request(tokens, adapter=adapter, max_new_tokens=max_new_tokens)
         for tokens, adapter in zip(inputs, adapters, strict=True)
     ]
     found: dict[str | None, GenerationOutput] = {}

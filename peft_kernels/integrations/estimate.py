@@ -27,6 +27,7 @@ from torch import nn
 
 from peft_kernels.integrations.gathering import MAX_RANK
 from peft_kernels.ops import Site
+from peft_kernels.ops.batched_lora.entries import MAX_POOL_RANK
 from peft_kernels.ops.batched_lora.pages import PageStore, SiteTable
 
 _META = torch.device("meta")
@@ -115,11 +116,13 @@ def estimate(model: nn.Module, question: Question) -> Estimate:
         ValueError: a number is out of range, PEFT finds no target, or none that a pool holds.
     """
     q, distinct = question, distinct_of(question)
-    _require(1 <= q.rank <= MAX_RANK, f"rank must be from 1 to {MAX_RANK}, got {q.rank}")
+    _require(1 <= q.rank <= MAX_POOL_RANK, f"rank must be from 1 to {MAX_POOL_RANK}, got {q.rank}")
     size, dtype = q.dtype.itemsize, q.adapter_dtype or q.dtype
     parameters, read = sum(p.numel() for p in model.parameters()), size * read_by_a_step(model, q.rows)
     quantised = getattr(getattr(model, "config", None), "quantization_config", None) is not None
     notes = ("the checkpoint is quantised, and counted here as if it were not",) if quantised else ()
+    if q.rank > MAX_RANK:
+        notes += (f"a pool serves rank {q.rank}; training with it is left to PEFT's own forward above {MAX_RANK}",)
     sites, trainable, left_out = _adapted(model, q)
     pages = sum(_pages(width, q.rank, dtype) for site, _ in sites.values() for width in (site.K, site.N))
     row, table = (len(sites) * _table(slots, q.rank, dtype) for slots in (1, q.adapters + 1))

@@ -9,11 +9,22 @@ import functools
 import importlib
 from collections.abc import Callable
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_kernels.integrations.counts import count_fallback, count_fused
-from peft_kernels.integrations.gathering import INACTIVE, ONE_EACH, PLAIN, Call, add_base, intercepted, kept
+from peft_kernels.integrations.gathering import (
+    DISABLED,
+    INACTIVE,
+    MERGED,
+    ONE_EACH,
+    PLAIN,
+    Call,
+    add_base,
+    intercepted,
+    kept,
+)
 from peft_kernels.integrations.other_methods import ADDS
 from peft_kernels.integrations.rows import OUTSIDE, current, outside_graph
 from peft_kernels.integrations.targets import GROUPS, Group
@@ -45,7 +56,7 @@ def project(owner: nn.Module, x: Tensor) -> list[Tensor] | None:
                 count_fallback(owner, f"{name}: {reason}")
                 return None
         if not call.lora_A:
-            count_fallback(owner, INACTIVE)
+            count_fallback(owner, _idle([modules[name] for name in owner.group.projections]))
             return None
         if call.gains is not None and any(gain.dropout is not None for gain in call.gains.values()):
             count_fallback(owner, ONE_EACH)
@@ -53,6 +64,14 @@ def project(owner: nn.Module, x: Tensor) -> list[Tensor] | None:
         call.keep(owner, x)
     count_fused(owner)
     return call.run(x)
+
+
+def _idle(members: list[nn.Module]) -> str:
+    """Why none of the projections adds anything of its own."""
+    layers = [member for member in members if isinstance(member, BaseTunerLayer)]
+    if any(layer._disable_adapters for layer in layers):
+        return DISABLED
+    return MERGED if any(layer.merged_adapters for layer in layers) else INACTIVE
 
 
 def _mlp_forward(self, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_kernels.integrations.adapter_folders import about, is_pefts
-from peft_kernels.integrations.blocks import CHILD, adapted_class, sites_of
+from peft_kernels.integrations.blocks import CHILD, adapted_class, require_module, sites_of
 from peft_kernels.integrations.checkpoints import Source, read_adapter
 from peft_kernels.integrations.gathering import intercepted
 from peft_kernels.integrations.groups import grouped_class
@@ -31,7 +31,7 @@ from peft_kernels.integrations.rows import OUTSIDE, Rows, outside_graph
 from peft_kernels.integrations.targets import Group, forward_is_known, group_of
 from peft_kernels.integrations.transformers import OWN_FORWARD, POOL_SITE, forward_was_replaced, made_by_fsdp, swap
 from peft_kernels.ops import AdapterPool, Site
-from peft_kernels.ops.batched_lora.entries import FLOATS
+from peft_kernels.ops.batched_lora.entries import FLOATS, MAX_POOL_RANK
 
 HAS_OWN = "the model has bottleneck adapters of its own, which all rows share; peft_kernels.detach takes them off"
 SEQUENCE_FIRST = ("xlnet", "fsmt")
@@ -208,7 +208,7 @@ class _Layers(Mapping):
 
 
 def attach_pool(
-    model: nn.Module, adapters: int = 256, *, dtype: torch.dtype | None = None, max_rank: int = 1024
+    model: nn.Module, adapters: int = 256, *, dtype: torch.dtype | None = None, max_rank: int = MAX_POOL_RANK
 ) -> ModelPool:
     """Lets a model serve many adapters at once, each row of a batch its own; returns the pool that holds them.
 
@@ -237,6 +237,7 @@ def attach_pool(
         >>> with peft_kernels.adapter_ids([0, -1, 1], adapters=["french", "german"]):
         ...     tokens = model.generate(input_ids, max_new_tokens=20)  # the second of the three by the base model
     """
+    require_module(model, "attach_pool")
     require_base(model, "attach_pool")
     sites, blocks, swaps, left_alone = _plan(model)
     weight = next(model.parameters())

@@ -51,6 +51,7 @@ class PatchReport:
         self.restore = restore
         modules = dict(model.named_modules())
         self._modules = {row.name: ref(modules[row.name]) for row in rows}  # wrapping a model later changes its names
+        self._kinds = {row.name: type(modules[row.name]) for row in rows if row.kernel}
         self._earlier = {row.name: calls(modules[row.name]) for row in rows}  # of a patch before this one
 
     def __enter__(self) -> "PatchReport":
@@ -87,14 +88,19 @@ class PatchReport:
     def verify(self, **inputs) -> "PatchReport":
         """Runs the model once on `inputs`, without gradients, and proves that every patched module ran fused.
 
-        Raises RuntimeError naming each module that did not, and why. Modules whose layers have no active adapter are
-        not expected to. Random state is put back.
+        Raises RuntimeError naming each module that did not, and why; or saying that the model was unpatched since.
+        Modules whose layers have no active adapter are not expected to. Random state is put back.
 
             >>> peft_kernels.patch(model).verify(input_ids=input_ids)
         """
         model = self._model()
         if model is None:
             raise RuntimeError("verify: the patched model is gone")
+        if self._kinds and not any(isinstance(self._modules[name](), kind) for name, kind in self._kinds.items()):
+            raise RuntimeError(
+                "verify: the model is no longer patched (unpatch, or the end of a `with`); "
+                "peft_kernels.patch(model).verify(...) patches it again"
+            )
         before = self.calls()
         cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
         with torch.no_grad(), torch.random.fork_rng(devices=cuda), torch.compiler.set_stance("force_eager"):

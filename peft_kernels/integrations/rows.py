@@ -327,7 +327,10 @@ def adapter_ids(ids: Tensor | Sequence, adapters: Sequence[str], *, beams: int =
     with entered(rows):
         yield
     if not rows.seen:
-        raise RuntimeError("adapter_ids: no patched layer ran inside; peft_kernels.patch(model) patches a model")
+        raise RuntimeError(
+            "adapter_ids: no patched layer ran inside, so no row had an adapter; peft_kernels.patch(model) patches a "
+            "PEFT model, peft_kernels.attach_pool(model) gives a plain one a pool, and both must come before the block"
+        )
     if missing := [] if rows.found is None else [n for i, n in enumerate(rows.adapters) if i not in rows.found]:
         raise ValueError(f"adapter_ids: no layer that ran has an adapter {', '.join(map(repr, missing))}")
 
@@ -337,7 +340,14 @@ def _checked(ids: Tensor | Sequence, adapters: Sequence[str]) -> Tensor:
         raise TypeError(f"adapter_ids: adapters must be a list of str, got {adapters!r}")
     if len(set(adapters)) != len(adapters):
         raise ValueError(f"adapter_ids: adapters must differ from each other, got {list(adapters)}")
-    ids = torch.as_tensor(ids)
+    try:
+        ids = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            "adapter_ids: ids must be integers, one for each sequence or one for each token of each: i stands for "
+            f"adapters[i], and -1 for none; got {ids!r}. Of names: [-1 if name is None else adapters.index(name) for "
+            "name in names]"
+        ) from None
     if ids.dtype not in (torch.int32, torch.int64) and ids.numel():
         raise TypeError(f"adapter_ids: ids must be integers (int32 or int64), got {ids.dtype}")
     if ids.dim() not in (1, 2):

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peft_kernels import backends
-from peft_kernels.integrations.blocks import CHILD
+from peft_kernels.integrations.blocks import CHILD, require_module
 from peft_kernels.integrations.gathering import HOOKED_BASE, MERGED, PLAIN, Call, add_base, own_method
 from peft_kernels.integrations.groups import add_member, fused_class
 from peft_kernels.integrations.named import (
@@ -64,6 +64,7 @@ def patch(model: nn.Module, strict: bool = False, *, recompute_mlp: bool = False
     came since. As a context manager: patched inside, as before afterwards.
 
     Raises:
+        TypeError: the model is no nn.Module.
         ValueError: there is no adapter layer in the model.
         RuntimeError: strict, and a layer has no kernel, or none in its present state.
 
@@ -73,7 +74,13 @@ def patch(model: nn.Module, strict: bool = False, *, recompute_mlp: bool = False
         >>> with peft_kernels.patch(model):
         ...     model(input_ids=input_ids)
     """
+    require_module(model, "patch")
     rows, swaps = _plan_layers(model)
+    if not rows and any(POOL_SITE in module.__dict__ for module in model.modules()):
+        raise ValueError(
+            "patch: the model serves a pool, whose adapters run fused without patch; to patch PEFT's layers instead, "
+            "take the pool off with peft_kernels.unpatch(model) and make them"
+        )
     if not rows:
         raise ValueError(
             "patch: the model has no PEFT layer; make them first with peft.get_peft_model(model, LoraConfig(...)), "
@@ -97,6 +104,7 @@ def unpatch(model: nn.Module) -> contextlib.AbstractContextManager:
         >>> with peft_kernels.unpatch(model):
         ...     model(input_ids=input_ids)  # plain PEFT; patched again afterwards
     """
+    require_module(model, "unpatch")
     swaps, restore = [], contextlib.ExitStack()
     for name, module in model.named_modules():
         kind = type(module)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peft_kernels.ops.common.activations import NAMES
 
+MAX_POOL_RANK = 1024  # of an adapter, unless a pool is made for more
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 

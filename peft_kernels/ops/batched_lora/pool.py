@@ -24,12 +24,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peft_kernels.ops.batched_lora.entries import FLOATS, SiteAdapter, Stored, check, store
+from peft_kernels.ops.batched_lora.entries import FLOATS, MAX_POOL_RANK, SiteAdapter, Stored, check, store
 from peft_kernels.ops.batched_lora.entries import require as _require
 from peft_kernels.ops.batched_lora.pages import PageStore, SiteTable
 from peft_kernels.ops.batched_lora.pooled_reference import PAGE
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_NAMED = 8  # of the adapters that are there, in a message
 _FEATURES = {  # parts of a tensor's name that are no site's, and what about them
     "lora_magnitude_vector": "DoRA's magnitude is not a site: it goes into the gain of its site's SiteAdapter",
     "lora_embedding_": "lora_embedding_A and _B are not sites: they are lora_A and lora_B of their site's SiteAdapter",
@@ -91,7 +92,7 @@ class AdapterPool:
         adapters: int = 256,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        max_rank: int = 1024,
+        max_rank: int = MAX_POOL_RANK,
     ):
         _require(len(sites) >= 1, "sites must name at least one site, got none")
         for name, site in sites.items():
@@ -118,6 +119,12 @@ class AdapterPool:
 
     def __len__(self) -> int:
         return len(self._slot_of)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({len(self)} of at most {self.adapters}, {len(self.sites)} site"
+            f"{'s' * (len(self.sites) != 1)}, {self.dtype} on {self.device}, {self.nbytes / 1e6:.1f} MB)"
+        )
 
     def names(self) -> list[str]:
         """The adapters that are there, in the order in which they came."""
@@ -189,7 +196,7 @@ class AdapterPool:
             entries = [self._entry(site, entry, allow_nonfinite) for site, entry in tensors.items()]
             _require(len(entries) >= 1, f"adapter '{name}' must touch at least one site, got none")
             full = len(self._slot_of) >= self.adapters and before is None
-            _require(not full, f"full: it has all of its {self.adapters} adapters; remove one first", RuntimeError)
+            _require(not full, f"full: it has {len(self)} of at most {self.adapters}; remove one first", RuntimeError)
             pinned = "full: every free slot holds an old version that is still pinned"
             _require(bool(self._free), pinned, RuntimeError)
             slot = self._free.pop(0)
@@ -297,7 +304,9 @@ def _slot(slot_of: Mapping[str, int], name: str) -> int:
     try:
         return slot_of[name]
     except KeyError:
-        raise KeyError(f"AdapterPool: no adapter '{name}' in this pool") from None
+        near = _nearest(name, slot_of) if isinstance(name, str) else ""
+        has = f"; it has {', '.join(map(repr, list(slot_of)[:_NAMED])) or 'none'}" + ", ..." * (len(slot_of) > _NAMED)
+        raise KeyError(f"AdapterPool: no adapter {name!r} in this pool{near or has}") from None
 
 
 def _check_name(name: str) -> None:
@@ -310,6 +319,6 @@ def _check_name(name: str) -> None:
     )
 
 
-def _nearest(site: str, sites: Mapping[str, Site]) -> str:
-    near = difflib.get_close_matches(site, sites, n=1)
+def _nearest(name: str, known: Mapping[str, object]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean '{near[0]}'?" if near else ""
