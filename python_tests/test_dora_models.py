@@ -29,7 +29,7 @@ from torch import nn
 import peft_kernels
 from peft_kernels.integrations import dora
 from peft_kernels.integrations.dora import TOGETHER
-from peft_kernels.integrations.gathering import INACTIVE, MERGED, ONE_EACH
+from peft_kernels.integrations.gathering import DISABLED, MERGED, ONE_EACH
 
 
 def dora_model(name="llama", **changes):
@@ -118,7 +118,7 @@ def test_switches_merging_and_saving(tmp_path):
         assert_as_close_as_peft({"y": model(**inputs()).logits}, {"y": before}, {"y": exact})
         model.unmerge_adapter()
         assert_as_close_as_peft({"y": model(**inputs()).logits}, {"y": before}, {"y": exact})
-    assert report.fused == 2 * calls_per_forward(report) and {INACTIVE, MERGED} <= report.fallbacks.keys()
+    assert report.fused == 2 * calls_per_forward(report) and {DISABLED, MERGED} <= report.fallbacks.keys()
     assert_saves_like_peft(dora_model(), base_model("llama"), tmp_path)
 
 
@@ -307,5 +307,6 @@ def test_peft_loads_what_was_trained_by_rows(tmp_path):
     loaded = PeftModel.from_pretrained(base_model("llama"), tmp_path / "other", adapter_name="other").eval()
     model.eval().set_adapter("other")
     report = peft_kernels.patch(loaded, strict=True)
-    assert torch.equal(results_of(loaded, inputs()["input_ids"]), results_of(model, inputs()["input_ids"]))
+    # Not bit for bit: what MKL sums of a loaded tensor depends on where the file put it.
+    torch.testing.assert_close(results_of(loaded, inputs()["input_ids"]), results_of(model, inputs()["input_ids"]))
     assert report.fused and isinstance(mlp_of(loaded).up_proj, nn.Module)
