@@ -25,6 +25,7 @@ PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
   auto* library = new StableLibrary(StableLibrary::Kind::IMPL, ns, device, __FILE__, __LINE__);
   if (cpu) {
     pk::bind_lora_linear_cpu(*library);
+    pk::bind_lora_add_cpu(*library);
     pk::bind_batched_lora_cpu(*library);
     pk::bind_batched_lora_pool_cpu(*library);
     pk::bind_bottleneck_adapter_cpu(*library);
