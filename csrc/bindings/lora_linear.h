@@ -1,4 +1,4 @@
-// Registration of lora_linear's kernels, and of those beside them: gated_product.
+// Registration of lora_linear's kernels, and of those beside them: lora_add, gated_product.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -6,6 +6,7 @@
 namespace pk {
 
 void bind_lora_linear_cpu(torch::stable::detail::StableLibrary& library);
+void bind_lora_add_cpu(torch::stable::detail::StableLibrary& library);
 void bind_lora_linear_cuda(torch::stable::detail::StableLibrary& library);
 void bind_gated_product_cpu(torch::stable::detail::StableLibrary& library);
 void bind_gated_product_cuda(torch::stable::detail::StableLibrary& library);
