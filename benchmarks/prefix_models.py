@@ -68,8 +68,8 @@ def cells(grid: str, model: str = "") -> list[Cell]:
         return [
             *_steps(F32, DEMO, 16, 128, 128, 32),
             *_steps(F32, DEMO, 16, 128, 512, 128),
-            *_steps(F32, LAYER_8B, 1, 128, 512, 32),
-            Cell(F32, LAYER_8B, 8, 1, 512, 128, "decoding"),
+            *_steps(F32, LAYER_8B, 1, 64, 128, 32),
+            Cell(F32, LAYER_8B, 8, 1, 128, 128, "decoding"),
         ]
     shapes = [(8, 1024, 512, P) for P in (32, 128)]
     many = [Cell(BF16, LAYER_8B, 64, 1, T, 128, "decoding") for T in (512, 2048)]

@@ -87,7 +87,7 @@ def _build(facts: dict) -> str:
 def demo(
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="A shorter training and up to 16 adapters in a batch, within 2 min on 2 cores"),
+        typer.Option("--quick", help="A shorter training and up to 16 adapters in a batch"),
     ] = False,
     everything: Annotated[
         bool, typer.Option("--all", help="Every dtype, rank and dropout, not only PEFT's defaults")

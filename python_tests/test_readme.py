@@ -1,4 +1,4 @@
-"""The README's longer examples run as they stand there, and do what the README says of them."""
+"""The README's examples run as they stand there, each by itself, and do what the README says of them."""
 
 import ast
 import copy
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import base_model, calls_per_forward, in_rows, inputs, nothing_is_left, small_cache, with_adapter
+from models import calls_per_forward, in_rows, nothing_is_left, small_cache
+from peft import PeftModel
 from torch import nn
 
 import peft_kernels
@@ -76,25 +77,59 @@ def trained_alone(model, name, rate, batches):
 
 def test_serving_many_adapters(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = base_model("llama").eval()
-    alone = {name: with_adapter(model, seed) for seed, name in enumerate(("french", "german"))}
-    for name, peft_model in alone.items():
-        peft_model.save_pretrained(f"checkpoints/{name}")
     monkeypatch.setattr(continuous, "ContinuousBatchingConfig", small_cache)  # not all memory of this machine
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # the same graphs
-    input_ids = inputs(3)["input_ids"]
-    names = {"peft_kernels": peft_kernels, "torch": torch, "model": model, "input_ids": input_ids}
-    names["prompts"] = input_ids.tolist()
+    names = {}
     run(example("Serving many adapters").body, names)
-    rows = ["french", None, "german"]
-    with torch.no_grad():
-        for i, name in enumerate(rows):
-            logits = (alone[name] if name else model)(input_ids=input_ids[i : i + 1]).logits[0]
-            torch.testing.assert_close(names["logits"][i], logits)
+    model, input_ids, rows = names["model"], names["input_ids"], ["french", None, "german"]
     with in_rows(rows):
         tokens = model.generate(input_ids, max_new_tokens=20, do_sample=False)
     assert names["tokens"].equal(tokens) and len(names["pool"]) == 2
     assert all(output.error is None and output.generated_tokens for output in names["outputs"])
+    peft_kernels.unpatch(model)
+    for i, name in enumerate(rows):
+        alone = PeftModel.from_pretrained(copy.deepcopy(model), f"checkpoints/{name}") if name else model
+        with torch.no_grad():
+            torch.testing.assert_close(names["logits"][i], alone(input_ids=input_ids[i : i + 1]).logits[0])
+
+
+def test_patching(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    *before, trainer = example("Patching").body
+    run(before, names)
+    model, report = names["model"], names["report"]
+    assert "gate_up" in capsys.readouterr().out and report.fused == 2 * calls_per_forward(report)
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
+    run([trainer], names)
+    callbacks = names["trainer"].callback_handler.callbacks
+    assert any(isinstance(callback, peft_kernels.PeftKernelsCallback) for callback in callbacks)
+
+
+def test_many_adapters_in_one_batch():
+    names = {}
+    torch.manual_seed(0)
+    run(example("Many adapters in one batch").body, names)
+    assert names["tokens"].shape == (3, 16 + 8) and nothing_is_left(names["model"])
+    trained = {n for n, p in names["model"].named_parameters() if p.grad is not None and p.grad.any()}
+    assert any(".french." in n for n in trained) and any(".german." in n for n in trained)
+
+
+def test_the_ops():
+    names = {}
+    torch.manual_seed(0)
+    run(example("The ops").body, names)
+    x, weight, bias, lora_A, lora_B, mask = (names[n] for n in ("x", "weight", "bias", "lora_A", "lora_B", "mask"))
+    dropped, plain = x * mask * (65536 / round(0.9 * 65536)), x @ weight.mT + bias
+    torch.testing.assert_close(names["y"], plain + 2 * dropped @ lora_A.mT @ lora_B.mT)
+    torch.testing.assert_close(names["z"][2], plain[2])
+    torch.testing.assert_close(names["z"][1], plain[1] + 2 * x[1] @ names["a_0"].mT @ names["b_0"].mT)
+    torch.testing.assert_close(names["k"], x @ names["w_k"].mT)
+    without = torch.nn.functional.scaled_dot_product_attention(
+        names["query"], names["key"], names["value"], is_causal=True, enable_gqa=True
+    )
+    torch.testing.assert_close(names["o"][1], without[1])
+    assert names["h"].shape == x.shape and not torch.equal(names["o"][0], without[0])
 
 
 def test_bottleneck_adapters_of_the_readme(tmp_path, monkeypatch, capsys):
