@@ -40,7 +40,7 @@ def test_every_sample_emulated(build, which, count_sample):
     named = {"PK_EMULATED": build, "PK_EMULATED_LIBRARY": str(library), "PYTHONPATH": str(HERE.parent)}
     options = ["-q", "-s", "-W", "ignore", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "-m", which, "emulated_samples.py"],
+        [sys.executable, "-m", "pytest", *options, "-m", which, "emulated_samples.py", "emulated_lora_add.py"],
         cwd=HERE,
         env=os.environ | named | _preloaded(build),
         capture_output=True,

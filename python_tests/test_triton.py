@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 OLDEST = Path(sys.prefix, "triton-3.6")  # the oldest supported Triton, where `make test` puts it beside the pinned one
 SHARDS = {
     "triton_samples.py": 4,
+    "triton_add_samples.py": 1,
     "triton_pool_samples.py": 2,
     "triton_training_samples.py": 2,
     "triton_adapter_samples.py": 2,
@@ -96,6 +97,20 @@ def _call(M, pair, p, ranks, K=4096, N=4096):
     }
     _run(arguments, [True] + [False] * 2 * len(ranks) + [True] * 2 * len(flat) + [False] * len(flat))
     FUNCTIONS["lora_dropout_mask"](arguments["seed"], M, K, 0.1, 0)
+
+
+def _call_add(M, pair, p, ranks, K=4096, N=4096):
+    """One lora_add, forward and backward with every gradient, on meta tensors of real size."""
+    from peft_kernels.ops.lora_linear.triton_add import FUNCTIONS
+
+    def empty(*shape, dtype=pair[1]):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, residual, seed = empty(M, K, dtype=pair[0]), empty(M, N, dtype=pair[0]), empty(dtype=torch.int64)
+    factors = [empty(r, K) for r in ranks], [empty(N, r) for r in ranks]
+    numbers = [1.5] * len(ranks), [p] * len(ranks), seed
+    y, h = FUNCTIONS["lora_add"](residual, x, *factors, [empty(N)] * len(ranks), *numbers)
+    FUNCTIONS["lora_add_backward"](y, x, h, *factors, *numbers, [True] * (1 + 3 * len(ranks)))
 
 
 def _call_pool(M, pair, N=(4096, 1024, 1024), K=4096, pages=2, slots=64, down_biased=False):
@@ -216,6 +231,14 @@ def _check(compiled, arch, case):
     assert_fits(arch, case, compiled)
 
 
+def _compile_add(arch, M, *case):
+    from triton_compiler import Recorder
+
+    with Recorder(arch) as compiled:
+        _call_add(M, *case)
+    _check(compiled, arch, f"lora_add, M={M}, {case}")
+
+
 def _compile_pool(arch, pair, **sizes):
     from triton_compiler import Recorder, assert_fits
 
@@ -233,6 +256,7 @@ def test_compiled_ahead_of_time(arch):
     assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch] in text
     assert all("cp.async" in kernel.ptx for kernel in large if kernel.name == "_shrink_kernel")
     _compile(arch, 1, TRAINING[0])
+    _compile_add(arch, 8192, (BF16, F32), 0.1, (16,))
     _compile_pool(arch, (BF16, BF16))
     _compile_adapter(arch, (BF16, BF16), *ADAPTERS[1])
     _compile_pool(arch, (BF16, F32), N=(4096,), down_biased=True)
@@ -300,6 +324,7 @@ def test_odd_sizes_compiled_ahead_of_time(id):
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_every_tile_compiled_ahead_of_time(arch, case, M):
     _compile(arch, M, case)
+    _compile_add(arch, M, *case[:2], case[2][0])
 
 
 @pytest.mark.skipif(not OLDEST.exists(), reason=f"triton 3.6: nothing compiled, it is not in {OLDEST}")

@@ -220,7 +220,7 @@ std::vector<Tensor> backward(const std::vector<Tensor>& dy, const OptionalTensor
   }
   std::optional<Rows> x_rows;
   if (x) call.set_x(x_rows.emplace(as_rows(*x)));
-  set_outputs(call, gradients, needs);
+  set_outputs(call, at, gradients, needs);
   zero_absent(call, segments, adapter);
   Parts parts(call, segments, adapter, column);
   const int64_t item = size_of(*dtype_of(dtype_code(dy[0]))), h_item = size_of(*dtype_of(call.accumulator()));

@@ -27,8 +27,7 @@ class BottleneckCall {
         K(a.down_weight.size(1)),
         N(a.up_weight.size(0)),
         E(a.down_weight.size(0)),
-        // A matrix of x's dtype and device with K columns stands for a projection's weight, which there is none of.
-        call(op, {matrix(x.tensor, M, K, x.stride, 1)}, {a.down_weight}, {a.up_weight}, {0}, {a.scaling}, {0}, a.seed),
+        call(op, x.tensor, {a.down_weight}, {a.up_weight}, {a.scaling}, {0}, a.seed),
         down_bias(contiguous(a.down_bias)),
         up_bias(contiguous(a.up_bias)),
         scale(contiguous(a.scale)),

@@ -27,6 +27,7 @@ PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
   if (cpu) {
     pk::bind_lora_linear_cpu(*library);
     pk::bind_dora_cpu(*library);
+    pk::bind_lora_add_cpu(*library);
     pk::bind_batched_lora_cpu(*library);
     pk::bind_batched_lora_pool_cpu(*library);
     pk::bind_bottleneck_adapter_cpu(*library);

@@ -79,8 +79,9 @@ void run_dy_panels(LoraLinearCall& call, int64_t N) {
   }
 }
 
-// All gradients but the weights', which are a GEMM, and the base part of dx of many rows, which is another.
-void run_backward(LoraLinearCall& call) {
+}  // namespace
+
+void run_lora_linear_backward(LoraLinearCall& call) {
   Problem& p = call.problem;
   bool reads_dy = false, any_dA = false;
   for (const Member& m : call.members) reads_dy = reads_dy || m.dbias;
@@ -103,6 +104,8 @@ void run_backward(LoraLinearCall& call) {
   call.run(kernels.stream_dx, slices, base);
   call.run(kernels.x_pass, lora_linear::blocks(p.K), 2 * p.K * low_rank + (slices ? slices * p.M * p.K : base));
 }
+
+namespace {
 
 std::vector<Tensor> backward(const std::vector<Tensor>& dy, const OptionalTensor& x, const OptionalTensor& h,
                              const std::vector<Tensor>& weight, const std::vector<Tensor>& lora_A,
@@ -129,13 +132,13 @@ std::vector<Tensor> backward(const std::vector<Tensor>& dy, const OptionalTensor
   std::optional<Rows> x_rows;
   if (x) call.set_x(x_rows.emplace(as_rows(*x)));
   if (h) p.h = const_cast<void*>(h->const_data_ptr());  // read only
-  set_outputs(call, gradients, needs);
+  const GradientOrder at{G, lora_A.size()};
+  set_outputs(call, at, gradients, needs);
   if (call.is_double()) {
     lora_linear::backward_double(p);
   } else {
-    run_backward(call);
+    run_lora_linear_backward(call);
   }
-  const GradientOrder at{G, lora_A.size()};
   for (size_t g = 0; g < G; ++g) {
     const Member& m = call.members[g];
     const Tensor dy_g = matrix(dy_rows[g].tensor, p.M, m.N, m.dy_stride, 1);

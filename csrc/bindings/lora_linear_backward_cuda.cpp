@@ -1,5 +1,6 @@
 // lora_linear's backward on a GPU: only what `needs` asks for. dx holds the adapters' part first and each projection's
 // GEMM is added on top of it in place; weight gradients are GEMMs; what a kernel splits is summed in a fixed order.
+#include "bindings/lora_add_check.h"
 #include "bindings/lora_linear_cuda_call.h"
 #include "bindings/lora_linear_gradients.h"
 
@@ -13,15 +14,15 @@ using lora_linear::XPass;
 struct Backward {
   CudaCall& call;
   const std::vector<Rows>& dy;
-  const Rows* x;    // null: not given
-  const Tensor* h;  // null: not given
-  const std::vector<Tensor>& weight;
+  const Rows* x;                      // null: not given
+  const Tensor* h;                    // null: not given
+  const std::vector<Tensor>& weight;  // none for lora_add
   const std::vector<bool>& needs;
   const std::vector<Tensor>& gradients;
   const GradientOrder at;
   OptionalTensor ds;  // [M, R], where anything reads it
 
-  int64_t N(size_t g) const { return weight[g].size(0); }
+  int64_t N(size_t g) const { return dy[g].tensor.size(dy[g].tensor.dim() - 1); }
   bool needs_ds(size_t l) const { return needs[0] || needs[at.lora_A(l)]; }
   bool needs_dB(size_t l) const { return needs[at.lora_B(l)]; }
   void* gradient(size_t index) const { return gradients[index].mutable_data_ptr(); }
@@ -142,7 +143,7 @@ void run_x_pass(const Backward& b) {
 
 void run_tensor_cores(const Backward& b) {
   const CudaCall& call = b.call;
-  for (size_t g = 0; g < b.weight.size(); ++g) run_dy_pass(b, g);
+  for (size_t g = 0; g < b.dy.size(); ++g) run_dy_pass(b, g);
   run_x_pass(b);
   if (!b.needs[0]) return;
   call.in_launches(call.all(), Factor::kA, [&](const Adapters& chosen, size_t first) {
@@ -220,6 +221,24 @@ void run_rest(const Backward& b) {
   }
 }
 
+// All gradients, from rows of dy and x; there is at least one.
+void run(CudaCall& call, const std::vector<Rows>& dy, const OptionalTensor& x, const OptionalTensor& h,
+         const std::vector<Tensor>& weight, const std::vector<bool>& needs, const std::vector<Tensor>& gradients) {
+  std::optional<Rows> x_rows;
+  if (x) x_rows.emplace(as_rows(*x));
+  Backward b{call,  dy,        x_rows ? &*x_rows : nullptr,           h ? &*h : nullptr, weight,
+             needs, gradients, {weight.size(), call.adapters.size()}, std::nullopt};
+  bool any_ds = false;
+  for (size_t l = 0; l < call.adapters.size(); ++l) any_ds = any_ds || b.needs_ds(l);
+  if (any_ds) b.ds = call.scratch({call.M, call.R});
+  if (call.tensor_cores) {
+    run_tensor_cores(b);
+  } else {
+    run_plain(b);
+  }
+  run_rest(b);
+}
+
 }  // namespace
 
 std::vector<Tensor> lora_linear_backward_cuda(const std::vector<Tensor>& dy, const OptionalTensor& x,
@@ -239,19 +258,24 @@ std::vector<Tensor> lora_linear_backward_cuda(const std::vector<Tensor>& dy, con
     for (Tensor gradient : gradients) torch::stable::zero_(gradient);
     return gradients;
   }
-  std::optional<Rows> x_rows;
-  if (x) x_rows.emplace(as_rows(*x));
-  Backward b{call,  dy_rows,   x_rows ? &*x_rows : nullptr,    h ? &*h : nullptr, weight,
-             needs, gradients, {weight.size(), lora_A.size()}, std::nullopt};
-  bool any_ds = false;
-  for (size_t l = 0; l < lora_A.size(); ++l) any_ds = any_ds || b.needs_ds(l);
-  if (any_ds) b.ds = call.scratch({call.M, call.R});
-  if (call.tensor_cores) {
-    run_tensor_cores(b);
+  run(call, dy_rows, x, h, weight, needs, gradients);
+  return gradients;
+}
+
+std::vector<Tensor> lora_add_backward_cuda(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& h,
+                                           const std::vector<Tensor>& lora_A, const std::vector<Tensor>& lora_B,
+                                           const std::vector<double>& scaling, const std::vector<double>& dropout_p,
+                                           const OptionalTensor& seed, const std::vector<bool>& needs) {
+  check_add_backward(dy, x, h, lora_A, lora_B, scaling, dropout_p, seed, needs);
+  CudaCall call("lora_add_backward", dy, lora_A, lora_B, scaling, dropout_p, seed);
+  const std::vector<Tensor> gradients = new_gradients({dy}, {}, lora_A, lora_B, needs);
+  const std::vector<Rows> dy_rows{as_rows(dy)};
+  call.M = dy_rows[0].count;
+  if (call.M > 0) {
+    run(call, dy_rows, x, h, {}, needs, gradients);
   } else {
-    run_plain(b);
+    for (Tensor gradient : gradients) torch::stable::zero_(gradient);
   }
-  run_rest(b);
   return gradients;
 }
 

@@ -26,30 +26,15 @@ class LoraLinearCall {
   LoraLinearCall(const std::vector<Tensor>& weight, const std::vector<Tensor>& lora_A,
                  const std::vector<Tensor>& lora_B, const std::vector<int64_t>& member,
                  const std::vector<double>& scaling, const std::vector<double>& dropout_p, const OptionalTensor& seed)
-      : members(weight.size()), adapters(lora_A.size()) {
-    const Dtype type = *dtype_of(dtype_code(weight[0]));
-    choose_kernels(type, *dtype_of(dtype_code(lora_A[0])));
-    is_double_ = type == Dtype::kFloat64;
+      : LoraLinearCall(weight.size(), weight[0], lora_A, lora_B, member, scaling, dropout_p, seed) {
     for (size_t g = 0; g < weight.size(); ++g) fill_member(members[g], weight[g]);
-    const uint64_t key = seed ? *static_cast<const uint64_t*>(seed->const_data_ptr()) : 0;
-    for (size_t l = 0; l < lora_A.size(); ++l) {
-      lora_linear::Adapter& adapter = adapters[l];
-      adapter = {};
-      adapter.member = member[l];
-      adapter.R = lora_A[l].size(0);
-      adapter.rank0 = problem.R;
-      adapter.A = factor(lora_A[l]);
-      adapter.B = factor(lora_B[l]);
-      adapter.scaling = scaling[l];
-      adapter.dropout = make_dropout(dropout_p[l], key, static_cast<uint32_t>(l));
-      problem.R += adapter.R;
-      members[member[l]].R += adapter.R;
-    }
-    problem.K = weight[0].size(1);
-    problem.G = static_cast<int64_t>(members.size());
-    problem.L = static_cast<int64_t>(adapters.size());
-    problem.member = members.data();
-    problem.adapter = adapters.data();
+  }
+
+  // lora_add: one member without a weight. `like` has the dtype of x.
+  LoraLinearCall(const Tensor& like, const std::vector<Tensor>& lora_A, const std::vector<Tensor>& lora_B,
+                 const std::vector<double>& scaling, const std::vector<double>& dropout_p, const OptionalTensor& seed)
+      : LoraLinearCall(1, like, lora_A, lora_B, std::vector<int64_t>(lora_A.size()), scaling, dropout_p, seed) {
+    members[0].N = lora_B[0].size(0);
   }
 
   bool is_double() const { return is_double_; }
@@ -59,7 +44,7 @@ class LoraLinearCall {
     problem.M = rows;
     problem.base = is_double_ || rows <= lora_linear::kFewRows;
     for (const lora_linear::Member& m : members)
-      problem.base = problem.base && (is_double_ || m.weight_k == 1 || m.weight_n == 1);
+      problem.base = problem.base && m.weight && (is_double_ || m.weight_k == 1 || m.weight_n == 1);
   }
 
   void set_x(const Rows& x) {
@@ -123,6 +108,34 @@ class LoraLinearCall {
   }
 
  private:
+  LoraLinearCall(size_t G, const Tensor& like, const std::vector<Tensor>& lora_A, const std::vector<Tensor>& lora_B,
+                 const std::vector<int64_t>& member, const std::vector<double>& scaling,
+                 const std::vector<double>& dropout_p, const OptionalTensor& seed)
+      : members(G), adapters(lora_A.size()) {
+    const Dtype type = *dtype_of(dtype_code(like));
+    choose_kernels(type, *dtype_of(dtype_code(lora_A[0])));
+    is_double_ = type == Dtype::kFloat64;
+    const uint64_t key = seed ? *static_cast<const uint64_t*>(seed->const_data_ptr()) : 0;
+    for (size_t l = 0; l < lora_A.size(); ++l) {
+      lora_linear::Adapter& adapter = adapters[l];
+      adapter = {};
+      adapter.member = member[l];
+      adapter.R = lora_A[l].size(0);
+      adapter.rank0 = problem.R;
+      adapter.A = factor(lora_A[l]);
+      adapter.B = factor(lora_B[l]);
+      adapter.scaling = scaling[l];
+      adapter.dropout = make_dropout(dropout_p[l], key, static_cast<uint32_t>(l));
+      problem.R += adapter.R;
+      members[member[l]].R += adapter.R;
+    }
+    problem.K = lora_A[0].size(1);
+    problem.G = static_cast<int64_t>(members.size());
+    problem.L = static_cast<int64_t>(adapters.size());
+    problem.member = members.data();
+    problem.adapter = adapters.data();
+  }
+
   void choose_kernels(Dtype type, Dtype factors) {
     factor_size_ = size_of(factors);
     if (type == Dtype::kFloat64) return;
@@ -134,7 +147,6 @@ class LoraLinearCall {
   }
 
   static void fill_member(lora_linear::Member& member, const Tensor& weight) {
-    member = {};
     member.N = weight.size(0);
     member.weight = weight.const_data_ptr();
     member.weight_n = weight.stride(0);
@@ -152,19 +164,21 @@ class LoraLinearCall {
 };
 
 // Gives the phases their outputs; an output that is not needed stays null.
-inline void set_outputs(LoraLinearCall& call, const std::vector<Tensor>& gradients, const std::vector<bool>& needs) {
-  const size_t G = call.members.size(), L = call.adapters.size();
-  const GradientOrder at{G, L};
+inline void set_outputs(LoraLinearCall& call, const GradientOrder& at, const std::vector<Tensor>& gradients,
+                        const std::vector<bool>& needs) {
   if (needs[0]) call.problem.dx = gradients[0].mutable_data_ptr();
-  for (size_t g = 0; g < G; ++g) {
+  for (size_t g = 0; g < at.G; ++g) {
     if (needs[at.bias(g)]) call.members[g].dbias = gradients[at.bias(g)].mutable_data_ptr();
   }
-  for (size_t l = 0; l < L; ++l) {
+  for (size_t l = 0; l < at.L; ++l) {
     lora_linear::Adapter& adapter = call.adapters[l];
     if (needs[at.lora_A(l)]) adapter.dA = call.factor_gradient(gradients[at.lora_A(l)]);
     if (needs[at.lora_B(l)]) adapter.dB = call.factor_gradient(gradients[at.lora_B(l)]);
     if (needs[at.lora_bias(l)]) adapter.dbias = call.factor_gradient(gradients[at.lora_bias(l)]);
   }
 }
+
+// All gradients but the weights', which are a GEMM, and the base part of dx of many rows, which is another.
+void run_lora_linear_backward(LoraLinearCall& call);
 
 }  // namespace pk

@@ -18,7 +18,8 @@ struct ForwardArguments {
   const std::vector<double>& scaling;
   const std::vector<double>& dropout_p;
   const OptionalTensor& seed;
-  const char* op = "lora_linear";  // what a message begins with
+  const char* op = "lora_linear";    // what a message begins with
+  const Tensor* residual = nullptr;  // lora_add: stands in place of weight and bias, which are empty
 };
 
 class LoraLinearCheck {
@@ -73,11 +74,12 @@ class LoraLinearCheck {
       require(false, "x must have dtype float32, float16, bfloat16 or float64, got ", name_of(dtype));
     }
     require(a_.x.dim() >= 1, "x must have shape [..., in_features], got a 0-d tensor");
+    const int64_t K = a_.x.size(a_.x.dim() - 1);
+    if (K < 1) require(false, "x must have at least one feature, got shape ", shape_of(a_.x));
+    if (a_.residual) return residual(dtype);
     require(!a_.weight.empty(), "weight must name at least one projection, got none");
     require(a_.bias.size() == a_.weight.size(), "bias must have one entry per weight (", a_.weight.size(), "), got ",
             a_.bias.size());
-    const int64_t K = a_.x.size(a_.x.dim() - 1);
-    if (K < 1) require(false, "x must have at least one feature, got shape ", shape_of(a_.x));
     for (size_t g = 0; g < a_.weight.size(); ++g) {
       const Tensor& w = a_.weight[g];
       on_device("weight", g, w);
@@ -94,9 +96,30 @@ class LoraLinearCheck {
     }
   }
 
+  void residual(int32_t x_dtype) const {
+    const Tensor& r = *a_.residual;
+    const int32_t dtype = dtype_code(r);
+    require(dtype == x_dtype, "residual must have dtype ", name_of(x_dtype), ", as x, got ", name_of(dtype));
+    const Device device = device_of(r);
+    if (!(device == device_)) {
+      require(false, "residual must be on x's device ", words_of(device_), ", got ", words_of(device));
+    }
+    const int64_t dim = a_.x.dim();
+    bool fits = r.dim() == dim && r.size(dim - 1) >= 1;
+    for (int64_t i = 0; fits && i < dim - 1; ++i) fits = r.size(i) == a_.x.size(i);
+    if (!fits) {
+      require(false, "residual must have x's leading sizes ", shape_of(a_.x, 1), " and then out_features, got shape ",
+              shape_of(r));
+    }
+  }
+
+  int64_t out_features(int64_t g) const {
+    return a_.residual ? a_.residual->size(a_.residual->dim() - 1) : a_.weight[g].size(0);
+  }
+
   void adapter(size_t i) const {
     const Tensor &A = a_.lora_A[i], &B = a_.lora_B[i];
-    const int64_t G = static_cast<int64_t>(a_.weight.size()), g = a_.member[i];
+    const int64_t G = a_.residual ? 1 : static_cast<int64_t>(a_.weight.size()), g = a_.member[i];
     require(0 <= g && g < G, "member[", i, "] must lie in [0, ", G, "), got ", g);
     on_device("lora_A", i, A);
     const int32_t dtype = dtype_code(a_.lora_A[0]);
@@ -107,7 +130,7 @@ class LoraLinearCheck {
       require(false, "lora_A[0] must have dtype ", rule, ", got ", name_of(dtype));
     }
     has_dtype("lora_A", i, A, dtype, "lora_A[0]");
-    const int64_t K = a_.x.size(a_.x.dim() - 1), N = a_.weight[g].size(0);
+    const int64_t K = a_.x.size(a_.x.dim() - 1), N = out_features(g);
     if (!(A.dim() == 2 && A.size(1) == K)) {
       require(false, "lora_A[", i, "] must have shape [r, in_features=", K, "], got ", shape_of(A));
     }

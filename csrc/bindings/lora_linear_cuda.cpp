@@ -1,7 +1,9 @@
 // lora_linear on a GPU: check, allocate, launch. The adapters' part is written first and the base product, torch's own
 // GEMM, is added on top of it in place: y is read and written once. Nothing here waits for the device or reads from it.
+// lora_add is the same without a GEMM: the launch that writes the adapters' part adds the residual.
 #include <tuple>
 
+#include "bindings/lora_add_check.h"
 #include "bindings/lora_linear.h"
 #include "bindings/lora_linear_cuda_call.h"
 
@@ -19,8 +21,9 @@ struct Forward {
   const std::vector<OptionalTensor> bias;  // contiguous
   const std::vector<Tensor>& y;
   const Tensor& h;
+  const Rows* residual = nullptr;  // lora_add, which has neither weight nor bias; y may be this memory
 
-  int64_t N(size_t g) const { return weight[g].size(0); }
+  int64_t N(size_t g) const { return y[g].size(y[g].dim() - 1); }
 };
 
 // The whole call in two launches, the second overlapping the first. False where it is not made for this call.
@@ -79,16 +82,20 @@ void run_expand(const Forward& f, size_t g) {
   CudaCall& call = f.call;
   call.in_launches(call.of_member[g], Factor::kB, [&](const Adapters& chosen, size_t first) {
     const void* bias = first == 0 && f.bias[g] ? f.bias[g]->const_data_ptr() : nullptr;
-    const Expand expand{f.y[g].mutable_data_ptr(),
-                        call.M,
-                        f.N(g),
-                        static_cast<const float*>(f.h.const_data_ptr()),
-                        call.R,
-                        bias,
-                        false,
-                        first > 0,
-                        nullptr,
-                        chosen};
+    Expand expand{f.y[g].mutable_data_ptr(),
+                  call.M,
+                  f.N(g),
+                  static_cast<const float*>(f.h.const_data_ptr()),
+                  call.R,
+                  bias,
+                  false,
+                  first > 0,
+                  nullptr,
+                  chosen};
+    if (f.residual && first == 0) {
+      expand.residual = f.residual->data();
+      expand.residual_stride = f.residual->stride;
+    }
     call.launched("expand", lora_linear::expand(call.type, call.factors, expand, call.on.stream()));
   });
 }
@@ -144,7 +151,11 @@ bool run_expand_plain(const Forward& f, size_t g) {
   CudaCall& call = f.call;
   if (call.of_member[g].empty()) return add_biases(f, g, nullptr);
   const Tensor low = call.type == call.accumulator() ? f.y[g] : call.scratch({call.M, f.N(g)});
-  bool accumulate = false;
+  bool accumulate = f.residual;
+  if (f.residual && f.residual->data() != low.const_data_ptr()) {
+    Tensor to = matrix(low, call.M, f.N(g), f.N(g), 1);
+    torch::stable::copy_(to, matrix(f.residual->tensor, call.M, f.N(g), f.residual->stride, 1));
+  }
   for (const size_t l : call.of_member[g]) {
     const CudaCall::Adapter& a = call.adapters[l];
     const Strided B = by_rows(a.B.const_data_ptr(), call.factors, a.R);
@@ -205,6 +216,47 @@ std::tuple<std::vector<Tensor>, Tensor> forward(const Tensor& x, const std::vect
   return {y, h};
 }
 
+// Writes y, which may be the residual, and returns h.
+Tensor add(const char* op, const Tensor& y, const Tensor& residual, const Tensor& x, const std::vector<Tensor>& lora_A,
+           const std::vector<Tensor>& lora_B, const std::vector<OptionalTensor>& lora_bias,
+           const std::vector<double>& scaling, const std::vector<double>& dropout_p, const OptionalTensor& seed) {
+  const Rows rows = as_rows(x), residual_rows = as_rows(residual);
+  CudaCall call(op, x, lora_A, lora_B, scaling, dropout_p, seed);
+  call.M = rows.count;
+  const Tensor h = call.scratch({call.M, call.R});
+  if (call.M == 0) return h;
+  for (size_t l = 0; l < lora_bias.size(); ++l) {
+    if (lora_bias[l]) call.adapters[l].bias = dense(*lora_bias[l]);
+  }
+  const std::vector<Tensor> outputs{y}, no_weight;
+  const Forward f{call, rows, no_weight, {std::nullopt}, outputs, h, &residual_rows};
+  if (call.tensor_cores) {
+    run_shrink(f);
+    run_expand(f, 0);
+  } else {
+    run_shrink_plain(f);
+    run_expand_plain(f, 0);
+  }
+  return h;
+}
+
+std::tuple<Tensor, Tensor> add_forward(const Tensor& residual, const Tensor& x, const std::vector<Tensor>& lora_A,
+                                       const std::vector<Tensor>& lora_B, const std::vector<OptionalTensor>& lora_bias,
+                                       const std::vector<double>& scaling, const std::vector<double>& dropout_p,
+                                       const OptionalTensor& seed) {
+  check_add(residual, x, lora_A, lora_B, lora_bias, scaling, dropout_p, seed);
+  const Tensor y = empty_rows(residual, residual.size(residual.dim() - 1), dtype_code(residual));
+  return {y, add("lora_add", y, residual, x, lora_A, lora_B, lora_bias, scaling, dropout_p, seed)};
+}
+
+void add_in_place(const Tensor& residual, const Tensor& x, const std::vector<Tensor>& lora_A,
+                  const std::vector<Tensor>& lora_B, const std::vector<OptionalTensor>& lora_bias,
+                  const std::vector<double>& scaling, const std::vector<double>& dropout_p,
+                  const OptionalTensor& seed) {
+  check_add_in_place(residual, x, lora_A, lora_B, lora_bias, scaling, dropout_p, seed);
+  add("lora_add_", residual, residual, x, lora_A, lora_B, lora_bias, scaling, dropout_p, seed);
+}
+
 Tensor dropout_mask(const Tensor& seed, int64_t rows, int64_t cols, double p, int64_t stream) {
   check_dropout_mask(seed, rows, cols, p);
   const Device device = device_of(seed);
@@ -224,6 +276,9 @@ Tensor dropout_mask(const Tensor& seed, int64_t rows, int64_t cols, double p, in
 void bind_lora_linear_cuda(torch::stable::detail::StableLibrary& library) {
   library.impl("lora_linear", TORCH_BOX(&forward));
   library.impl("lora_linear_backward", TORCH_BOX(&lora_linear_backward_cuda));
+  library.impl("lora_add", TORCH_BOX(&add_forward));
+  library.impl("lora_add_", TORCH_BOX(&add_in_place));
+  library.impl("lora_add_backward", TORCH_BOX(&lora_add_backward_cuda));
   library.impl("lora_dropout_mask", TORCH_BOX(&dropout_mask));
 }
 

@@ -50,14 +50,24 @@ class CudaCall {
   CudaCall(const char* op, const std::vector<Tensor>& weight, const std::vector<Tensor>& lora_A,
            const std::vector<Tensor>& lora_B, const std::vector<int64_t>& member, const std::vector<double>& scaling,
            const std::vector<double>& dropout_p, const OptionalTensor& seed)
+      : CudaCall(op, weight.size(), weight[0], lora_A, lora_B, member, scaling, dropout_p, seed) {}
+
+  // One member without a weight; `like` has the dtype and the device of x.
+  CudaCall(const char* op, const Tensor& like, const std::vector<Tensor>& lora_A, const std::vector<Tensor>& lora_B,
+           const std::vector<double>& scaling, const std::vector<double>& dropout_p, const OptionalTensor& seed)
+      : CudaCall(op, 1, like, lora_A, lora_B, std::vector<int64_t>(lora_A.size()), scaling, dropout_p, seed) {}
+
+  CudaCall(const char* op, size_t members, const Tensor& like, const std::vector<Tensor>& lora_A,
+           const std::vector<Tensor>& lora_B, const std::vector<int64_t>& member, const std::vector<double>& scaling,
+           const std::vector<double>& dropout_p, const OptionalTensor& seed)
       : op(op),
-        device(device_of(weight[0])),
+        device(device_of(like)),
         on(device),
-        type(*dtype_of(dtype_code(weight[0]))),
+        type(*dtype_of(dtype_code(like))),
         factors(*dtype_of(dtype_code(lora_A[0]))),
         tensor_cores(lora_linear::has_mma_kernels(type, factors)),
-        K(weight[0].size(1)),
-        of_member(weight.size()),
+        K(lora_A[0].size(1)),
+        of_member(members),
         seed_(seed ? static_cast<const uint64_t*>(seed->const_data_ptr()) : nullptr) {
     adapters.reserve(lora_A.size());
     for (size_t l = 0; l < lora_A.size(); ++l) {
@@ -185,5 +195,9 @@ std::vector<Tensor> lora_linear_backward_cuda(const std::vector<Tensor>& dy, con
                                               const std::vector<int64_t>& member, const std::vector<double>& scaling,
                                               const std::vector<double>& dropout_p, const OptionalTensor& seed,
                                               const std::vector<bool>& needs);
+std::vector<Tensor> lora_add_backward_cuda(const Tensor& dy, const OptionalTensor& x, const OptionalTensor& h,
+                                           const std::vector<Tensor>& lora_A, const std::vector<Tensor>& lora_B,
+                                           const std::vector<double>& scaling, const std::vector<double>& dropout_p,
+                                           const OptionalTensor& seed, const std::vector<bool>& needs);
 
 }  // namespace pk

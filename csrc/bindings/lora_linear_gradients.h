@@ -56,18 +56,18 @@ inline void check_backward(const std::vector<Tensor>& dy, const OptionalTensor& 
   STD_TORCH_CHECK(h || !reads_h, op, "_backward: h must be given for gradients of lora_B");
 }
 
-// Uninitialised gradients in the order of `needs`; empty ones where it says no.
+// Uninitialised gradients in the order of `needs`; empty ones where it says no. lora_add has no weight.
 inline std::vector<Tensor> new_gradients(const std::vector<Tensor>& dy, const std::vector<Tensor>& weight,
                                          const std::vector<Tensor>& lora_A, const std::vector<Tensor>& lora_B,
                                          const std::vector<bool>& needs) {
   std::vector<Tensor> all;
   all.reserve(needs.size());
-  const Device device = device_of(weight[0]);
-  const int32_t dtype = dtype_code(weight[0]), factor_dtype = dtype_code(lora_A[0]);
+  const Device device = device_of(dy[0]);
+  const int32_t dtype = dtype_code(dy[0]), factor_dtype = dtype_code(lora_A[0]);
   const auto add = [&](std::initializer_list<int64_t> sizes, int32_t code) {
     all.push_back(needs[all.size()] ? empty(sizes, code, device) : empty({0}, code, device));
   };
-  all.push_back(needs[0] ? empty_rows(dy[0], weight[0].size(1), dtype) : empty({0}, dtype, device));
+  all.push_back(needs[0] ? empty_rows(dy[0], lora_A[0].size(1), dtype) : empty({0}, dtype, device));
   for (const Tensor& w : weight) add({w.size(0), w.size(1)}, dtype);
   for (const Tensor& w : weight) add({w.size(0)}, dtype);
   for (const Tensor& a : lora_A) add({a.size(0), a.size(1)}, factor_dtype);

@@ -66,7 +66,18 @@ void bias_row(float* row, const Problem& p, int64_t g, int64_t n0, int64_t cols)
   }
 }
 
-// y[:, n0 ... n0 + kBlock] of member g = bias + h B^T, plus x W^T where the unit adds the base.
+// tile += rows of the residual; the next row block of it is on its way then.
+template <class T>
+void add_residual(Tile& tile, int64_t rows, int64_t cols, const T* residual, int64_t ld, int64_t next_rows) {
+  prefetch_rows(residual + rows * ld, next_rows, cols, ld);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; j += kLanes) {
+      store(tile.at[i] + j, load(tile.at[i] + j) + load_n(residual + i * ld + j, cols - j));
+    }
+  }
+}
+
+// y[:, n0 ... n0 + kBlock] of member g = bias + h B^T, plus the residual, or x W^T where the unit adds the base.
 // b_t: room for B^T of the member's adapters, [R_g][kPitch].
 template <class T, class F>
 void expand_unit(const Problem& p, int64_t g, int64_t n0, float* b_t) {
@@ -87,6 +98,10 @@ void expand_unit(const Problem& p, int64_t g, int64_t n0, float* b_t) {
       const float* h = static_cast<const float*>(p.h) + row0 * p.R + adapter.rank0;
       outer<false>(tile.at[0], kPitch, rows, cols, h, 1, p.R, rank_rows, kPitch, adapter.R);
     });
+    if (member.residual) {
+      const T* residual = static_cast<const T*>(member.residual) + row0 * member.residual_stride + n0;
+      add_residual(tile, rows, cols, residual, member.residual_stride, min(kRowBlock, p.M - row0 - rows));
+    }
     if (p.base) {
       const T* x = static_cast<const T*>(p.x) + row0 * p.x_stride;
       const T* w = static_cast<const T*>(member.weight) + n0 * member.weight_n;

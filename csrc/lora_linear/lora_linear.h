@@ -1,5 +1,6 @@
 // lora_linear on the CPU, free of torch.
 //   y_g = x W_g^T + b_g + sum_{l in g} s_l ((drop_l(x) A_l^T) B_l^T + b_Bl)
+// and lora_add, where a residual stands in place of x W_g^T + b_g: there is no weight then, and `base` is false.
 // M rows of x, K in_features, N_g out_features of member g, R the sum of all adapters' ranks R_l.
 // Accumulation is fp32. Sixteen-bit factors go with x of the same type; fp32 factors go with any x and stay fp32.
 //
@@ -43,9 +44,11 @@ struct Member {        // one projection
   int64_t N;           // out_features
   const void* weight;  // [N, K], element (n, k) at n * weight_n + k * weight_k
   int64_t weight_n, weight_k;
-  const void* bias;  // [N] or null
-  void* y;           // [M, N], forward
-  const void* dy;    // [M, N], rows dy_stride apart, backward
+  const void* bias;      // [N] or null
+  const void* residual;  // [M, N], rows residual_stride apart, or null; y may lie where it lies
+  int64_t residual_stride;
+  void* y;         // [M, N], forward
+  const void* dy;  // [M, N], rows dy_stride apart, backward
   int64_t dy_stride;
   void* dbias;      // [N] or null: not wanted
   int64_t R;        // sum of its adapters' ranks
@@ -110,7 +113,7 @@ const Table& table();  // of the instruction set in use, see common/instruction_
 
 const Kernels* kernels(Dtype x, Dtype factors);  // null: no kernels for the pair
 
-// fp64: plain loops for gradient checks. `base` is always included.
+// fp64: plain loops for gradient checks. Where there is a weight, its product is always included.
 void forward_double(const Problem& problem);
 void backward_double(const Problem& problem);
 

@@ -45,7 +45,7 @@ void backward_member(const Problem& p, const Member& member) {
     for (int64_t m = 0; m < p.M; ++m) sum += dy[m * member.dy_stride + n];
     doubles(member.dbias)[n] = sum;
   }
-  for (int64_t m = 0; p.dx && m < p.M; ++m) {
+  for (int64_t m = 0; p.dx && member.weight && m < p.M; ++m) {
     for (int64_t n = 0; n < member.N; ++n) {
       const double* w = doubles(member.weight) + n * member.weight_n;
       for (int64_t k = 0; k < p.K; ++k) {
@@ -87,13 +87,25 @@ void backward_adapter(const Problem& p, const Adapter& adapter) {
 }  // namespace
 
 void forward_double(const Problem& p) {
+  for (int64_t l = 0; l < p.L; ++l) {  // of all rows first: y may lie where x lies
+    const Adapter& adapter = p.adapter[l];
+    for (int64_t m = 0; m < p.M; ++m) {
+      double* h = doubles(p.h) + m * p.R + adapter.rank0;
+      for (int64_t r = 0; r < adapter.R; ++r) {
+        double sum = 0;
+        for (int64_t k = 0; k < p.K; ++k) sum += dropped(p, adapter.dropout, m, k) * doubles(adapter.A)[r * p.K + k];
+        h[r] = adapter.scaling * sum;
+      }
+    }
+  }
   for (int64_t g = 0; g < p.G; ++g) {
     const Member& member = p.member[g];
     for (int64_t m = 0; m < p.M; ++m) {
       for (int64_t n = 0; n < member.N; ++n) {
         double sum = member.bias ? doubles(member.bias)[n] : 0.0;
+        if (member.residual) sum += doubles(member.residual)[m * member.residual_stride + n];
         const double* w = doubles(member.weight) + n * member.weight_n;
-        for (int64_t k = 0; k < p.K; ++k) sum += doubles(p.x)[m * p.x_stride + k] * w[k * member.weight_k];
+        for (int64_t k = 0; w && k < p.K; ++k) sum += doubles(p.x)[m * p.x_stride + k] * w[k * member.weight_k];
         doubles(member.y)[m * member.N + n] = sum;
       }
     }
@@ -102,12 +114,7 @@ void forward_double(const Problem& p) {
     const Adapter& adapter = p.adapter[l];
     const Member& member = p.member[adapter.member];
     for (int64_t m = 0; m < p.M; ++m) {
-      double* h = doubles(p.h) + m * p.R + adapter.rank0;
-      for (int64_t r = 0; r < adapter.R; ++r) {
-        double sum = 0;
-        for (int64_t k = 0; k < p.K; ++k) sum += dropped(p, adapter.dropout, m, k) * doubles(adapter.A)[r * p.K + k];
-        h[r] = adapter.scaling * sum;
-      }
+      const double* h = doubles(p.h) + m * p.R + adapter.rank0;
       for (int64_t n = 0; n < member.N; ++n) {
         double sum = adapter.bias ? adapter.scaling * doubles(adapter.bias)[n] : 0.0;
         for (int64_t r = 0; r < adapter.R; ++r) sum += h[r] * doubles(adapter.B)[n * adapter.R + r];

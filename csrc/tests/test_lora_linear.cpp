@@ -100,14 +100,16 @@ struct Case {
   int64_t M, K, N, R;
   Dtype type, factors;
   double p;
-  bool transposed;  // W stored [K, N]
+  bool transposed;        // W stored [K, N]
+  bool residual = false;  // lora_add: in place of W
 };
 
 std::string name_of(const Case& c) {
   static const char* const types[] = {"fp32", "fp16", "bf16", "fp64"};
   char text[160];
-  std::snprintf(text, sizeof text, "%s M=%d K=%d N=%d R=%d %s/%s p=%g%s: ", instruction_set_name(), int(c.M), int(c.K),
-                int(c.N), int(c.R), types[int(c.type)], types[int(c.factors)], c.p, c.transposed ? " W [K, N]" : "");
+  std::snprintf(text, sizeof text, "%s M=%d K=%d N=%d R=%d %s/%s p=%g%s%s: ", instruction_set_name(), int(c.M),
+                int(c.K), int(c.N), int(c.R), types[int(c.type)], types[int(c.factors)], c.p,
+                c.transposed ? " W [K, N]" : "", c.residual ? " residual" : "");
   return text;
 }
 
@@ -121,10 +123,11 @@ struct Bench {
         bias(c.type, c.N),
         dy(c.type, c.M * c.N),
         y(c.type, c.M * c.N),
+        before(c.type, c.M * (c.N + 3)),
         dx(c.type, c.M * c.K),
         dbias(c.type, c.N) {
     Values values;
-    for (Matrix* m : {&x, &w, &bias, &dy}) m->fill(values);
+    for (Matrix* m : {&x, &w, &bias, &dy, &before}) m->fill(values);
     problem.M = c.M;
     problem.K = c.K;
     member.N = c.N;
@@ -133,6 +136,8 @@ struct Bench {
     member.weight_k = c.transposed ? c.N : 1;
     member.bias = bias.data();
     member.y = y.data();
+    member.residual = c.residual ? before.data() : nullptr;
+    member.residual_stride = c.N + 3;
     member.dy = dy.data();
     member.dy_stride = c.N;
     member.dbias = dbias.data();
@@ -145,7 +150,7 @@ struct Bench {
     problem.x = x.data();
     problem.x_stride = c.K;
     problem.dx = dx.data();
-    problem.base = c.M <= kFewRows;
+    problem.base = c.M <= kFewRows && !c.residual;
     h.resize(c.M * problem.R);
     problem.h = h.data();
     ds.resize(ds_scratch(problem));
@@ -196,7 +201,7 @@ struct Bench {
     member.streamed = wanted ? streamed.data() : nullptr;
   }
 
-  Matrix x, w, bias, dy, y, dx, dbias;
+  Matrix x, w, bias, dy, y, before, dx, dbias;
   std::vector<Matrix> factors[kAdapters];  // A, B, bias, dA, dB, dbias
   Problem problem{};
   Member member{};
@@ -233,7 +238,7 @@ class Expected {
   double weight(int64_t n, int64_t k) const { return b_.w.at(n * b_.member.weight_n + k * b_.member.weight_k); }
 
   double y(int64_t m, int64_t n) const {
-    double sum = b_.bias.at(n);
+    double sum = b_.bias.at(n) + (c_.residual ? b_.before.at(m * (c_.N + 3) + n) : 0);
     for (int64_t k = 0; b_.problem.base && k < c_.K; ++k) sum += b_.x.at(m * c_.K + k) * weight(n, k);
     for (int l = 0; l < Bench::kAdapters; ++l) {
       const int64_t R = b_.adapter[l].R;
@@ -323,6 +328,7 @@ void test_kernels() {
     for (const auto& s : sizes) {
       for (double p : {0.0, 0.3}) {
         for (bool transposed : {false, true}) test_case({s.M, s.K, s.N, s.R, type, factors, p, transposed});
+        test_case({s.M, s.K, s.N, s.R, type, factors, p, false, true});
       }
     }
   }

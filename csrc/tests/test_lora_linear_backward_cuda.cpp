@@ -201,12 +201,12 @@ struct Problem {
   Array<uint64_t> seed;
 };
 
-void expand_is_right(const Types& types, const Case& c, bool across, bool accumulate, bool with_bias) {
-  Compare compare(name_of(across ? "expand across" : "expand", types, c) + (accumulate ? "accumulate" : ""));
+void expand_is_right(const Types& types, const Case& c, bool across, const std::string& onto, bool with_bias) {
+  Compare compare(name_of(across ? "expand across" : "expand", types, c) + onto);
+  const bool accumulate = onto == "accumulate", residual = onto == "residual";
   Problem problem(types, c, across);
-  const int64_t nan_row = c.M / 2;
-  if (c.M > 1 && !c.ranks.empty()) problem.low->set(nan_row, problem.adapters.at[0].rank0, NAN);
-  Matrix out(types.x, c.M, c.N), before(types.x, c.M, c.N);
+  if (c.M > 1 && !c.ranks.empty()) problem.low->set(c.M / 2, problem.adapters.at[0].rank0, NAN);
+  Matrix out(types.x, c.M, c.N), before(types.x, c.M, c.N, residual ? c.N + 5 : c.N);
   Values values(7);
   before.fill(values);
   if (accumulate) memcpy(out.host(), before.host(), c.M * c.N * 2);
@@ -221,11 +221,13 @@ void expand_is_right(const Types& types, const Case& c, bool across, bool accumu
                     across,
                     accumulate,
                     c.p > 0 ? problem.seed.data() : nullptr,
-                    problem.adapters};
+                    problem.adapters,
+                    residual ? before.data() : nullptr,
+                    before.stride};
   compare.launched([&] { return expand(types.x, types.factors, call, nullptr); });
   for (int64_t m = 0; m < c.M; ++m) {
     for (int64_t n = 0; n < c.N; ++n) {
-      double sum = (accumulate ? before.at(m, n) : 0) + (with_bias ? problem.bias->at(0, n) : 0), size = std::fabs(sum);
+      double sum = (onto != "" ? before.at(m, n) : 0) + (with_bias ? problem.bias->at(0, n) : 0), size = std::fabs(sum);
       for (int l = 0; l < problem.adapters.count; ++l) {
         const CudaAdapter& adapter = problem.adapters.at[l];
         if (adapter.bias) sum += adapter.scaling * problem.biases[l].at(0, n);
@@ -380,10 +382,10 @@ int main() {
                         {40, 90, {5, 20}, 0.1, 0, 0, 1.3e5, 15.5f}};
   for (const Types& types : kTypes) {
     for (const Case& c : kExpand) {
-      Case kept_all = c;
-      kept_all.p = 0;
-      expand_is_right(types, kept_all, false, false, true);
-      expand_is_right(types, c, true, c.M % 2 == 0, false);
+      const Case kept_all{c.M, c.N, c.ranks, 0};
+      expand_is_right(types, kept_all, false, "", true);
+      expand_is_right(types, kept_all, false, "residual", c.M % 2 == 0);
+      expand_is_right(types, c, true, c.M % 2 == 0 ? "accumulate" : "", false);
     }
     for (const Case& c : kPass) {
       dy_pass_is_right(types, c, true, true);

@@ -136,10 +136,8 @@ class Gain:
 
 def dequantised(base: nn.Module) -> Tensor:
     """A scratch copy of what the weights of a quantised layer stand for [N, K]."""
-    if type(getattr(base, "weight", None)).__name__ in (
-        "Params4bit",
-        "Int8Params",
-    ):  # PEFT's helper for any layer replaces an 8-bit one
+    kind = type(getattr(base, "weight", None)).__name__
+    if kind in ("Params4bit", "Int8Params"):  # PEFT's function for any layer replaces a parameter of 8 bits
         return dequantize_bnb_weight(base.weight, state=getattr(base, "state", None))
     return dequantize_module_weight(base)
 

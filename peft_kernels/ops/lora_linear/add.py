@@ -123,8 +123,9 @@ def autograd(namespace):
             with below_autograd():
                 y, h = forward_op(residual, x, a, b, c, scaling, dropout_p, seed)
             needs = ctx.needs_input_grad[4:]
-            reads_x, reads_h = any(needs[1 : 1 + L]), any(needs[1 + L : 1 + 2 * L])
-            ctx.save_for_backward(x if reads_x else None, h if reads_h else None, seed, *a, *b)
+            if any(needs):
+                reads_x, reads_h = any(needs[1 : 1 + L]), any(needs[1 + L : 1 + 2 * L])
+                ctx.save_for_backward(x if reads_x else None, h if reads_h else None, seed, *a, *b)
             ctx.lists = scaling, dropout_p
             ctx.mark_non_differentiable(h)
             ctx.set_materialize_grads(False)
@@ -195,6 +196,7 @@ LORA_ADD = register(
         public=NAME,
         autograd=autograd,
         autocast=autocast,
-        backends=("reference",),
+        backends=("reference", "cpu", "cuda", "triton"),
+        python_backends={"triton": "peft_kernels.ops.lora_linear.triton_add"},
     )
 )

@@ -234,7 +234,12 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     check_backward(dy, x, h, weight, lora_A, lora_B, member, scaling, dropout_p, seed, needs)
-    G, L, K = len(weight), len(lora_A), weight[0].shape[1]
+    return gradients(dy, x, h, weight, lora_A, lora_B, member, scaling, dropout_p, seed, needs)
+
+
+def gradients(dy, x, h, weight, lora_A, lora_B, member, scaling, dropout_p, seed, needs) -> list[Tensor]:
+    """The same for arguments that have been checked. Without weights (lora_add) those of the adapters and x alone."""
+    G, L, K = len(weight), len(lora_A), lora_A[0].shape[1]
     likes = [weight, weight, lora_A, lora_B, lora_B]
     like = [dy[0], *chain.from_iterable(likes)]
     shapes = [[t.shape for t in weight], [t.shape[:1] for t in weight], [t.shape for t in lora_A]]
@@ -257,11 +262,10 @@ def backward(
         if needs[0]:
             dx = dy[0].new_empty((dys[0].shape[0], K))
             low_rank = [LowRank(ds[i], lora_A[i], i, threshold(dropout_p[i])) for i in range(L)]
-            concat_gemm(dx, None, seed, [Base(d, w) for d, w in zip(dys, weight, strict=True)], low_rank)
+            concat_gemm(dx, None, seed, [Base(dys[g], weight[g]) for g in range(G)], low_rank)
             dx = dx.view(dx_shape)
-    sums = [
-        _column_sum(d) if c else None for d, c in zip(dys, _members_to_sum(needs_bias, needs_c, member), strict=True)
-    ]
+    summed = _members_to_sum(needs_bias or [False] * len(dys), needs_c, member)
+    sums = [_column_sum(d) if need else None for d, need in zip(dys, summed, strict=True)]
     grads = [dx, *(dys[g].mT @ rows if needs_w[g] else None for g in range(G))]
     grads += [sums[g].to(weight[g].dtype) if needs_bias[g] else None for g in range(G)]
     grads += [*da, *db]

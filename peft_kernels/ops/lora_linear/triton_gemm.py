@@ -17,7 +17,13 @@ from torch import Tensor
 
 from peft_kernels.ops.common.triton_dropout import keep_tile
 from peft_kernels.ops.common.triton_products import accumulator, parts_beside_low, product, product_of_parts
-from peft_kernels.ops.lora_linear.triton_tiles import MOST_ADAPTERS, architecture, gemm_tile, has_tensor_memory
+from peft_kernels.ops.lora_linear.triton_tiles import (
+    MOST_ADAPTERS,
+    architecture,
+    gemm_tile,
+    has_tensor_memory,
+    low_rank_tile,
+)
 
 
 class Base(NamedTuple):
@@ -89,7 +95,7 @@ def _add_low_rank(acc, pair, offs_m, offs_n, mask_n, BLOCK_R: tl.constexpr, SPLI
 
 @triton.jit(do_not_specialize=["first", "M"])
 def _concat_gemm_kernel(
-    out_ptr, before_ptr, bias_ptr, seed_ptr, base, low_rank, first, M, N, stride_om,
+    out_ptr, before_ptr, bias_ptr, seed_ptr, base, low_rank, first, M, N, stride_om, stride_bm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     ACCUMULATOR: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, HAS_BEFORE: tl.constexpr,
     HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SPLIT: tl.constexpr, FACTOR: tl.constexpr,
@@ -123,7 +129,8 @@ def _concat_gemm_kernel(
         else:
             acc = _add_low_rank(acc, low_rank[i], rows, columns, mask_n, BLOCK_R, SPLIT, FACTOR)
     if HAS_BEFORE:
-        acc += tl.load(before_ptr + where, mask=inside, other=0.0)
+        before_ptrs = before_ptr + offs_m.to(tl.int64)[:, None] * stride_bm + offs_n[None, :]
+        acc += tl.load(before_ptrs, mask=inside, other=0.0).to(ACCUMULATOR)
     for j in tl.static_range(len(base)):
         acc = _add_base(acc, base[j], rows, columns, mask_n, BLOCK_K, EVEN_K, EVEN_N)
     if HAS_BIAS:
@@ -132,14 +139,20 @@ def _concat_gemm_kernel(
 
 
 def concat_gemm(
-    out: Tensor, bias: Tensor | None, seed: Tensor | None, base: list[Base], low_rank: list[LowRank]
+    out: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    base: list[Base],
+    low_rank: list[LowRank],
+    residual: Tensor | None = None,
 ) -> None:
-    """out [M, N], contiguous, written whole. One kernel; with many adapters one for every MOST_ADAPTERS of them, which
-    leave the sum so far in the accumulator's dtype."""
+    """out [M, N], contiguous, written whole; a residual [M, N] with unit inner stride, which out may be, is added. One
+    kernel; with many adapters one for every MOST_ADAPTERS of them, which leave the sum so far in the accumulator's
+    dtype."""
     groups = [low_rank[i : i + MOST_ADAPTERS] for i in range(0, len(low_rank), MOST_ADAPTERS)] or [[]]
-    before = None
+    before = residual
     for group in groups[:-1]:
-        so_far = out.new_empty(out.shape, dtype=accumulator(out.dtype)) if before is None else before
+        so_far = out.new_empty(out.shape, dtype=accumulator(out.dtype)) if before is residual else before
         _launch(so_far, before, None, seed, [], group, out.dtype)
         before = so_far
     _launch(out, before, bias, seed, base, groups[-1], out.dtype)
@@ -152,13 +165,13 @@ def _launch(out, before, bias, seed, base: list[Base], low_rank: list[LowRank], 
     factor = low_rank[0].right.dtype if low_rank else dtype
     parts, arch = parts_beside_low(dtype, factor), architecture(out)
     several = (dropout and len(low_rank) > 1) or (parts > 1 and has_tensor_memory(arch))
-    tile = gemm_tile(arch, dtype, M, N, 2 if several else 1)
+    tile = gemm_tile(arch, dtype, M, N, 2 if several else 1) if base else low_rank_tile(dtype, M, N)
     first = low_rank[0].stream if low_rank else 0
     ranks = [pair.right.shape[0] for pair in low_rank]
     _concat_gemm_kernel[(triton.cdiv(M, tile.M) * triton.cdiv(N, tile.N),)](
         out, before, bias, seed,
         tuple(pair.arguments() for pair in base), tuple(pair.arguments(first) for pair in low_rank), first,
-        M, N, out.stride(0),
+        M, N, out.stride(0), 0 if before is None else before.stride(0),
         BLOCK_M=tile.M, BLOCK_N=tile.N, BLOCK_K=tile.K, GROUP_M=8,
         BLOCK_R=min(16 if parts > 1 or factor != dtype else 32, max(16, triton.next_power_of_2(max(ranks, default=1)))),
         ACCUMULATOR=tl.float64 if dtype is torch.float64 else tl.float32,

@@ -76,7 +76,7 @@ def _shrink_kernel(
                 store_parts(acc, parts_ptr + where, stride_part, mask, PARTS)
 
 
-def _shrink(
+def shrink(
     x: Tensor, lora_A: list[Tensor], scaling: list[float], dropout_p: list[float], seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """h [M, R] and what the GEMM takes of it: two bf16 parts of h [2, M, R], or itself as [1, M, R]."""
@@ -135,17 +135,17 @@ def forward(
         h = x.new_empty((0, sum(ranks)), dtype=accumulator(x.dtype))
     else:
         with torch.cuda.device_of(x):
-            h, parts = _shrink(rows, lora_A, scaling, dropout_p, seed)
+            h, parts = shrink(rows, lora_A, scaling, dropout_p, seed)
             of = parts.split(ranks, dim=2)
             for g, (out, w) in enumerate(zip(y, weight, strict=True)):
                 mine = [i for i, owner in enumerate(member) if owner == g]
                 low_rank = [LowRank(of[i], lora_B[i].t(), i, 65536) for i in mine]
-                added = _bias(bias[g], [(scaling[i], lora_bias[i]) for i in mine], x.dtype)
+                added = sum_biases(bias[g], [(scaling[i], lora_bias[i]) for i in mine], x.dtype)
                 concat_gemm(out, added, None, [Base(rows, w.t())], low_rank)
     return [out.reshape(*x.shape[:-1], out.shape[1]) for out in y], h
 
 
-def _bias(bias: Tensor | None, adapters: list[tuple[float, Tensor | None]], dtype: torch.dtype) -> Tensor | None:
+def sum_biases(bias: Tensor | None, adapters: list[tuple[float, Tensor | None]], dtype: torch.dtype) -> Tensor | None:
     """b_g + the sum of s_l b_Bl over the adapters that have one; contiguous."""
     for s, b in adapters:
         if b is not None:

@@ -102,6 +102,13 @@ def gemm_tile(arch: int, dtype: torch.dtype, M: int, N: int, accumulators: int) 
     return Tile(128, 256, 64, 8, 3)
 
 
+def low_rank_tile(dtype: torch.dtype, M: int, N: int) -> Tile:
+    """The same without a base: what it takes is the traffic of out, and of a residual that stands in registers too."""
+    if dtype.itemsize > 2:
+        return Tile(16 if M <= 16 else 32, 32, 16, 4, 2)
+    return Tile(16 if M <= 16 else 64, 64, 64, 4, 3)
+
+
 def shrink_tile(dtype: torch.dtype, M: int, R: int, dropout: bool) -> Tile:
     """h = x A^T. 32 rows at most: mma.sync takes x, masked in registers, from there, which wgmma must not (README)."""
     if dtype is torch.float64:
