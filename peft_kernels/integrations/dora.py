@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from peft.tuners.lora import Linear
 from peft.tuners.lora.dora import DoraLinearLayer
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
@@ -82,7 +83,7 @@ class Gain:
     """What DoRA does to the output of one projection of a call."""
 
     layer: Linear
-    weight: Tensor
+    weight: Tensor | None  # None: the base layer's, which is quantised
     bias: Tensor | None
     dropout: nn.Module | None = None  # what drops x before W
     adapters: list[Adapter] = field(default_factory=list)
@@ -96,6 +97,8 @@ class Gain:
 
     def scale(self, z: Tensor, residual: Tensor | None, rows: RowAdapters | None) -> Tensor:
         bias = self.bias if residual is None else None
+        if self.weight is None and bias is not None:
+            bias = bias.to(z.dtype)  # the base's own forward casts it
         norms = [self._norm(adapter) for adapter in self.adapters]
         if rows is None:
             return DORA_SCALE(z, self.adapters[0].magnitude, norms[0], bias, residual, None)
@@ -105,19 +108,38 @@ class Gain:
 
     def _norm(self, adapter: Adapter) -> Tensor:
         layer, changing = self.layer, self.layer.training or torch.is_grad_enabled()
-        arguments = self.weight, adapter.a, adapter.b, adapter.scaling
         with torch.no_grad():
             if is_compiling():
-                return DORA_NORM(*arguments)
-            sources = tensor_of(layer._modules["base_layer"], "weight"), adapter.a, adapter.b
-            if changing or any(tensor.is_inference() for tensor in sources):
+                return self._compute(adapter)
+            if changing:
                 _NORMS.pop(layer, None)
-                return DORA_NORM(*arguments)
+                return self._compute(adapter)
             kept = _NORMS.setdefault(layer, {})
-            state = adapter.scaling, *((t.data_ptr(), t._version) for t in sources)
-            if adapter.name not in kept or not kept[adapter.name].is_of(sources, state):
-                kept[adapter.name] = KeptNorm(DORA_NORM(*arguments), tuple(map(ref, sources)), state)
-            return kept[adapter.name].norm
+            found = kept.get(adapter.name)
+            if found is None or not found.is_of(*self._sources(adapter)):
+                norm, (sources, state) = self._compute(adapter), self._sources(adapter)
+                if any(tensor is None or tensor.is_inference() for tensor in sources):
+                    return norm
+                found = kept[adapter.name] = KeptNorm(norm, tuple(map(ref, sources)), state)
+            return found.norm
+
+    def _compute(self, adapter: Adapter) -> Tensor:
+        weight = dequantised(self.layer.get_base_layer()) if self.weight is None else self.weight
+        return DORA_NORM(weight, adapter.a, adapter.b, adapter.scaling)
+
+    def _sources(self, adapter: Adapter) -> tuple[tuple[Tensor | None, ...], tuple]:
+        """The tensors that a norm is of, and what tells whether they have changed."""
+        sources = tensor_of(self.layer._modules["base_layer"], "weight"), adapter.a, adapter.b
+        tracked = (t for t in sources if t is not None and not t.is_inference())
+        return sources, (adapter.scaling, *((t.data_ptr(), t._version) for t in tracked))
+
+
+def dequantised(base: nn.Module) -> Tensor:
+    """A scratch copy of what the weights of a quantised layer stand for [N, K]."""
+    kind = type(getattr(base, "weight", None)).__name__
+    if kind in ("Params4bit", "Int8Params"):  # PEFT's function for any layer replaces a parameter of 8 bits
+        return dequantize_bnb_weight(base.weight, state=getattr(base, "state", None))
+    return dequantize_module_weight(base)
 
 
 def add_dora(call: Call, layer: Linear, name: str, x: Tensor, types) -> str:
@@ -136,8 +158,9 @@ def add_dora(call: Call, layer: Linear, name: str, x: Tensor, types) -> str:
     magnitude = tensor_of(dora, "weight")
     if type(magnitude) not in types:
         return describe_type(magnitude)
-    if (call.weight[-1].dtype, magnitude.dtype) not in DTYPES:
-        return f"a magnitude in {magnitude.dtype} on a base in {call.weight[-1].dtype}"
+    dtype = call.weight[-1].dtype if call.weight else x.dtype
+    if (dtype, magnitude.dtype) not in DTYPES:
+        return f"a magnitude in {magnitude.dtype} on a base in {dtype}"
     before = call.drops
     if reason := add_adapter(call, layer, name, x, types):
         return reason
@@ -147,12 +170,17 @@ def add_dora(call: Call, layer: Linear, name: str, x: Tensor, types) -> str:
     call.dropout_p[-1], call.drops = 0.0, before  # the op drops nothing before A that W is given
     if drops and rows:
         return "DoRA with dropout in a mixed batch"
+    if drops and not call.weight:
+        return "DoRA with dropout on a base that is another kernel"
     if call.gains is None:
         call.gains = {}
     member = call.member[-1]
     if member not in call.gains:
-        call.gains[member] = Gain(layer, call.weight[-1], call.bias[-1], dropout if drops else None)
-        call.bias[-1] = None
+        if call.weight:
+            call.gains[member] = Gain(layer, call.weight[-1], call.bias[-1], dropout if drops else None)
+            call.bias[-1] = None
+        else:
+            call.gains[member] = Gain(layer, None, tensor_of(modules["base_layer"], "bias"))
     index = rows.adapters.index(name) if rows else 0
     adapter = Adapter(name, call.lora_A[-1], call.lora_B[-1], call.scaling[-1], magnitude, index)
     call.gains[member].adapters.append(adapter)

@@ -86,15 +86,15 @@ def _rebuild(make, family_class):
     return family_class.__new__(make(family_class))
 
 
-def subclass(make, family_class: type, members: dict) -> type:
-    """A subclass without state, that pickle and copy make again from the class."""
+def subclass(make, family_class: type, members: dict, *before: type) -> type:
+    """A subclass without state, that pickle and copy make again from the class; what is `before` it goes first."""
     members |= {
         "__doc__": family_class.__doc__,
         "__module__": family_class.__module__,
         "__reduce_ex__": lambda self, protocol: (_rebuild, (make, family_class), self.__getstate__()),
         "family_class": family_class,
     }
-    return type(family_class.__name__, (family_class,), members)
+    return type(family_class.__name__, (*before, family_class), members)
 
 
 def beneath(kind: type) -> type:

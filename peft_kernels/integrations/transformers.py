@@ -25,7 +25,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peft_kernels import backends
 from peft_kernels.integrations.blocks import CHILD, require_module
-from peft_kernels.integrations.gathering import HOOKED_BASE, MERGED, PLAIN, Call, add_base, own_method
+from peft_kernels.integrations.foreign_bases import add_adapters, foreign_class, has_foreign_base, stand_in
+from peft_kernels.integrations.gathering import (
+    HOOKED_BASE,
+    MERGED,
+    PLAIN,
+    WITHOUT_KERNEL,
+    Call,
+    add_base,
+    own_method,
+)
 from peft_kernels.integrations.groups import add_member, fused_class
 from peft_kernels.integrations.named import (
     CHECKPOINT,
@@ -179,37 +188,46 @@ def _plan_layers(model: nn.Module) -> tuple[list[Row], list[tuple[nn.Module, typ
             rows.append(Row(name, type(module).__name__, reason=_no_kernel_for(module)))
             continue
         shown = f"{kind.__module__.split('.')[2]}.{kind.__name__}"  # peft.tuners.lora.layer: lora.Linear
-        if reason := _obstacle(module):
+        foreign = has_foreign_base(module, kind)
+        if reason := _obstacle(module, foreign):
             rows.append(Row(name, shown, reason=reason))
             continue
-        rows.append(Row(name, shown, backends.bound(module.weight.device.type), _state(module, kind)))
-        if type(module) is kind:
-            swaps.append((module, FUSED[kind]))
+        device = stand_in(module).device if foreign else module.weight.device
+        rows.append(Row(name, shown, backends.bound(device.type), _state(module, kind, foreign)))
+        fused = foreign_class(kind) if foreign else FUSED[kind]
+        if type(module) is not fused and _plain_class(type(module)) is kind:
+            swaps.append((module, fused))
     return rows, swaps
 
 
 def _method(layer: BaseTunerLayer) -> type | None:
     """The class of PEFT's whose forward a layer has, fused or not, if it is one that can be fused."""
     kind = _plain_class(type(layer))
+    if kind in FUSED or has_foreign_base(layer, kind):
+        return kind
     patched = (PLAIN_CLASS[fused] for fused in PLAIN_CLASS if isinstance(layer, fused))  # and wrapped by others since
-    return kind if kind in FUSED else next(patched, None)
+    return next(patched, None)
 
 
-def _obstacle(layer: BaseTunerLayer) -> str:
-    """Why this layer can be fused in no state, or nothing."""
+def _obstacle(layer: BaseTunerLayer, foreign: bool) -> str:
+    """Why this layer can be fused in no state, or nothing. `foreign`: its base layer is called, whatever it is."""
     if forward_was_replaced(layer):
         return OWN_FORWARD
     base = layer._modules["base_layer"]
-    if layer.weight.is_meta:
+    if any(parameter.is_meta for parameter in base.parameters()):
         return "its weights are on meta: offloaded, or not loaded yet"
+    if foreign:
+        return WITHOUT_KERNEL["lora_add"].get(stand_in(layer).device.type, "")
     reason = add_base(Call(), base, _input_of(base), SHARDABLE)
     return "" if reason == HOOKED_BASE else reason
 
 
-def _state(layer: BaseTunerLayer, kind: type) -> str:
+def _state(layer: BaseTunerLayer, kind: type, foreign: bool) -> str:
     """Why the next call of a layer would not be fused, or nothing. A disabled or inactive adapter is no reason."""
     if layer.merged_adapters and not layer._disable_adapters:
         return MERGED
+    if foreign:
+        return add_adapters(Call(), layer, stand_in(layer), SHARDABLE)
     return ADDS[kind](Call(), layer, _input_of(layer._modules["base_layer"]), SHARDABLE)
 
 
@@ -295,10 +313,15 @@ def _group_obstacle(group, owner, plain, children, lora) -> str:
         if path not in lora:
             reason = add_base(Call(), child, _input_of(child), SHARDABLE)
         else:
-            reason = "" if lora[path].kernel else lora[path].reason
+            reason = "its base layer is another kernel" if is_foreign(child) else ""
+            reason = reason if lora[path].kernel else lora[path].reason
         if reason and reason != HOOKED_BASE:
             return f"{path.rpartition('.')[2]}: {reason}"
     return ""
+
+
+def is_foreign(layer: nn.Module) -> bool:
+    return has_foreign_base(layer, _plain_class(type(layer)))
 
 
 def _group_state(children, lora) -> str:

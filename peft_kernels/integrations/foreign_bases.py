@@ -1,0 +1,149 @@
+"""LoRA on layers whose product is somebody else's kernel: 4-bit and 8-bit weights, tensor subclasses, packed formats.
+
+y = base(x) + s (drop(x) A^T) B^T: the base layer is called as a module, once, and its output is read once and written
+once (`lora_add`), in inference in place where nobody else can see it. With DoRA, g (base(x) - b + s x A^T B^T) + b; its
+norms are of a dequantised scratch. One layer is one call: projections of one x cannot be one.
+"""
+
+import contextlib
+import functools
+import sys
+
+import torch
+from peft.tuners.lora import Linear, LoraLayer
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from peft_kernels.integrations.counts import count_fallback, count_fused
+from peft_kernels.integrations.dora import ForgetsNorms
+from peft_kernels.integrations.gathering import (
+    DISABLED,
+    INACTIVE,
+    MERGED,
+    MERGED_ROWS,
+    NAMED,
+    PLAIN,
+    UNMERGES,
+    WITHOUT_KERNEL,
+    Call,
+    add_adapter,
+    intercepted,
+)
+from peft_kernels.integrations.named import subclass
+from peft_kernels.integrations.rows import OUTSIDE, by_peft, current, outside_graph
+from peft_kernels.integrations.variants import add_variant
+from peft_kernels.ops import new_seed
+
+LORA_ADD = torch.ops.peft_kernels.lora_add.default
+LORA_ADD_ = torch.ops.peft_kernels.lora_add_.default
+MIXED = "rows with adapters of their own on a base that is another kernel"
+FRESH = {("bitsandbytes.nn.modules", "Linear4bit")}  # whose outputs have memory of their own
+
+# PEFT's layers whose forward is base(x) + the sum of the adapters, by the module below peft.tuners.lora. Some of them
+# exist only where what they are for is installed.
+FAMILIES = {
+    ("bnb", "Linear4bit"),
+    ("bnb", "Linear8bitLt"),
+    ("torchao", "TorchaoLoraLinear"),
+    ("gptq", "GPTQLoraLinear"),
+    ("awq", "AwqLoraLinear"),
+    ("hqq", "HqqLoraLinear"),
+    ("eetq", "EetqLoraLinear"),
+    ("aqlm", "AqlmLoraLinear"),
+    ("inc", "IncLoraLinear"),
+}
+
+
+def has_foreign_base(layer: nn.Module, kind: type) -> bool:
+    """Whether a layer of PEFT's class `kind` is one whose base layer is called."""
+    if kind is Linear:  # over a subclass of nn.Linear, which may compute something else
+        base = layer._modules["base_layer"]
+        return isinstance(base, nn.Linear) and type(base) is not nn.Linear
+    above, _, module = kind.__module__.rpartition(".")
+    return above == "peft.tuners.lora" and (module, kind.__name__) in FAMILIES
+
+
+def stand_in(layer: LoraLayer) -> Tensor:
+    """A tensor of a dtype that the adapters of a layer take, on their device."""
+    factor = next(layer.lora_A.parameters(), torch.empty(0))
+    return torch.empty(0, dtype=factor.dtype, device=factor.device)
+
+
+def add_adapters(call: Call, layer: LoraLayer, x: Tensor, types=PLAIN) -> str:
+    """Adds the active adapters of a layer to a call without projections; returns why that cannot be, or nothing."""
+    if x.device.type in WITHOUT_KERNEL["lora_add"]:
+        return WITHOUT_KERNEL["lora_add"][x.device.type]
+    if layer._disable_adapters or layer.merged_adapters:
+        return UNMERGES if layer._disable_adapters and layer.merged_adapters else ""
+    known, active = layer._modules["lora_A"]._modules, layer._active_adapter
+    for name in (active,) if type(active) is str else active:
+        if name in known:
+            add_this = add_variant if name in layer.lora_variant else add_adapter
+            if reason := add_this(call, layer, name, x, types):
+                return reason
+    return ""
+
+
+def _without_autocast(device: str):
+    """The base has run in the dtype that autocast gave it; its output stays as it is."""
+    enabled = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else contextlib.nullcontext()
+
+
+def _run(call: Call, layer: LoraLayer, x: Tensor) -> Tensor:
+    base = layer._modules["base_layer"]
+    y = base(x)
+    arguments = call.lora_A, call.lora_B, call.lora_bias, call.scaling, call.dropout_p
+    seed = new_seed(x.device) if call.drops else None
+    with _without_autocast(x.device.type):
+        x = x.to(y.dtype)
+        if call.gains is not None:
+            (gain,) = call.gains.values()
+            z = y if gain.bias is None else y - gain.bias.to(y.dtype)
+            return gain.scale(LORA_ADD(z, x, *arguments, seed)[0], None, None)
+        if not torch.is_grad_enabled() and not is_compiling() and _is_own(y, base, x) and sys.getrefcount(y) == 2:
+            LORA_ADD_(y, x, *arguments, seed)
+            return y
+        return LORA_ADD(y, x, *arguments, seed)[0]
+
+
+def _is_own(y: Tensor, base: nn.Module, x: Tensor) -> bool:
+    """Whether y has memory of its own, that of no parameter, input or view, and no hook was shown it."""
+    kind = type(base)
+    if (kind.__module__, kind.__name__) not in FRESH or intercepted(base, x):
+        return False
+    return y._base is None and y.is_contiguous() and y.data_ptr() != x.data_ptr()
+
+
+@functools.cache
+def foreign_class(family_class: type[LoraLayer]) -> type:
+    """A PEFT layer whose adapters are one op on its base layer's output."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        rows = current(self)
+        if rows is OUTSIDE:
+            return outside_graph(forward, self, x, *args, **kwargs)
+        disabled, merged = self._disable_adapters, self.merged_adapters
+        reason = ""
+        if args or kwargs or type(x) not in PLAIN:
+            reason = NAMED if args or kwargs else f"x is a {type(x).__name__}"
+        elif merged and (disabled or rows):
+            reason = UNMERGES if disabled else MERGED_ROWS
+        elif disabled or merged:
+            count_fallback(self, DISABLED if disabled else MERGED)
+            return self._modules["base_layer"](x)
+        elif rows is not None:
+            reason = MIXED
+        call = Call()
+        reason = reason or add_adapters(call, self, x)
+        if reason:
+            count_fallback(self, reason)
+            return by_peft(family_class.forward, self, rows, x, *args, **kwargs)
+        if not call.lora_A:
+            count_fallback(self, INACTIVE)
+            return self._modules["base_layer"](x)
+        count_fused(self)
+        return _run(call, self, x)
+
+    members = {"forward": forward, "asks_for_rows": True, "has_foreign_base": True}
+    return subclass(foreign_class, family_class, members, ForgetsNorms)

@@ -1,0 +1,333 @@
+"""LoRA on 4-bit, 8-bit and other bases that are somebody else's kernel, against PEFT: results, every gradient, saving,
+calls, what is kept for the backward, and when the base's output may be written to."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from models import (
+    HIDDEN,
+    LAYERS,
+    Operators,
+    assert_as_close_as_peft,
+    base_model,
+    inputs,
+    lora_config,
+    randomise,
+    results,
+)
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora.awq import AwqLoraLinear
+from peft.tuners.lora.gptq import GPTQLoraLinear
+from torch import nn
+
+import peft_kernels
+from peft_kernels.integrations.dora import dequantised
+from peft_kernels.integrations.foreign_bases import MIXED
+from peft_kernels.integrations.gathering import INACTIVE
+
+PROJECTIONS = 7 * LAYERS
+
+
+def four_bit(layer):
+    bnb = pytest.importorskip("bitsandbytes")
+    quantised = bnb.nn.Linear4bit(
+        layer.in_features, layer.out_features, layer.bias is not None, torch.float32, quant_type="nf4"
+    )
+    quantised.load_state_dict(layer.state_dict())
+    return quantised.to("cpu")
+
+
+def eight_bit(layer):
+    bnb = pytest.importorskip("bitsandbytes")
+    quantised = bnb.nn.Linear8bitLt(
+        layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False
+    )
+    quantised.load_state_dict(layer.state_dict())
+    return quantised.to("cpu")
+
+
+def subclassed(layer):
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
+    return layer
+
+
+class Halved(nn.Linear):
+    """A layer of somebody who keeps other weights."""
+
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def halved(layer):
+    twin = Halved(layer.in_features, layer.out_features, layer.bias is not None)
+    twin.load_state_dict(layer.state_dict())
+    return twin
+
+
+KINDS = {four_bit: "is_loaded_in_4bit", eight_bit: "is_loaded_in_8bit", subclassed: "", halved: ""}
+
+
+def quantised(quantise, dtype=torch.float32):
+    model = base_model("llama", attention_bias=True).to(dtype)
+    for name, module in list(model.model.named_modules()):
+        if isinstance(module, nn.Linear):
+            owner, _, child = name.rpartition(".")
+            setattr(model.model.get_submodule(owner), child, quantise(module))
+    if KINDS[quantise]:
+        setattr(model, KINDS[quantise], True)
+    return model
+
+
+def lora_on(quantise, dtype=torch.float32, **changes):
+    return randomise(get_peft_model(quantised(quantise, dtype), lora_config(**changes)))
+
+
+def exactly(model):
+    """A twin in fp64 whose bases are the linear layers that the quantised ones stand for."""
+    twin = copy.deepcopy(model)
+    peft_kernels.unpatch(twin)
+    for name, module in model.named_modules():
+        base = module._modules.get("base_layer")
+        if isinstance(base, nn.Linear):
+            scale = 0.5 if isinstance(base, Halved) else 1
+            plain = nn.Linear(base.in_features, base.out_features, base.bias is not None)
+            plain.weight = nn.Parameter(scale * dequantised(base).detach().double(), requires_grad=False)
+            if base.bias is not None:
+                plain.bias = nn.Parameter(scale * base.bias.detach().double(), requires_grad=False)
+            twin.get_submodule(name).base_layer = plain
+    return twin.double()
+
+
+def assert_step_like_peft(model, calls=PROJECTIONS):
+    plain, exact = results(model), results(exactly(model))
+    with peft_kernels.patch(model, strict=True) as report, Operators() as operators:
+        assert_as_close_as_peft(results(model), plain, exact)
+    assert operators.calls["lora_add"] == calls and not report.fallbacks
+    assert report.fused == calls
+
+
+@pytest.mark.parametrize("quantise", KINDS)
+def test_a_step_is_pefts(quantise):
+    assert_step_like_peft(lora_on(quantise))
+
+
+@pytest.mark.parametrize("quantise", [four_bit, eight_bit])
+def test_fp32_adapters_on_a_bf16_model(quantise):
+    model = lora_on(quantise, torch.bfloat16)
+    assert model.base_model.model.model.layers[0].mlp.up_proj.lora_A["default"].weight.dtype is torch.float32
+    assert_step_like_peft(model)
+
+
+@pytest.mark.parametrize("quantise", KINDS)
+def test_inference_and_where_it_may_be_in_place(quantise):
+    model = lora_on(quantise).eval()
+    with torch.no_grad():
+        plain, exact = model(**inputs()).logits, exactly(model)(**inputs()).logits
+        report = peft_kernels.patch(model, strict=True)
+        with Operators() as operators:
+            found = model(**inputs()).logits
+    assert_as_close_as_peft({"y": found}, {"y": plain}, {"y": exact})
+    own = PROJECTIONS if quantise is four_bit else 0
+    assert (operators.calls["lora_add_"], operators.calls["lora_add"]) == (own, PROJECTIONS - own)
+    report.verify(**inputs())
+
+
+def test_an_output_that_somebody_sees_is_not_written_to():
+    model = lora_on(four_bit, target_modules=["down_proj"]).eval()
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    peft_kernels.patch(model, strict=True)
+    x, seen = torch.randn(3, layer.in_features), []
+    with torch.no_grad():
+        expected = layer.base_layer(x)
+        hook = layer.base_layer.register_forward_hook(lambda module, args, y: seen.append(y))
+        with Operators() as operators:
+            y = layer(x)
+            assert torch.equal(seen[0], expected) and not torch.equal(y, expected)
+            hook.remove()
+            assert torch.equal(layer(x), y)
+    assert (operators.calls["lora_add"], operators.calls["lora_add_"]) == (1, 1)
+
+
+def test_dropout_is_drawn_anew_and_replayed():
+    model = lora_on(four_bit, target_modules=["down_proj"], lora_dropout=0.4).train()
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    peft_kernels.patch(model, strict=True)
+    x = torch.randn(3, layer.in_features)
+    assert not torch.equal(layer(x), layer(x))
+    torch.manual_seed(3)
+    seed, y = peft_kernels.new_seed(), None
+    torch.manual_seed(3)
+    y = layer(x)
+    mask = peft_kernels.lora_dropout_mask(seed, 3, layer.in_features, 0.4, 0)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    kept = int(0.6 * 65536 + 0.5)
+    expected = layer.base_layer(x) + layer.scaling["default"] * (x * mask * (65536 / kept)) @ a.mT @ b.mT
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("quantise", [four_bit, eight_bit])
+def test_less_is_kept_than_by_peft(quantise):
+    """In bf16 with fp32 adapters PEFT keeps an fp32 copy of x; 8-bit and 4-bit bases keep nothing of it."""
+    model = lora_on(quantise, torch.bfloat16, target_modules=["down_proj"], lora_dropout=0.1).train()
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    x = torch.randn(200, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+
+    def kept():
+        storages = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t
+        ):
+            layer(x).sum().backward()
+        return sum(t.untyped_storage().nbytes() for t in storages.values() if t.dim() and len(t) == 200)
+
+    plain = kept()
+    peft_kernels.patch(model, strict=True)
+    patched = kept()
+    assert patched <= x.numel() * 2 + 200 * 4 * 4 < plain
+
+
+@pytest.mark.parametrize("quantise", KINDS)
+def test_it_saves_loads_and_restores(quantise, tmp_path):
+    model = lora_on(quantise).eval()
+    classes = {name: type(module) for name, module in model.named_modules()}
+    attributes = {name: set(module.__dict__) for name, module in model.named_modules()}
+    peft_kernels.patch(model, strict=True)
+    assert {name: set(module.__dict__) for name, module in model.named_modules()} == attributes
+    with torch.no_grad():
+        expected = model(**inputs()).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(quantised(quantise), tmp_path).eval()
+    report = peft_kernels.patch(loaded, strict=True)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs()).logits, expected)
+    assert report.fused == PROJECTIONS
+    peft_kernels.unpatch(model)
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+    assert get_peft_model_state_dict(model).keys() == get_peft_model_state_dict(loaded).keys()
+
+
+def test_switches_rows_and_reasons():
+    model = lora_on(four_bit).eval()
+    model.add_adapter("other", lora_config(r=3))
+    randomise(model)
+    report = peft_kernels.patch(model, strict=True)
+    assert {row.reason for row in report.left} == {
+        "q_proj: its base layer is another kernel",
+        "gate_proj: its base layer is another kernel",
+    }
+    with torch.no_grad():
+        with model.disable_adapter():
+            model(**inputs())
+        assert report.fused == 0 and report.fallbacks == {"adapters disabled: the base layer alone": PROJECTIONS}
+        batch = inputs(rows=3)
+        mixed = model(**batch, adapter_names=["default", "__base__", "other"]).logits
+        with peft_kernels.unpatch(model):
+            torch.testing.assert_close(mixed, model(**batch, adapter_names=["default", "__base__", "other"]).logits)
+        assert report.fallbacks[MIXED] == PROJECTIONS and report.fused == 0
+        model.base_model.set_adapter(["default", "other"])
+        model(**inputs())
+        assert report.fused == PROJECTIONS
+        for layer in model.modules():
+            if hasattr(layer, "lora_A"):
+                layer.set_adapter([])
+        model(**inputs())
+        assert report.fallbacks[INACTIVE] == PROJECTIONS
+    twin = pickle.loads(pickle.dumps(model.base_model.model.model.layers[0].mlp.up_proj))
+    assert type(twin) is type(model.base_model.model.model.layers[0].mlp.up_proj)
+
+
+@pytest.mark.parametrize("quantise", [four_bit, eight_bit])
+def test_merging(quantise):
+    model = lora_on(quantise).eval()
+    report = peft_kernels.patch(model, strict=True)
+    with torch.no_grad():
+        model.merge_adapter()
+        merged = model(**inputs()).logits
+        with peft_kernels.unpatch(model):
+            assert torch.equal(model(**inputs()).logits, merged)
+        model.unmerge_adapter()
+        model(**inputs())
+    assert report.fused == PROJECTIONS and report.fallbacks == {"merged: the base layer alone": PROJECTIONS}
+
+
+@pytest.mark.parametrize("quantise", [four_bit, eight_bit, subclassed])
+def test_dora(quantise):
+    model = lora_on(quantise, use_dora=True)
+    exact = results(exactly(model))
+    plain = results(lora_on(quantise, use_dora=True))  # an 8-bit layer on a CPU outlives one step of PEFT's
+    report = peft_kernels.patch(model, strict=True)
+    with Operators() as operators:
+        assert_as_close_as_peft(results(model), plain, exact)
+    assert report.fused == operators.calls["lora_add"] == operators.calls["dora_norm"] == PROJECTIONS
+    model.eval()
+    with torch.no_grad(), Operators() as operators:
+        model(**inputs())
+        model(**inputs())
+    assert operators.calls["dora_norm"] == PROJECTIONS and not report.fallbacks
+
+
+def test_dora_with_dropout_is_left_to_peft():
+    model = lora_on(four_bit, use_dora=True, lora_dropout=0.3).train()
+    report = peft_kernels.patch(model)
+    reason = "DoRA with dropout on a base that is another kernel"
+    assert {row.reason for row in report.rows if row.kernel} == {reason}
+    torch.manual_seed(4)
+    found = results(model)
+    with peft_kernels.unpatch(model):
+        torch.manual_seed(4)
+        plain = results(model)
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+    assert report.fused == 0 and report.fallbacks == {reason: PROJECTIONS}
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("quantise", KINDS)
+def test_autocast(quantise, device):
+    model = lora_on(quantise, target_modules=["up_proj", "down_proj"])
+    report = peft_kernels.patch(model, strict=True)
+    x = torch.randn(3, HIDDEN)
+    mlp = model.base_model.model.model.layers[0].mlp
+    with torch.autocast(device, torch.bfloat16):
+        found = mlp(x)
+        with peft_kernels.unpatch(model):
+            plain = mlp(x)
+    assert found.dtype is plain.dtype and report.fused == 2
+    exact = exactly(model).base_model.model.model.layers[0].mlp(x.double())
+    assert (found - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
+class Packed(nn.Module):
+    """A layer in a packed format, of which only sizes are known."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("packed", torch.randint(-127, 128, (out_features, in_features), dtype=torch.int8))
+        self.bias = None
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x @ self.packed.to(x.dtype).mT / 512
+
+
+@pytest.mark.parametrize("family", [GPTQLoraLinear, AwqLoraLinear])
+def test_packed_formats(family):
+    torch.manual_seed(2)
+    layer = family(Packed(24, 40), "default", lora_config(), r=4, lora_alpha=16)
+    randomise(layer)
+    x = torch.randn(5, 24, requires_grad=True)
+    wanted = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    exact = torch.autograd.grad(copy.deepcopy(layer).double()(x.double()).square().sum(), [x])[0]
+    y = layer(x)
+    plain = torch.autograd.grad(y.square().sum(), wanted)
+    with peft_kernels.patch(layer, strict=True) as report:
+        calls = layer.base_layer.calls
+        found = layer(x)
+        assert layer.base_layer.calls == calls + 1 and report.fused == 1
+        torch.testing.assert_close(found, y)
+        torch.testing.assert_close(torch.autograd.grad(found.square().sum(), wanted), plain)
+    assert type(layer) is family and exact.shape == x.shape
