@@ -46,20 +46,20 @@ class Cell:
     N: int
     M: int
     r: int
-    p: float
+    p: str  # of dropout
     direction: str  # "training" or "inference"
 
     @property
     def title(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.variant} {dtype} {self.K} -> {self.N} M={self.M} r={self.r} p={self.p:g} {self.direction}"
+        return f"{self.variant} {dtype} {self.K} -> {self.N} M={self.M} r={self.r} p={self.p} {self.direction}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row(runs.Row, Cell):
     """One arm of one cell; the base is the frozen layer."""
 
-    saved_bytes: int  # kept by autograd between forward and backward, parameters not counted
+    saved_bytes: float  # kept by autograd between forward and backward, parameters not counted
 
 
 def cells(grid: str, model: str = "") -> list[Cell]:
@@ -73,14 +73,14 @@ def cells(grid: str, model: str = "") -> list[Cell]:
         sizes = dict.fromkeys(("dora", "nf4", "int8"), (4096, 4096)) | {"mlp": (4096, 14336)}
         dtype, rows = BF16, (4096, 512, 16)
     one = [
-        Cell(name, dtype, K, N, M, 16, 0.0, direction)
+        Cell(name, dtype, K, N, M, 16, "0", direction)
         for name, (K, N) in sizes.items()
         for M in rows
         for direction in ("training", "inference")
         if (name, direction) != ("mlp", "inference")  # there is nothing to recompute
     ]
     return one + [
-        dataclasses.replace(cell, p=0.1) for cell in one if cell.direction == "training" and rows[0] == cell.M
+        dataclasses.replace(cell, p="0.1") for cell in one if cell.direction == "training" and rows[0] == cell.M
     ]
 
 
@@ -135,7 +135,7 @@ class Problem:
         config = LoraConfig(
             r=cell.r,
             lora_alpha=2 * cell.r,
-            lora_dropout=cell.p,
+            lora_dropout=float(cell.p),
             use_dora=cell.variant == "dora",
             target_modules=["gate_proj", "up_proj", "down_proj"] if cell.variant == "mlp" else ["layer"],
             init_lora_weights=False,
@@ -163,16 +163,10 @@ class Problem:
         return [self.arm(name, backends.bound(self.x.device.type), model)]
 
 
-def _recomputed(problem: Problem) -> list[Arm]:
-    if problem.cell.variant != "mlp":
-        raise NotHere("there is no activation to recompute")
-    return problem.patched("recomputed", recompute_mlp=True)
-
-
 _MAKERS = {
     "peft": lambda problem: [problem.arm("peft", "peft", problem.adapted)],
     "patched": lambda problem: problem.patched("patched"),
-    "recomputed": _recomputed,
+    "recomputed": lambda problem: problem.patched("recomputed", recompute_mlp=True),
 }
 
 
@@ -189,16 +183,17 @@ def build(cell: Cell, device: torch.device, kinds: tuple[str, ...]) -> tuple[lis
 
 def time_cell(cell: Cell, kinds: tuple[str, ...], run: Run) -> list[Row]:
     """All arms of a cell, and a row that says why for each that could not be timed."""
-    alike = () if cell.p else ARMS  # PEFT draws other masks
+    kinds = tuple(kind for kind in kinds if kind != "recomputed" or cell.variant == "mlp")  # else nothing is
+    alike = ARMS if cell.p == "0" else ()  # PEFT draws other masks
     try:
         times, absent = runs.timed(build, cell, kinds, FOREIGN, run, alike)
     except NotHere as reason:
-        nothing = record.no_numbers(Row) | {"rounds": 0, "saved_bytes": 0, "not_timed": str(reason)}
+        nothing = record.no_numbers(Row) | {"rounds": 0, "not_timed": str(reason)}
         return [Row(**labels(cell, kind, ""), **nothing, **run.origin) for kind in kinds]
 
     def more(arm, columns):
         training = cell.direction == "training"
-        return {"saved_bytes": memory.saved_bytes(arm.forward, arm.model.parameters()) if training else 0}
+        return {"saved_bytes": memory.saved_bytes(arm.forward, arm.model.parameters()) if training else 0.0}
 
     return runs.rows_of(Row, partial(labels, cell), times, absent, more, run)
 
@@ -223,7 +218,7 @@ def described(cell: Cell, rows: list[Row], seconds: float) -> str:
         return f"{cell.title}: not timed: {rows[0].not_timed}"
 
     def more(row):
-        return f"  {row.saved_bytes:,} bytes kept" if row.saved_bytes else ""
+        return f"  {row.saved_bytes:,.0f} bytes kept" if row.saved_bytes > 0 else ""
 
     return runs.described(cell, rows, seconds, "frozen", more)
 
@@ -231,7 +226,7 @@ def described(cell: Cell, rows: list[Row], seconds: float) -> str:
 # -- the README's table -----------------------------------------------------------------------------------------------
 
 LIMIT = 1.3
-_TARGET = ("dora", "float32", 1024, 1024, 256, 16, 0.0, "training")
+_TARGET = ("dora", "float32", 1024, 1024, 256, 16, "0", "training")
 _TITLE = "DoRA, training step, d = 1024, 256 rows"
 
 
@@ -255,10 +250,10 @@ def _place(row: Row) -> tuple:
 def markdown(rows: list[Row], origin: str) -> str:
     """All that stands between the README's markers."""
     timed, cells = runs.ratio_lines([row for row in rows if row.backend], "base", ARMS, _place, lambda row: row.arm)
-    kept = {(row.arm, _place(row)): f"{row.saved_bytes / row.M:,.0f}" for row in rows if row.saved_bytes}
+    kept = {(row.arm, _place(row)): f"{row.saved_bytes / row.M:,.0f}" for row in rows if row.saved_bytes > 0}
     lines = []
     for base, texts in cells:
-        sizes = [base.variant, base.dtype, f"{base.K} x {base.N}", str(base.M), f"{base.p:g}", base.direction]
+        sizes = [base.variant, base.dtype, f"{base.K} x {base.N}", str(base.M), base.p, base.direction]
         lines.append([*sizes, *texts, *(kept.get((arm, _place(base)), "") for arm in timed)])
     header = ["", "dtype", "K x N", "M", "dropout", "", "frozen, ms", "A/A", *timed]
     header += [f"{arm}: bytes" for arm in timed]

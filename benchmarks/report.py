@@ -18,6 +18,7 @@ import typer
 from benchmarks import (
     bottleneck,
     cuda_tables,
+    lora_variants,
     plots,
     prefix_attention,
     prefix_models,
@@ -101,45 +102,35 @@ OUTCOMES = {True: "met   ", False: "MISSED", None: "not measured yet"}
 RESULTS = record.ROOT / "benchmarks/results"
 
 
+# Ops with a module of their own for their tables, and the rows of their CSVs.
+MODULES = (
+    (mixed_tables, mixed.Row),
+    (train_many, train_many.Row),
+    (bottleneck, bottleneck.Row),
+    (prefix_attention, prefix_attention.Row),
+    (prefix_models, prefix_models.Row),
+    (lora_variants, lora_variants.Row),
+)
+
+
 def main(
-    csv: Annotated[Path, typer.Argument(help="What run.py wrote on a CPU")] = RESULTS / "lora_linear_cpu.csv",
-    cuda: Annotated[Path, typer.Option(help="What it wrote on a GPU; need not exist")] = RESULTS
-    / "lora_linear_cuda.csv",
-    batched: Annotated[Path, typer.Option(help="What it wrote of batched_lora; need not exist")] = RESULTS
-    / "batched_lora_cpu.csv",
-    trained: Annotated[Path, typer.Option(help="What it wrote of train_many; need not exist")] = RESULTS
-    / "train_many_cpu.csv",
-    adapters: Annotated[Path, typer.Option(help="What it wrote of bottleneck_adapter; need not exist")] = RESULTS
-    / "bottleneck_adapter_cpu.csv",
-    prefixes: Annotated[Path, typer.Option(help="What it wrote of prefix_attention; need not exist")] = RESULTS
-    / "prefix_attention_cpu.csv",
-    models: Annotated[Path, typer.Option(help="What it wrote of prefix_models; need not exist")] = RESULTS
-    / "prefix_models_cpu.csv",
+    results: Annotated[Path, typer.Option(help="Folder of what run.py wrote: OP_cpu.csv; need not hold all")] = RESULTS,
     readme: Annotated[Path, typer.Option(help="File with the markers")] = record.ROOT / "README.md",
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where the README differs")] = False,
 ) -> None:
-    """Puts the tables of the CSVs into README, plots beside the first, and says which targets are met."""
+    """Puts the tables of the CSVs into README, plots beside lora_linear's, and says which targets are met."""
+    csv, cuda = (results / f"{tables.OP}_{device}.csv" for device in ("cpu", "cuda"))
     rows, cuda_rows = record.read(csv), record.read(cuda) if cuda.exists() else []
-    mixed_rows = record.read(batched, mixed.Row) if batched.exists() else []
-    train_rows = record.read(trained, train_many.Row) if trained.exists() else []
-    adapter_rows = record.read(adapters, bottleneck.Row) if adapters.exists() else []
-    prefix_rows = record.read(prefixes, prefix_attention.Row) if prefixes.exists() else []
-    model_rows = record.read(models, prefix_models.Row) if models.exists() else []
     before = readme.read_text()
     after = replaced(before, markdown(rows, csv))
     after = replaced(after, cuda_markdown(cuda_rows, cuda), f"{tables.OP}:cuda")
-    after = replaced(after, module_markdown(mixed_tables, mixed_rows, batched), mixed_tables.NAME)
-    after = replaced(after, module_markdown(train_many, train_rows, trained), train_many.NAME)
-    after = replaced(after, module_markdown(bottleneck, adapter_rows, adapters), bottleneck.NAME)
-    after = replaced(after, module_markdown(prefix_attention, prefix_rows, prefixes), prefix_attention.NAME)
-    after = replaced(after, module_markdown(prefix_models, model_rows, models), prefix_models.NAME)
-    of_modules = [
-        (mixed_tables, mixed_rows),
-        (bottleneck, adapter_rows),
-        (prefix_attention, prefix_rows),
-        (prefix_models, model_rows),
-    ]
-    found = [verdict for module, measured in of_modules if measured for verdict in module.verdicts(measured)]
+    found = []
+    for module, kind in MODULES:
+        path = results / f"{module.NAME}_cpu.csv"
+        measured = record.read(path, kind) if path.exists() else []
+        after = replaced(after, module_markdown(module, measured, path), module.NAME)
+        if measured and module is not train_many:  # it has no target
+            found += module.verdicts(measured)
     for met, sentence in [*targets.verdicts(rows), *found]:
         typer.echo(f"{OUTCOMES[met]}  {sentence}")
     for met, title, limit, measured in targets.cuda_verdicts(cuda_rows):

@@ -7,6 +7,7 @@
     python benchmarks/run.py --op bottleneck_adapter --grid cpu --out benchmarks/results/bottleneck_adapter_cpu.csv
     python benchmarks/run.py --op prefix_attention --grid cpu --out benchmarks/results/prefix_attention_cpu.csv
     python benchmarks/run.py --op prefix_models --grid cpu --out benchmarks/results/prefix_models_cpu.csv
+    python benchmarks/run.py --op lora_variants --grid cpu --out benchmarks/results/lora_variants_cpu.csv
     python benchmarks/run.py --op limits --device cuda --out build/limits_cuda.csv
 
 Nothing is timed while a backend fails its samples, or an arm of ours computes something else than the others of its
@@ -34,6 +35,7 @@ from benchmarks import (
     cuda_clock,
     gate,
     limits,
+    lora_variants,
     measure,
     plan,
     prefix_attention,
@@ -51,15 +53,16 @@ from peft_kernels import memory, registry
 
 OPS = (
     "lora_linear", "seam", "batched_lora", "train_many", "bottleneck_adapter", "prefix_attention", "prefix_models",
-    "limits",
+    "lora_variants", "limits",
 )  # fmt: skip
-OF_MODELS = ("train_many", "prefix_models")
+OF_MODELS = ("train_many", "prefix_models", "lora_variants")
 ARMS_OF = {
     "batched_lora": mixed_arms.ARMS,
     "train_many": train_many.ARMS,
     "bottleneck_adapter": bottleneck.ARMS,
     "prefix_attention": prefix_attention.ARMS,
     "prefix_models": prefix_models.ARMS,
+    "lora_variants": lora_variants.ARMS,
 }  # those that are not shapes.ARMS
 CELLS_OF = {  # those that are timed by a module of their own
     "batched_lora": (mixed, mixed_cells.cells),
@@ -67,6 +70,7 @@ CELLS_OF = {  # those that are timed by a module of their own
     "bottleneck_adapter": (bottleneck, bottleneck.cells),
     "prefix_attention": (prefix_attention, prefix_attention.cells),
     "prefix_models": (prefix_models, prefix_models.cells),
+    "lora_variants": (lora_variants, lora_variants.cells),
 }
 LEAST_ROUNDS = {"cpu": 15, "gpu": 50, "full": 50, "quick": 5}
 SECONDS = {"cpu": 30.0, "gpu": 1.0, "full": 0.5, "quick": 0.3}
@@ -197,7 +201,8 @@ def main(
         typer.Option(
             help="lora_linear; batched_lora: one batch, many adapters; train_many: a model's adapters trained in one "
             "batch; bottleneck_adapter: a feed-forward block with adapters; prefix_attention: attention over a prefix; "
-            "prefix_models: whole models with one; seam: the price of the call alone; limits: what the device can do"
+            "prefix_models: whole models with one; lora_variants: DoRA, "
+            "quantised bases, an MLP that recomputes; seam: the price of the call alone; limits: what the device can do"
         ),
     ] = "lora_linear",
     grid: Annotated[
@@ -234,7 +239,7 @@ def main(
             raise typer.BadParameter(f"must be one of {', '.join(known)}, got '{value}'", param_hint=option)
     if op == "limits":
         return show_limits(target, rounds or 50, out)
-    warnings.filterwarnings("ignore", module="peft|transformers")
+    warnings.filterwarnings("ignore", module="peft|transformers|bitsandbytes")
     if op in CELLS_OF:
         if op in OF_MODELS and (absent := runs.absent()):
             raise typer.BadParameter(f"{op} needs {absent}, which is not installed", param_hint="--op")

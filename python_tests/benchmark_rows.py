@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from benchmarks import bottleneck, prefix_attention, prefix_models, record, train_many
+from benchmarks import bottleneck, lora_variants, prefix_attention, prefix_models, record, train_many
 from benchmarks.batched_lora import cells, timing
 
 
@@ -92,9 +92,19 @@ def model_rows(ratio=1.1):
     return rows_of(prefix_models, [(arm, "torch", r) for arm, r in ratios.items()])
 
 
+def variant_rows(ratio=1.2, recomputed=2e3):
+    kept = {"base": (1.0, 0.0), "base_again": (1.0, 0.0), "peft": (2.0, 4e3), "patched": (ratio, 3e3)}
+    arms = (kept | {"recomputed": (ratio, recomputed)}).items()
+    return [
+        row for arm, (r, size) in arms for row in rows_of(lora_variants, [(arm, "cpu", r)], saved_bytes=size)
+        if arm != "recomputed" or row.variant == "mlp"
+    ]  # fmt: skip
+
+
 MADE_UP = {
     "bottleneck_adapter": bottleneck_rows,
     "prefix_attention": prefix_rows,
     "prefix_models": model_rows,
     "train_many": trained_rows,
+    "lora_variants": variant_rows,
 }

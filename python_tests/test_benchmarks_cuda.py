@@ -7,35 +7,22 @@ import math
 import pytest
 import torch
 import typer
-from benchmark_rows import (
-    bottleneck_rows,
-    made_up,
-    made_up_rows,
-    mixed_rows,
-    model_rows,
-    prefix_rows,
-    trained_rows,
-    write,
-)
+from benchmark_rows import MADE_UP, made_up, made_up_rows, mixed_rows, write
 from typer.testing import CliRunner
 
 from benchmarks import (
     arms,
-    bottleneck,
     cuda_clock,
     cuda_tables,
     limits,
     measure,
     plan,
-    prefix_attention,
-    prefix_models,
     record,
     report,
     roofline,
     run,
     shapes,
     targets,
-    train_many,
 )
 from benchmarks.batched_lora import timing as mixed
 
@@ -264,22 +251,19 @@ def test_the_gpu_table_has_a_column_per_contender_and_hides_nothing():
 MARKERS = "before\n" + "".join(
     f"<!-- benchmark:{name}:begin -->\nold\n<!-- benchmark:{name}:end -->\n"
     for name in ("lora_linear", "lora_linear:cuda", "batched_lora", "train_many", "bottleneck_adapter",
-                 "prefix_attention", "prefix_models")
+                 "prefix_attention", "prefix_models", "lora_variants")
 ) + "after\n"  # fmt: skip
 
 
 def test_report_writes_the_readme_and_check_sees_it_differ(tmp_path):
-    csv, cuda = write(tmp_path / "lora_linear_cpu.csv", made_up_rows()), tmp_path / "lora_linear_cuda.csv"
-    csvs = {name: tmp_path / f"{name}.csv" for name in ("batched", "trained", "adapters", "prefixes", "models")}
+    csv = write(tmp_path / "lora_linear_cpu.csv", made_up_rows())
     readme = tmp_path / "README.md"
     readme.write_text(MARKERS)
     app = typer.Typer()
     app.command()(report.main)
 
     def invoke(*options):
-        paths = {"cuda": cuda, "readme": readme} | csvs
-        given = [str(part) for name, path in paths.items() for part in (f"--{name}", path)]
-        return CliRunner().invoke(app, [str(csv), *given, *options])
+        return CliRunner().invoke(app, ["--results", str(tmp_path), "--readme", str(readme), *options])
 
     assert invoke("--check").exit_code == 1
     assert "old" in readme.read_text()
@@ -292,18 +276,16 @@ def test_report_writes_the_readme_and_check_sees_it_differ(tmp_path):
     assert "0123456789ab-dirty" in text
     assert csv.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "Not measured yet; on a machine with a GPU" in text
-    assert text.count("Not measured yet; on a machine that does nothing else") == 5
+    assert text.count("Not measured yet; on a machine that does nothing else") == 6
     assert text.count("| not measured yet |") == 3
     assert invoke("--check").exit_code == 0
     write(csv, made_up_rows(patched=0.8))
     assert invoke("--check").exit_code == 1
     assert invoke().exit_code == 0
-    write(cuda, gpu_rows())
-    write(csvs["batched"], mixed_rows(), mixed.Row)
-    write(csvs["trained"], trained_rows(), train_many.Row)
-    write(csvs["adapters"], bottleneck_rows(), bottleneck.Row)
-    write(csvs["prefixes"], prefix_rows(), prefix_attention.Row)
-    write(csvs["models"], model_rows(), prefix_models.Row)
+    write(tmp_path / "lora_linear_cuda.csv", gpu_rows())
+    write(tmp_path / "batched_lora_cpu.csv", mixed_rows(), mixed.Row)
+    for module, kind in report.MODULES[1:]:
+        write(tmp_path / f"{module.NAME}_cpu.csv", MADE_UP[module.NAME](), kind)
     assert invoke("--check").exit_code == 1
     assert "not measured" not in invoke().output
     assert "CUDA 13.0, Triton 3.6" in readme.read_text()

@@ -8,16 +8,29 @@ import typer
 from benchmark_rows import MADE_UP, write
 from typer.testing import CliRunner
 
-from benchmarks import bottleneck, gate, prefix_attention, prefix_models, record, report, run, runs, shapes, train_many
+from benchmarks import (
+    bottleneck,
+    gate,
+    lora_variants,
+    prefix_attention,
+    prefix_models,
+    record,
+    report,
+    run,
+    runs,
+    shapes,
+    train_many,
+)
 
 pytest.importorskip("peft")
 
-MODULES = {module.NAME: module for module in (bottleneck, prefix_attention, prefix_models, train_many)}
+MODULES = {module.NAME: module for module in (bottleneck, prefix_attention, prefix_models, train_many, lora_variants)}
 # One arm, and the ops whose samples are the gate.
 QUICK = {
     "bottleneck_adapter": ("eager", ["bottleneck_adapter", "batched_lora_"]),
     "prefix_attention": ("cat", ["prefix_attention"]),
     "prefix_models": ("peft", ["prefix_attention"]),
+    "lora_variants": ("peft", list(lora_variants.CALLED)),
     "train_many": ("together", ["lora_linear", "batched_lora"]),
 }
 of_every_module = pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)

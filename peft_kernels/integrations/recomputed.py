@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from peft_kernels.integrations.counts import count_fallback, count_fused
-from peft_kernels.integrations.groups import PLAIN, Call, add_member, fused_class, intercepted
+from peft_kernels.integrations.gathering import PLAIN, Call, intercepted
+from peft_kernels.integrations.groups import add_member, fused_class
 from peft_kernels.integrations.rows import current
 from peft_kernels.integrations.targets import GROUPS, Group
 from peft_kernels.ops import new_seed
@@ -60,7 +61,7 @@ def gather(owner: nn.Module, x: Tensor, types=PLAIN) -> MLP | str:
     for name in PROJECTIONS:
         call = mlp.inner if name == PROJECTIONS[-1] else mlp.outer
         reason = add_member(call, modules[name], x, types)
-        if not reason and getattr(call, "gains", None) is not None:
+        if not reason and call.gains is not None:
             reason = "a variant"
         if reason:
             return f"{name}: {reason}"
