@@ -28,6 +28,7 @@ BUDGET = {
     "lora_linear_product_kernel": 80,
     "lora_linear_*sum_kernel": 64,
     "lora_dropout_mask_kernel": 64,
+    "dora_*_kernel": 112,
     "batched_lora_forward_route_kernel": 64,
     "batched_lora_forward_pool_shrink_kernel": 128,
     "batched_lora_forward_pool_expand_kernel": 160,
