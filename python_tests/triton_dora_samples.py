@@ -60,6 +60,17 @@ def test_each_gradient_alone_is_the_same(adapters):
         assert all(t.numel() == 0 for j, t in enumerate(alone) if j != i)
 
 
+def test_an_id_out_of_range_counts_as_none():
+    arguments = scale_problem("cpu", F32, F32, rows=(40,), N=40, adapters=3)
+    dy = testing.gradients_for(SCALE, arguments)
+    wanted = SCALE.evaluate(*FUNCTIONS[SCALE.name], arguments, dy)
+    none = (arguments["ids"] == -1).nonzero().flatten().tolist()
+    for i, row in enumerate(none):
+        arguments["ids"][row] = (3, -7, 2**31 - 1)[i % 3]
+    got = SCALE.evaluate(*FUNCTIONS[SCALE.name], arguments, dy)
+    assert len(none) >= 3 and all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
 @pytest.mark.parametrize(
     "op,bad", [pytest.param(op, bad, id=f"{op.name}-{bad.id}") for op in (NORM, SCALE) for bad in op.bad_inputs()]
 )
