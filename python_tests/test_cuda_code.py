@@ -29,6 +29,7 @@ BUDGET = {
     "lora_linear_*sum_kernel": 64,
     "lora_dropout_mask_kernel": 64,
     "gated_product_*_kernel": 72,
+    "dora_*_kernel": 112,
     "batched_lora_forward_route_kernel": 64,
     "batched_lora_forward_pool_shrink_kernel": 128,
     "batched_lora_forward_pool_expand_kernel": 160,

@@ -31,6 +31,7 @@ SHARDS = {
     "triton_adapter_samples.py": 2,
     "triton_prefix_samples.py": 2,
     "triton_gated_samples.py": 1,
+    "triton_dora_samples.py": 2,
 }  # a minute or two each; what is marked slow takes minutes and is not cut
 QUIET = ["-q", "-W", "ignore", "-p", "no:cacheprovider"]
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -334,9 +335,11 @@ def test_every_tile_compiled_ahead_of_time(arch, case, M):
     [
         "test_compiled_ahead_of_time[90]",
         "test_triton_prefix.py::test_compiled_ahead_of_time[90]",
+        "test_triton_dora.py::test_compiled_ahead_of_time[90]",
         *(pytest.param(f"test_compiled_ahead_of_time[{arch}]", marks=pytest.mark.slow) for arch in (80, 100)),
         pytest.param("test_triton_prefix.py::test_every_kernel_compiled_ahead_of_time", marks=pytest.mark.slow),
         pytest.param("test_triton_gated.py::test_every_kernel_compiled_ahead_of_time", marks=pytest.mark.slow),
+        pytest.param("test_triton_dora.py::test_every_kernel_compiled_ahead_of_time", marks=pytest.mark.slow),
         pytest.param("test_every_tile_compiled_ahead_of_time", marks=pytest.mark.slow),
         pytest.param("test_every_pool_kernel_compiled_ahead_of_time", marks=pytest.mark.slow),
         pytest.param("test_every_kernel_of_the_training_form_compiled_ahead_of_time", marks=pytest.mark.slow),

@@ -38,6 +38,7 @@ PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
   if (cuda) {
     pk::bind_lora_linear_cuda(*library);
     pk::bind_gated_product_cuda(*library);
+    pk::bind_dora_cuda(*library);
     pk::bind_batched_lora_pool_cuda(*library);
     pk::bind_bottleneck_adapter_cuda(*library);
     pk::bind_prefix_attention_cuda(*library);

@@ -5,6 +5,7 @@
 
 #include "bindings/batched_lora.h"
 #include "bindings/bottleneck_adapter.h"
+#include "bindings/dora.h"
 #include "bindings/lora_linear.h"
 #include "bindings/prefix_attention.h"
 #include "bindings/tensors.h"
@@ -17,6 +18,7 @@ PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
   auto* library = new StableLibrary(StableLibrary::Kind::IMPL, ns, device, __FILE__, __LINE__);
   pk::bind_lora_linear_cuda(*library);
   pk::bind_gated_product_cuda(*library);
+  pk::bind_dora_cuda(*library);
   pk::bind_batched_lora_pool_cuda(*library);
   pk::bind_bottleneck_adapter_cuda(*library);
   pk::bind_prefix_attention_cuda(*library);

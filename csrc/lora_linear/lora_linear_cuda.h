@@ -55,7 +55,8 @@ struct Adapters {
 
 bool has_mma_kernels(Dtype x, Dtype factors);  // (bf16, bf16), (fp16, fp16), (bf16, fp32)
 
-// h[m, rank0 + r] = s sum_k drop(x)[m, k] A[r, k]. With splits > 1 the sum over k is cut: parts [splits][M][R].
+// h[m, rank0 + r] = s sum_k drop(x)[m, k] A[r, k]. With splits > 1 the sum over k is cut: parts [splits][M][R]. DoRA
+// wants the squares of the rows too.
 struct Shrink {
   const void* x;  // [M, K], rows x_stride apart, unit stride along K
   int64_t x_stride, M, K;
@@ -64,6 +65,7 @@ struct Shrink {
   int splits;
   const uint64_t* seed;
   Adapters adapters;
+  float* squares = nullptr;  // [splits][M]: sum_k x[m, k]^2 of each part, or null
 };
 int shrink_splits(int64_t M, int64_t K, int64_t R);
 cudaError_t shrink(Dtype x, Dtype factors, const Shrink& call, cudaStream_t stream);

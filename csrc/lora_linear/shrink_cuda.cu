@@ -4,7 +4,7 @@
 // for the second. Stages of 64 columns of x and A arrive by cp.async, as many ahead as shared memory holds; a warp
 // takes 16 rows x 32 columns of a stage, and the two warps of the same rows are added at the end. mma.sync, fp32 sums;
 // fp32 factors enter as three bf16 parts, which hold all their bits. Dropout is drawn on the fragments, once per
-// adapter.
+// adapter; the squares of x's rows, for DoRA, are summed from the same fragments.
 #include "common/mma_tiles.h"
 #include "lora_linear/lora_linear_cuda.h"
 
@@ -95,17 +95,29 @@ __device__ __forceinline__ void drop(uint32_t (&out)[2][4], const uint32_t (&x)[
   }
 }
 
+// squares += those of two neighbours.
+template <class T>
+__device__ __forceinline__ void add_squares(float& squares, uint32_t pair) {
+  const float low = to_float(T{static_cast<uint16_t>(pair)}), high = to_float(T{static_cast<uint16_t>(pair >> 16)});
+  squares += low * low;
+  squares += high * high;
+}
+
 // sums += one warp's share of a stage: x and factors point to its 32 columns, group is their number in the row.
-// masks: bit j where tile j has another mask than the one before it.
+// masks: bit j where tile j has another mask than the one before it. squares: of rows lane / 4 and lane / 4 + 8.
 template <class T, class F>
-__device__ __forceinline__ void multiply(float (&sums)[kMostRankTiles][4], const T* x, const F* factors,
-                                         const Shrink& call, const RankTile<F>* tile, int tiles, uint32_t masks,
-                                         int64_t row, int64_t group) {
+__device__ __forceinline__ void multiply(float (&sums)[kMostRankTiles][4], float (&squares)[2], const T* x,
+                                         const F* factors, const Shrink& call, const RankTile<F>* tile, int tiles,
+                                         uint32_t masks, int64_t row, int64_t group) {
   constexpr int kParts = sizeof(F) == sizeof(T) ? 1 : 3;
   const int lane = lane_index();
   uint32_t all[2][4], kept[2][4];
 #pragma unroll
   for (int step = 0; step < 2; ++step) ldmatrix(all[step], x + lane % 16 * kPitch + 16 * step + lane / 16 * 8);
+  if (call.squares) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) add_squares<T>(squares[i % 2], all[i / 4][i % 4]);
+  }
   while (masks) {  // tiles that share a mask: `run` has a bit for each
     const int begin = __ffs(static_cast<int>(masks)) - 1;
     masks &= masks - 1;
@@ -168,6 +180,19 @@ __device__ __forceinline__ void store(const Shrink& call, const float (&sums)[kM
   }
 }
 
+// The same for the squares.
+template <int kRowTiles>
+__device__ __forceinline__ void store_squares(const Shrink& call, const float (&squares)[2], float* shared,
+                                              int64_t row) {
+  const int lane = lane_index(), warp = warp_index(), i = lane % 4;
+  const float first = warp_sum<4>(squares[0]), second = warp_sum<4>(squares[1]), sum = i == 0 ? first : second;
+  float* const other = shared + warp % kRowTiles * 16 + lane / 4 + 8 * i;
+  if (warp >= kRowTiles && i < 2) *other = sum;
+  __syncthreads();
+  const int64_t m = row + lane / 4 + 8 * i;
+  if (warp < kRowTiles && i < 2 && m < call.M) call.squares[blockIdx.y * call.M + m] = sum + *other;
+}
+
 template <class T, class F, int kRowTiles, bool kVector>
 __global__ void __launch_bounds__(64 * kRowTiles, 1)
     lora_linear_forward_shrink_kernel(const __grid_constant__ Shrink call, int rank_tiles, int groups, int stages) {
@@ -175,6 +200,7 @@ __global__ void __launch_bounds__(64 * kRowTiles, 1)
   let_next_launch_start();
   __shared__ RankTile<F> tile[kMostRankTiles];
   __shared__ const F* rank_row[8 * kMostRankTiles];
+  __shared__ float square_sums[16 * kRowTiles];
   PK_DYNAMIC_SHARED(unsigned char, shared);
   const int number = blockIdx.x % groups, first = rank_tiles * number / groups;
   const int tiles = rank_tiles * (number + 1) / groups - first;
@@ -218,7 +244,7 @@ __global__ void __launch_bounds__(64 * kRowTiles, 1)
 
   const int row = warp_index() % kRowTiles * 16, col = warp_index() / kRowTiles * 32,
             k0 = static_cast<int>(begin) * kCols;
-  float sums[kMostRankTiles][4] = {};
+  float sums[kMostRankTiles][4] = {}, squares[2] = {};
   unsigned char *filled = shared, *used = shared, *const end = shared + stages * stage_bytes;  // stages of the ring
   for (int i = 1 - stages; i < count; ++i) {
     if (i >= 0) {
@@ -232,12 +258,13 @@ __global__ void __launch_bounds__(64 * kRowTiles, 1)
     filled = filled + stage_bytes == end ? shared : filled + stage_bytes;
     if (i < 0) continue;
     const T* const stage = reinterpret_cast<const T*>(used);
-    multiply(sums, stage + row * kPitch + col, reinterpret_cast<const F*>(stage + kRows * kPitch) + col, call, tile,
-             tiles, masks, row0 + row, (k0 + i * kCols + col) / 32);
+    multiply(sums, squares, stage + row * kPitch + col, reinterpret_cast<const F*>(stage + kRows * kPitch) + col, call,
+             tile, tiles, masks, row0 + row, (k0 + i * kCols + col) / 32);
     used = used + stage_bytes == end ? shared : used + stage_bytes;
   }
   cp_async_wait<0>();
   __syncthreads();
+  if (call.squares && number == 0) store_squares<kRowTiles>(call, squares, square_sums, row0 + row);
   store<kRowTiles>(call, sums, reinterpret_cast<float*>(shared), tile, tiles, row0 + row);
 }
 

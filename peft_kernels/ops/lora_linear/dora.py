@@ -232,7 +232,8 @@ DORA_NORM = register(
         public=NORM,
         size=(dora_samples.norm_size, None),
         rows="weight",
-        backends=("reference", "cpu"),
+        backends=("reference", "cpu", "cuda", "triton"),
+        python_backends={"triton": "peft_kernels.ops.lora_linear.triton_dora_norm"},
     )
 )
 
@@ -254,6 +255,7 @@ DORA_SCALE = register(
         constants=("norm",),
         autograd=autograd,
         autocast=autocast,
-        backends=("reference", "cpu"),
+        backends=("reference", "cpu", "cuda", "triton"),
+        python_backends={"triton": "peft_kernels.ops.lora_linear.triton_dora_scale"},
     )
 )

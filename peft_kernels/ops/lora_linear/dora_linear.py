@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.ops.common.dropout import keep_scale
-from peft_kernels.ops.common.projections import check_seed, require
+from peft_kernels.ops.common.projections import check_seed
 from peft_kernels.ops.lora_linear.dora import check_norm, check_scale
 from peft_kernels.ops.lora_linear.op import check
 
@@ -141,7 +141,8 @@ def dora_linear(
         >>> y = peft_kernels.dora_linear(x, weight, None, lora_A, lora_B, magnitude, scaling=2.0)
         >>> y.sum().backward()
     """
-    require("dora_linear", 0 <= dropout_p < 1, f"dropout_p must lie in [0, 1), got {dropout_p}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dora_linear: dropout_p must lie in [0, 1), got {dropout_p}")
     check_seed("dora_linear", x, seed, [dropout_p])
     adapter = ([lora_A], [lora_B], [lora_bias], [0], [scaling])
     residual, rest = None, bias  # of the bias
