@@ -14,6 +14,12 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+SAMPLES = (
+    "emulated_samples.py",
+    "emulated_add_samples.py",
+    "emulated_adapter_samples.py",
+    "emulated_prefix_samples.py",
+)
 CXX = os.environ.get("CXX", "g++")
 
 
@@ -40,7 +46,7 @@ def test_every_sample_emulated(build, which, count_sample):
     named = {"PK_EMULATED": build, "PK_EMULATED_LIBRARY": str(library), "PYTHONPATH": str(HERE.parent)}
     options = ["-q", "-s", "-W", "ignore", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "-m", which, "emulated_samples.py", "emulated_lora_add.py"],
+        [sys.executable, "-m", "pytest", *options, "-m", which, *SAMPLES],
         cwd=HERE,
         env=os.environ | named | _preloaded(build),
         capture_output=True,

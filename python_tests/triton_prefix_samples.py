@@ -8,6 +8,7 @@ before triton is imported.
 import math
 
 import interpreted_samples
+import packed_sequences
 import pytest
 import torch
 import triton_interpreter
@@ -115,6 +116,10 @@ def test_ids_and_lengths_out_of_range_read_nothing():
         for lengths in ((99, -3), (5, 0))
     )
     assert all(torch.equal(a, b) for a, b in zip(FORWARD(*far.values()), FORWARD(*none.values()), strict=True))
+
+
+def test_sequences_need_not_begin_with_the_first_token():
+    packed_sequences.check(FORWARD, BACKWARD, 4, BF16)
 
 
 def test_more_than_2_31_elements_apart():
