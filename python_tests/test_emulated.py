@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-SAMPLES = (
+SAMPLES = tuple(f"emulated_{which}samples.py" for which in ("", "add_", "adapter_", "prefix_"))
     "emulated_samples.py",
     "emulated_add_samples.py",
     "emulated_adapter_samples.py",

@@ -1,8 +1,12 @@
 """AdaLoRA and VeRA in patched models against PEFT: results, gradients, switches, merging, saving; what is not kept."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from models import (
+    HIDDEN,
     LAYERS,
     adapted,
     assert_as_close_as_peft,
@@ -148,6 +152,27 @@ def test_a_rank_of_zero_is_left_to_peft():
         getattr(layer, factor)["default"] = nn.Parameter(torch.zeros(shape))
     model(**inputs())
     assert report.fallbacks == {"rank 0": 1} and report.fused == calls_per_forward(report) - 1
+
+
+@pytest.mark.parametrize("make", [adalora, vera])
+def test_classes_copies_and_compiled_graphs(make):
+    model = make().eval()
+    classes = {name: type(module) for name, module in model.named_modules()}
+    attributes = {name: set(module.__dict__) for name, module in model.named_modules()}
+    peft_kernels.patch(model, strict=True)
+    assert {name: set(module.__dict__) for name, module in model.named_modules()} == attributes
+    mlp, x = model.base_model.model.model.layers[0].mlp, torch.randn(2, 5, HIDDEN)
+    wanted = [p for p in mlp.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(mlp(x).square().sum(), wanted)
+    compiled = torch.compile(mlp, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), wanted), expected)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        report = peft_kernels.patch(twin, strict=True)
+        with torch.no_grad():
+            assert torch.equal(twin(**inputs()).logits, model(**inputs()).logits)
+        assert report.fused == calls_per_forward(report)
+    peft_kernels.unpatch(model)
+    assert {name: type(module) for name, module in model.named_modules()} == classes
 
 
 def test_vera_keeps_nothing_for_its_frozen_factors():

@@ -299,6 +299,18 @@ def test_autocast(quantise, device):
     assert (found - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
 
+def test_a_compiled_block_is_one_graph():
+    model = lora_on(halved)
+    peft_kernels.patch(model, strict=True)
+    mlp, x = model.base_model.model.model.layers[0].mlp, torch.randn(2, 5, HIDDEN)
+    wanted = [p for p in mlp.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(mlp(x).square().sum(), wanted)
+    compiled = torch.compile(mlp, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), wanted), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), mlp(x))
+
+
 class Packed(nn.Module):
     """A layer in a packed format, of which only sizes are known."""
 

@@ -108,7 +108,9 @@ def test_a_variant_of_another_shape_is_left_to_peft():
 
 def alora(name="llama", **changes):
     targets = {"llama": "all-linear", "gpt2": ["c_attn", "c_fc"]}[name]
-    return peft_model(name, target_modules=targets, alora_invocation_tokens=INVOKED, task_type="CAUSAL_LM", **changes)
+    return peft_model(
+        name, **{"target_modules": targets} | changes, alora_invocation_tokens=INVOKED, task_type="CAUSAL_LM"
+    )
 
 
 def prompts(rows=4, tokens=7):
@@ -198,6 +200,17 @@ def test_a_layer_that_is_left_is_told_the_offsets_as_peft_tells_them():
                 torch.testing.assert_close(model(**more).logits, plain)
                 hook.remove()
         assert report.fallbacks == {"hook on lora_A, lora_B or lora_dropout": 1}
+
+
+def test_a_module_that_is_trained_beside_alora():
+    model = alora(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"]).eval()
+    for more in ({}, {"adapter_names": ["default", "__base__", "default", "default"]}):
+        with torch.no_grad():
+            plain, exact = model(**prompts(), **more).logits, in_double(model)(**prompts(), **more).logits
+            with peft_kernels.patch(model) as report:
+                found = model(**prompts(), **more).logits
+        assert_as_close_as_peft({"y": found}, {"y": plain}, {"y": exact})
+        assert report.fused == LAYERS and not report.fallbacks
 
 
 def test_alora_where_no_place_is_known_is_left_to_peft():

@@ -145,5 +145,5 @@ def foreign_class(family_class: type[LoraLayer]) -> type:
         count_fused(self)
         return _run(call, self, x)
 
-    members = {"forward": forward, "asks_for_rows": True, "has_foreign_base": True}
+    members = {"forward": forward, "asks_for_rows": True}
     return subclass(foreign_class, family_class, members, ForgetsNorms)

@@ -7,9 +7,10 @@ depends on how many tokens a call has: all in a forward, one at a time in a gene
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 
-from peft_kernels.integrations.rows import RowAdapters, from_names
+from peft_kernels.integrations.rows import BASE, RowAdapters, from_names
 
 EVERY_TOKEN = 2**31 - 1  # of a sequence whose adapter is no aLoRA
 
@@ -37,12 +38,14 @@ class InvokedRows(RowAdapters):
         ids = self.ids.unsqueeze(-1).masked_fill(before, -1).repeat_interleave(expand, 0)
         return ids.flatten().repeat_interleave(leading[2:].numel())
 
-    def for_peft(self, leading: torch.Size) -> dict:
+    def for_peft(self, leading: torch.Size, module: nn.Module) -> dict:
         expand = leading[0] // len(self.offsets)
-        said = {"alora_offsets": [offset for offset in self.offsets for _ in range(expand)]}
+        said = {}
+        if isinstance(module, LoraLayer):  # a module that is trained whole is so for all tokens
+            said["alora_offsets"] = [offset for offset in self.offsets for _ in range(expand)]
         if self.named:
             ids = self.ids.repeat_interleave(expand).tolist()
-            said["adapter_names"] = ["__base__" if i < 0 else self.adapters[i] for i in ids]
+            said["adapter_names"] = [BASE if i < 0 else self.adapters[i] for i in ids]
         return said
 
 

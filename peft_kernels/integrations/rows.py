@@ -147,8 +147,8 @@ class RowAdapters(Rows):
         """Whether it was said for each token, and not for each sequence."""
         return self.ids.dim() == 2
 
-    def for_peft(self, leading: torch.Size) -> dict:
-        """The arguments that say the same to PEFT's own forward, whose input has these leading sizes."""
+    def for_peft(self, leading: torch.Size, module: nn.Module) -> dict:
+        """The arguments that say the same to a module's own forward by PEFT, whose input has these leading sizes."""
         if leading not in self._names:
             self._names[leading] = [BASE if i < 0 else self.adapters[i] for i in self._flat(leading).tolist()]
         return {"adapter_names": self._names[leading]}
@@ -245,12 +245,12 @@ def by_peft(forward: Callable, module: nn.Module, rows: RowAdapters | None, x: T
         return forward(module, x, *args, **kwargs)
     rows.look(adapters_of(module))
     if rows.ids.dim() == 1:
-        return forward(module, x, *args, **rows.for_peft(x.shape[:1]), **kwargs)
+        return forward(module, x, *args, **rows.for_peft(x.shape[:1], module), **kwargs)
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
     if not isinstance(base, TOKENWISE):
         raise ValueError(f"adapter_ids: ids per token do not reach into a {type(base).__name__}; give one per sequence")
     leading = x.shape[:-1] if x.is_floating_point() else x.shape
-    flat = forward(module, x.reshape(-1, *x.shape[len(leading) :]), *args, **rows.for_peft(leading), **kwargs)
+    flat = forward(module, x.reshape(-1, *x.shape[len(leading) :]), *args, **rows.for_peft(leading, module), **kwargs)
     return flat.reshape(*leading, *flat.shape[1:])
 
 

@@ -2,7 +2,7 @@
 
 `patch` decides for each layer whether the op can ever compute it; each call then looks at PEFT's switches and hooks. A
 layer with no kernel keeps its class and gets a reason in the report; one that is only in a state without a kernel
-(merged, a DoRA adapter is active) changes class, with that state as a note. Modules that own several projections of
+(merged, a hook on a factor) changes class, with that state as a note. Modules that own several projections of
 one input (`targets.py`) change class as well, so that the projections become one call, and so does what has to know
 which adapter each row of a call has (`named.py`).
 """
@@ -59,7 +59,10 @@ OWN_FORWARD = "the instance has a forward of its own"
 
 
 def patch(model: nn.Module, strict: bool = False, *, recompute_mlp: bool = False) -> PatchReport:
-    """Lets the LoRA layers of a model run fused; returns what was done to each of them.
+    """Lets the adapter layers of a model run fused; returns what was done to each of them.
+
+    LoRA with PEFT's variants (DoRA, aLoRA, KaSA, MiCA, ...), on linear layers and on quantised ones, AdaLoRA and VeRA;
+    the README's table says what each runs, and what stays PEFT's.
 
     Args:
         model: a PeftModel, or a transformers model with PEFT adapters loaded, or any module that holds such layers.
