@@ -15,11 +15,6 @@ import pytest
 
 HERE = Path(__file__).parent
 SAMPLES = tuple(f"emulated_{which}samples.py" for which in ("", "add_", "adapter_", "prefix_"))
-    "emulated_samples.py",
-    "emulated_add_samples.py",
-    "emulated_adapter_samples.py",
-    "emulated_prefix_samples.py",
-)
 CXX = os.environ.get("CXX", "g++")
 
 
