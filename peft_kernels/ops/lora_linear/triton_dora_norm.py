@@ -93,7 +93,7 @@ def _products(rows: Tensor, right: Tensor, squares: bool) -> tuple[Tensor, Tenso
     (N, K), R, dtype = rows.shape, right.shape[0], accumulator(rows.dtype)
     parts = exact_parts(rows.dtype, right.dtype)
     tile = shrink_tile(rows.dtype, N, R, dropout=False)
-    block_k = tile.K if parts == 1 else max(16, tile.K // 2)  # parts beside whole tiles spill
+    block_k = tile.K if parts == 1 else min(tile.K // 2, 32)  # parts beside wider tiles spill
     grid = triton.cdiv(N, tile.M), triton.cdiv(R, tile.N)
     pieces, K_piece = split(K, block_k, grid[0] * grid[1])
     low = rows.new_empty((pieces, N, R), dtype=dtype)
