@@ -125,6 +125,19 @@ def test_rows_with_adapters_of_their_own(make):
     torch.testing.assert_close(mixed, expected)
 
 
+@pytest.mark.parametrize("make", [adalora, vera])
+def test_rows_of_a_layer_in_a_state_without_a_kernel_are_refused_by_peft(make):
+    model = make(target_modules=["down_proj"]).eval()
+    report = peft_kernels.patch(model, strict=True)
+    for layer in model.base_model.model.model.layers:
+        dropouts = layer.mlp.down_proj.lora_dropout if make is adalora else layer.mlp.down_proj.vera_dropout
+        dropouts["default"] = nn.Dropout1d(0.0)
+    model(**inputs())
+    with peft_kernels.adapter_ids([0, -1], ["default"]), pytest.raises(TypeError, match="adapter_names"):
+        model(**inputs())
+    assert report.fallbacks == {"lora_dropout is a Dropout1d": LAYERS + 1} and report.fused == 0
+
+
 def test_adalora_allocates_ranks_while_it_is_patched():
     """PEFT's allocator reads the gradients of E, masks E in place, and resizes at the end."""
     states = []

@@ -17,7 +17,14 @@ from models import (
     randomise,
     results,
 )
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    AdaLoraConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    prepare_model_for_kbit_training,
+)
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import nn
@@ -297,6 +304,47 @@ def test_autocast(quantise, device):
     assert found.dtype is plain.dtype and report.fused == 2
     exact = exactly(model).base_model.model.model.layers[0].mlp(x.double())
     assert (found - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
+def test_checkpointed_training():
+    model = prepare_model_for_kbit_training(quantised(four_bit), use_gradient_checkpointing=False)
+    model = randomise(get_peft_model(model, lora_config(lora_dropout=0.1))).train()
+    model.enable_input_require_grads()
+    report = peft_kernels.patch(model, strict=True)
+    torch.manual_seed(5)
+    expected = results(model)
+    once = report.fused
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(5)
+    found = results(model)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert once == PROJECTIONS and report.fused > 2 * once and not report.fallbacks
+
+
+def test_tokens_of_an_alora_are_told_to_peft():
+    model = lora_on(four_bit, alora_invocation_tokens=[7, 9], task_type="CAUSAL_LM")
+    batch = inputs()
+    batch["input_ids"][0, 2:4] = torch.tensor([7, 9])
+    plain = results(model, **batch)
+    report = peft_kernels.patch(model)
+    found = results(model, **batch)
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+    assert report.fused == 0 and report.fallbacks == {MIXED: PROJECTIONS}
+
+
+def test_other_methods_on_a_quantised_base_are_left_alone():
+    targets = ["q_proj"]
+    adalora = AdaLoraConfig(init_r=4, total_step=9, target_modules=targets)
+    for config, reason in (
+        (adalora, "the base layer is a quantised Linear4bit"),
+        (VeraConfig(r=4, target_modules=targets), "the base layer is a Linear4bit"),
+    ):
+        model = get_peft_model(quantised(four_bit), config)
+        with torch.no_grad():
+            plain = model(**inputs()).logits
+            report = peft_kernels.patch(model)
+            assert torch.equal(model(**inputs()).logits, plain)
+        assert {row.reason for row in report.rows} == {reason} and report.fused == 0
 
 
 def test_a_compiled_block_is_one_graph():
