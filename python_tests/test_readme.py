@@ -125,6 +125,10 @@ def test_the_ops():
     torch.testing.assert_close(names["z"][2], plain[2])
     torch.testing.assert_close(names["z"][1], plain[1] + 2 * x[1] @ names["a_0"].mT @ names["b_0"].mT)
     torch.testing.assert_close(names["k"], x @ names["w_k"].mT)
+    lora = x @ weight.mT + 2 * x @ lora_A.mT @ lora_B.mT
+    torch.testing.assert_close(names["added"], lora)
+    torch.testing.assert_close(names["d"], lora / (weight + 2 * lora_B @ lora_A).norm(dim=1) + bias)
+    assert names["m"].shape == x.shape
     without = torch.nn.functional.scaled_dot_product_attention(
         names["query"], names["key"], names["value"], is_causal=True, enable_gqa=True
     )
