@@ -13,7 +13,7 @@ from models import (
     randomise,
     results,
 )
-from peft import VeraConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -86,8 +86,3 @@ def test_what_is_left_has_the_true_reason():
     assert {row.kind for row in report.left} == {"ParamWrapper"}
     model(**inputs())
     assert report.fused == 1 and not report.fallbacks
-
-    quantised = base_model("llama")
-    quantised.model.layers[0].mlp.up_proj = Shifted(HIDDEN, INNER, bias=False)
-    report = peft_kernels.patch(get_peft_model(quantised, VeraConfig(r=4, target_modules=["up_proj"])))
-    assert [row.reason for row in report.left] == ["the base layer is a Shifted"]

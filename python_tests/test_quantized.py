@@ -25,6 +25,7 @@ from peft import (
     get_peft_model_state_dict,
     prepare_model_for_kbit_training,
 )
+from peft.tuners.adalora import AdaLoraLayer, SVDLinear
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from torch import nn
@@ -32,7 +33,7 @@ from torch import nn
 import peft_kernels
 from peft_kernels.integrations.dora import dequantised
 from peft_kernels.integrations.foreign_bases import MIXED
-from peft_kernels.integrations.gathering import INACTIVE
+from peft_kernels.integrations.gathering import DISABLED, INACTIVE
 
 PROJECTIONS = 7 * LAYERS
 
@@ -105,6 +106,8 @@ def exactly(model):
             if base.bias is not None:
                 plain.bias = nn.Parameter(scale * base.bias.detach().double(), requires_grad=False)
             twin.get_submodule(name).base_layer = plain
+            if isinstance(module, AdaLoraLayer):
+                twin.get_submodule(name).__class__ = SVDLinear  # that on 8 bits casts x to fp32
     return twin.double()
 
 
@@ -332,19 +335,17 @@ def test_tokens_of_an_alora_are_told_to_peft():
     assert report.fused == 0 and report.fallbacks == {MIXED: PROJECTIONS}
 
 
-def test_other_methods_on_a_quantised_base_are_left_alone():
-    targets = ["q_proj"]
-    adalora = AdaLoraConfig(init_r=4, total_step=9, target_modules=targets)
-    for config, reason in (
-        (adalora, "the base layer is a quantised Linear4bit"),
-        (VeraConfig(r=4, target_modules=targets), "the base layer is a Linear4bit"),
-    ):
-        model = get_peft_model(quantised(four_bit), config)
-        with torch.no_grad():
-            plain = model(**inputs()).logits
-            report = peft_kernels.patch(model)
-            assert torch.equal(model(**inputs()).logits, plain)
-        assert {row.reason for row in report.rows} == {reason} and report.fused == 0
+@pytest.mark.parametrize("config", [AdaLoraConfig, VeraConfig])
+@pytest.mark.parametrize("quantise", [four_bit, eight_bit, halved])
+def test_other_methods(quantise, config):
+    sizes = {"r": 6} if config is VeraConfig else {"init_r": 6, "total_step": 9}
+    targets = ["q_proj", "v_proj", "down_proj"]
+    model = randomise(get_peft_model(quantised(quantise), config(target_modules=targets, **sizes)))
+    assert_step_like_peft(model, calls=3 * LAYERS)
+    report = peft_kernels.patch(model, strict=True)
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(**inputs()).logits, quantised(quantise)(**inputs()).logits)
+    assert report.fallbacks == {DISABLED: 3 * LAYERS} and report.fused == 0
 
 
 def test_a_compiled_block_is_one_graph():

@@ -1,4 +1,4 @@
-"""LoRA on layers whose product is somebody else's kernel: 4-bit and 8-bit weights, tensor subclasses, packed formats.
+"""Adapters on layers whose product is another kernel's: 4-bit and 8-bit weights, tensor subclasses, packed formats.
 
 y = base(x) + s (drop(x) A^T) B^T: the base layer is called as a module, once, and its output is read once and written
 once (`lora_add`), in inference in place where nobody else can see it. With DoRA, g (base(x) - b + s x A^T B^T) + b; its
@@ -8,9 +8,12 @@ norms are of a dequantised scratch. One layer is one call: projections of one x 
 import contextlib
 import functools
 import sys
+from collections.abc import Callable
 
 import torch
-from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.vera import VeraLayer
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
@@ -30,6 +33,7 @@ from peft_kernels.integrations.gathering import (
     intercepted,
 )
 from peft_kernels.integrations.named import subclass
+from peft_kernels.integrations.other_methods import FUSED, add_svd, add_vera
 from peft_kernels.integrations.rows import OUTSIDE, by_peft, current, outside_graph
 from peft_kernels.integrations.variants import add_variant
 from peft_kernels.ops import new_seed
@@ -39,46 +43,59 @@ LORA_ADD_ = torch.ops.peft_kernels.lora_add_.default
 MIXED = "rows with adapters of their own on a base that is another kernel"
 FRESH = {("bitsandbytes.nn.modules", "Linear4bit")}  # whose outputs have memory of their own
 
-# PEFT's layers whose forward is base(x) + the sum of the adapters, by the module below peft.tuners.lora. Some of them
-# exist only where what they are for is installed.
+# PEFT's layers whose forward is base(x) + the sum of the adapters, by the module below peft.tuners. Some of them exist
+# only where what they are for is installed.
 FAMILIES = {
-    ("bnb", "Linear4bit"),
-    ("bnb", "Linear8bitLt"),
-    ("torchao", "TorchaoLoraLinear"),
-    ("gptq", "GPTQLoraLinear"),
-    ("awq", "AwqLoraLinear"),
-    ("hqq", "HqqLoraLinear"),
-    ("eetq", "EetqLoraLinear"),
-    ("aqlm", "AqlmLoraLinear"),
-    ("inc", "IncLoraLinear"),
+    ("lora.bnb", "Linear4bit"),
+    ("lora.bnb", "Linear8bitLt"),
+    ("lora.torchao", "TorchaoLoraLinear"),
+    ("lora.gptq", "GPTQLoraLinear"),
+    ("lora.awq", "AwqLoraLinear"),
+    ("lora.hqq", "HqqLoraLinear"),
+    ("lora.eetq", "EetqLoraLinear"),
+    ("lora.aqlm", "AqlmLoraLinear"),
+    ("lora.inc", "IncLoraLinear"),
+    ("adalora.bnb", "SVDLinear4bit"),
+    ("adalora.bnb", "SVDLinear8bitLt"),
+    ("adalora.gptq", "SVDQuantLinear"),
 }
 
 
 def has_foreign_base(layer: nn.Module, kind: type) -> bool:
     """Whether a layer of PEFT's class `kind` is one whose base layer is called."""
-    if kind is Linear:  # over a subclass of nn.Linear, which may compute something else
+    if kind in FUSED:  # over a subclass of nn.Linear, which may compute something else
         base = layer._modules["base_layer"]
         return isinstance(base, nn.Linear) and type(base) is not nn.Linear
-    above, _, module = kind.__module__.rpartition(".")
-    return above == "peft.tuners.lora" and (module, kind.__name__) in FAMILIES
+    return (kind.__module__.removeprefix("peft.tuners."), kind.__name__) in FAMILIES
 
 
-def stand_in(layer: LoraLayer) -> Tensor:
+def _adapters(layer: BaseTunerLayer) -> tuple[nn.Module, dict, Callable]:
+    """Where the adapters of a layer are, by name, and what adds one of them."""
+    if isinstance(layer, VeraLayer):
+        place = layer._modules["vera_lambda_d"]
+        return place, place._parameters, add_vera
+    place = layer._modules["lora_A"]
+    if isinstance(layer, AdaLoraLayer):
+        return place, place._parameters, add_svd
+    return place, place._modules, add_adapter
+
+
+def stand_in(layer: BaseTunerLayer) -> Tensor:
     """A tensor of a dtype that the adapters of a layer take, on their device."""
-    factor = next(layer.lora_A.parameters(), torch.empty(0))
+    factor = next(_adapters(layer)[0].parameters(), torch.empty(0))
     return torch.empty(0, dtype=factor.dtype, device=factor.device)
 
 
-def add_adapters(call: Call, layer: LoraLayer, x: Tensor, types=PLAIN) -> str:
+def add_adapters(call: Call, layer: BaseTunerLayer, x: Tensor, types=PLAIN) -> str:
     """Adds the active adapters of a layer to a call without projections; returns why that cannot be, or nothing."""
     if x.device.type in WITHOUT_KERNEL["lora_add"]:
         return WITHOUT_KERNEL["lora_add"][x.device.type]
     if layer._disable_adapters or layer.merged_adapters:
         return UNMERGES if layer._disable_adapters and layer.merged_adapters else ""
-    known, active = layer._modules["lora_A"]._modules, layer._active_adapter
+    (_, known, add_one), active = _adapters(layer), layer._active_adapter
     for name in (active,) if type(active) is str else active:
         if name in known:
-            add_this = add_variant if name in layer.lora_variant else add_adapter
+            add_this = add_variant if name in layer.__dict__.get("lora_variant", ()) else add_one
             if reason := add_this(call, layer, name, x, types):
                 return reason
     return ""
@@ -90,7 +107,7 @@ def _without_autocast(device: str):
     return torch.autocast(device, enabled=False) if enabled else contextlib.nullcontext()
 
 
-def _run(call: Call, layer: LoraLayer, x: Tensor) -> Tensor:
+def _run(call: Call, layer: BaseTunerLayer, x: Tensor) -> Tensor:
     base = layer._modules["base_layer"]
     y = base(x)
     arguments = call.lora_A, call.lora_B, call.lora_bias, call.scaling, call.dropout_p
@@ -116,7 +133,7 @@ def _is_own(y: Tensor, base: nn.Module, x: Tensor) -> bool:
 
 
 @functools.cache
-def foreign_class(family_class: type[LoraLayer]) -> type:
+def foreign_class(family_class: type[BaseTunerLayer]) -> type:
     """A PEFT layer whose adapters are one op on its base layer's output."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:

@@ -8,7 +8,7 @@ into B, so that its A needs neither a gradient nor x for one.
 """
 
 from peft.tuners import vera
-from peft.tuners.adalora import SVDLinear
+from peft.tuners.adalora import AdaLoraLayer, SVDLinear
 from peft.tuners.lora import Linear
 from torch import Tensor
 
@@ -16,7 +16,8 @@ from peft_kernels.integrations.gathering import Call, add_factors, describe_type
 from peft_kernels.integrations.peft import FusedLinear, add_layer, adding, fused_forward
 
 
-def _add_svd(call: Call, layer: SVDLinear, name: str, x: Tensor, types) -> str:
+def add_svd(call: Call, layer: AdaLoraLayer, name: str, x: Tensor, types) -> str:
+    """Adds an AdaLoRA adapter to the call's last projection; returns why it cannot be added, or nothing."""
     modules = layer._modules
     a, b, e, r = (modules[f]._parameters[name] for f in ("lora_A", "lora_B", "lora_E", "ranknum"))
     if any(type(t) not in types for t in (a, b, e, r)):
@@ -26,7 +27,8 @@ def _add_svd(call: Call, layer: SVDLinear, name: str, x: Tensor, types) -> str:
     return add_factors(call, layer, dropout, a, b, None, rank, scaling, x, types)
 
 
-def _add_vera(call: Call, layer: vera.Linear, name: str, x: Tensor, types) -> str:
+def add_vera(call: Call, layer: vera.Linear, name: str, x: Tensor, types) -> str:
+    """The same for a VeRA adapter."""
     modules = layer._modules
     by_rank, by_output = (modules[f]._parameters[name] for f in ("vera_lambda_d", "vera_lambda_b"))
     a, b = (modules[f]._buffers[name] for f in ("vera_A", "vera_B"))
@@ -37,8 +39,8 @@ def _add_vera(call: Call, layer: vera.Linear, name: str, x: Tensor, types) -> st
     return add_factors(call, layer, modules["vera_dropout"]._modules[name], a, b, None, a.shape[0], 1.0, x, types)
 
 
-add_svd_layer = adding("lora_A", "_parameters", _add_svd)
-add_vera_layer = adding("vera_lambda_d", "_parameters", _add_vera)
+add_svd_layer = adding("lora_A", "_parameters", add_svd)
+add_vera_layer = adding("vera_lambda_d", "_parameters", add_vera)
 
 
 class FusedSVDLinear(SVDLinear):
