@@ -164,49 +164,6 @@ def _call_training(M, pair, p, ranks, N=(4096, 1024), K=4096):
     FUNCTIONS["batched_lora_backward"](y, x, h, routed, weight, *factors, *numbers, needs)
 
 
-def _call_adapter(M, pair, E, norm="none", on="bottleneck", scale=(), activation="gelu", K=4096, N=None, p=0.1):
-    """One bottleneck_adapter, forward and backward with every gradient, on meta tensors of real size; N None: serial.
-
-    `scale`: of a learned scale, the shape; its gate and dropout go with it."""
-    from peft_kernels.ops.bottleneck_adapter.triton_kernel import FUNCTIONS
-
-    def empty(*shape, dtype=pair[1]):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    serial, N, learned = N is None, N or K, scale != ()
-    x, residual = empty(M, K, dtype=pair[0]), None if N is None else empty(M, N, dtype=pair[0])
-    optional = empty(*scale) if learned else None, empty(M) if learned else None
-    optional += empty(K) if norm != "none" else None, empty(K) if norm == "layer_norm" else None
-    factors = empty(E, K), empty(N, E), empty(N)
-    seed = torch.empty((), dtype=torch.int64, device="meta")
-    numbers = (activation, 1.5, norm, 1e-5, p, on, seed)
-    y, h = FUNCTIONS["bottleneck_adapter"](x, residual, factors[0], empty(E), *factors[1:], *optional, *numbers)
-    needs = [True] * 5 + [tensor is not None for tensor in optional]
-    FUNCTIONS["bottleneck_adapter_backward"](y, x, h, *factors, *optional, *numbers, serial, needs)
-
-
-ADAPTERS = [  # rows, bottleneck, options: one kernel, two kernels, few rows, more than a block of bottlenecks
-    (8192, 64, {"norm": "layer_norm", "scale": (4096,)}),
-    (8192, 16, {"p": 0.0, "activation": "relu"}),
-    (512, 48, {"norm": "rms_norm", "on": "output", "activation": "gelu_tanh"}),
-    (8, 256, {"scale": (1,), "on": "output", "activation": "silu"}),
-    (2048, 300, {"N": 1024, "scale": (1024,), "activation": "tanh"}),
-    (40, 5, {"K": 67, "N": 131, "norm": "layer_norm", "scale": (131,), "activation": "sigmoid"}),
-]
-
-
-def _compile_adapter(arch, pair, M, E, options):
-    from triton_compiler import Recorder, assert_fits
-
-    with Recorder(arch) as compiled:
-        _call_adapter(M, pair, E, **options)
-    fits_one_block = (64 if pair[0].itemsize == 2 else 32) >= E
-    forward = {"_fused_kernel"} if M == 8192 and fits_one_block else {"_shrink_kernel", "_expand_kernel"}
-    backward = {"_value_kernel", "_slope_kernel", "_input_kernel", "_sum_kernel", "_down_kernel", "_up_kernel"}
-    assert {k.name for k in compiled} - {"_statistics_kernel"} == forward | backward
-    assert_fits(arch, f"M={M}, E={E}, {pair}, {options}", compiled)
-
-
 def _compile_training(arch, M, *case):
     from triton_compiler import Recorder, assert_fits
 
@@ -260,7 +217,6 @@ def test_compiled_ahead_of_time(arch):
     _compile(arch, 1, TRAINING[0])
     _compile_add(arch, 8192, (BF16, F32), 0.1, (16,))
     _compile_pool(arch, (BF16, BF16))
-    _compile_adapter(arch, (BF16, BF16), *ADAPTERS[1])
     _compile_pool(arch, (BF16, F32), N=(4096,), down_biased=True)
     if arch == 90:  # the others compile for minutes
         _compile_training(arch, 8192, (BF16, F32), 0.1, (16, 16))
@@ -297,18 +253,6 @@ def test_every_kernel_of_the_training_form_compiled_ahead_of_time(arch, pair, p,
         _compile_training(arch, M, pair, p, ranks, (1, 37), 67)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "pair",
-    [(BF16, BF16), (F16, F16), (BF16, F32), (F16, F32), (F32, F32), (F32, BF16), (F16, BF16), (F64, F64)],
-    ids=str,
-)
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_every_adapter_kernel_compiled_ahead_of_time(arch, pair):
-    for case in ADAPTERS:
-        _compile_adapter(arch, pair, *case)
-
-
 @pytest.mark.parametrize("id", ["ones", "ragged", "group"])
 def test_odd_sizes_compiled_ahead_of_time(id):
     """Sizes of 1, which Triton compiles in as constants, and rows and pointers that lie on no 16 bytes."""
@@ -334,16 +278,17 @@ def test_every_tile_compiled_ahead_of_time(arch, case, M):
     "test",
     [
         "test_compiled_ahead_of_time[90]",
+        "test_triton_adapter.py::test_compiled_ahead_of_time[90]",
         "test_triton_prefix.py::test_compiled_ahead_of_time[90]",
         "test_triton_dora.py::test_compiled_ahead_of_time[90]",
         *(pytest.param(f"test_compiled_ahead_of_time[{arch}]", marks=pytest.mark.slow) for arch in (80, 100)),
+        pytest.param("test_triton_adapter.py::test_every_kernel_compiled_ahead_of_time", marks=pytest.mark.slow),
         pytest.param("test_triton_prefix.py::test_every_kernel_compiled_ahead_of_time", marks=pytest.mark.slow),
         pytest.param("test_triton_gated.py::test_every_kernel_compiled_ahead_of_time", marks=pytest.mark.slow),
         pytest.param("test_triton_dora.py::test_every_kernel_compiled_ahead_of_time", marks=pytest.mark.slow),
         pytest.param("test_every_tile_compiled_ahead_of_time", marks=pytest.mark.slow),
         pytest.param("test_every_pool_kernel_compiled_ahead_of_time", marks=pytest.mark.slow),
         pytest.param("test_every_kernel_of_the_training_form_compiled_ahead_of_time", marks=pytest.mark.slow),
-        pytest.param("test_every_adapter_kernel_compiled_ahead_of_time", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.timeout(1800)  # all tiles are minutes in one process
@@ -381,17 +326,6 @@ def test_neither_rows_nor_adapters_compile_the_training_form_again():
         for M, ranks in ((265, (16,)), (400, (16, 8)), (450, (16, 16, 16))):
             _call_training(M, (BF16, BF16), 0.0, ranks, (1024,))
     assert [kernel.name for kernel in compiled[len(first) :]] == ["_table_kernel"]  # of 128 numbers
-
-
-def test_rows_do_not_compile_the_adapters_again():
-    from triton_compiler import Recorder
-
-    with Recorder(90) as compiled:
-        _call_adapter(256, (BF16, BF16), 16, K=512, p=0.0, activation="relu")
-        first = [kernel.name for kernel in compiled]
-        for M in (17, 1041):
-            _call_adapter(M, (BF16, BF16), 16, K=512, p=0.0, activation="relu")
-    assert [kernel.name for kernel in compiled] == first
 
 
 def test_the_backend_says_why_it_is_not_there():
