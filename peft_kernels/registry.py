@@ -20,12 +20,15 @@ below_autograd = torch._C._AutoDispatchBelowAutograd  # pinned by python_tests/t
 
 @dataclass(frozen=True)
 class Function:
-    """One torch operator: `name` + `schema` as torch.library spells them, its fake and its reference."""
+    """One torch operator: `name` + `schema` as torch.library spells them, its fake and its reference.
+
+    `above(namespace)`: the kernels of a companion for dispatch keys above its backends', by key."""
 
     name: str
     schema: str
     fake: Callable
     reference: Callable
+    above: Callable[[ModuleType], dict[str, Callable]] | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,8 @@ def _define(namespace: str, ops: list[Op]) -> None:
         for function in op.functions:
             library.define(function.name + function.schema, tags=(torch.Tag.needs_fixed_stride_order,))
             torch.library.register_fake(f"{namespace}::{function.name}", function.fake, lib=library)
+            for key, kernel in function.above(torch_ops).items() if function.above else ():
+                library.impl(function.name, kernel, key)
         if op.autograd:
             library.impl(op.name, op.autograd(torch_ops), "Autograd")
         for device in ("CPU", "CUDA") if op.autocast else ():

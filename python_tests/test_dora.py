@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import peft_kernels
 from peft_kernels import backends
-from peft_kernels.ops.lora_linear.dora_samples import norm_problem, scale_problem
+from peft_kernels.ops.lora_linear.dora_samples import norm_problem, norm_samples, scale_problem
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B", "magnitude", "lora_bias")
@@ -187,6 +187,19 @@ def test_a_norm_of_next_to_nothing_is_not_negative(backend):
         assert (norm == 0).any(), "no difference fell below 0, so this tested nothing"
 
 
+@pytest.mark.parametrize("backend", backends.linked("dora_norm", "cpu"))
+def test_of_a_small_difference_the_error_is_that_of_its_terms(backend):
+    """A bound on the square, where the root has not yet magnified what was lost."""
+    arguments = next(s for s in norm_samples() if s.id == "cancelling").make("cpu", F32, F32)
+    norm = getattr(torch.ops, f"peft_kernels_{backend}").dora_norm.default(*arguments.values())
+    weight, a, b = (arguments[name].double() for name in ("weight", "lora_A", "lora_B"))
+    exact = (weight + arguments["scaling"] * (b @ a)).square().sum(1)
+    most = (weight.abs() + abs(arguments["scaling"]) * (b.abs() @ a.abs())).square().sum(1)
+    bound = (a.shape[1] + 2 * a.shape[0]) * torch.finfo(F32).eps * most  # sums of K, of R and of R terms
+    assert ((norm.double().square() - exact).abs() <= bound).all()
+    assert (bound < exact).all(), "0 would do"
+
+
 @pytest.mark.parametrize("pair", [(F32, F32), (BF16, F32)], ids=str)
 def test_nan_stays_in_its_column_and_in_its_row(pair):
     with torch.no_grad():
@@ -244,6 +257,9 @@ def test_a_seed_or_a_probability_that_does_not_fit_is_refused_in_words():
         run(tensors, 0.1)
     with pytest.raises(ValueError, match=re.escape("dora_linear: dropout_p must lie in [0, 1), got 1")):
         run(tensors, 1.0)
+    for x, text in ((torch.tensor(1.0), "x must have shape [..., in_features]"), (torch.randn(3, 0), "x must have at")):
+        with pytest.raises(ValueError, match=re.escape(f"lora_linear: {text}")):
+            run(tensors | {"x": x}, 0.1, peft_kernels.new_seed())
     with pytest.raises(ValueError, match=re.escape("lora_linear: weight[0] must have shape")):
         run(tensors | {"x": torch.randn(3, 23)})
     with pytest.raises(ValueError, match=re.escape("dora_scale: magnitude must have shape [18], as norm, got [17]")):

@@ -1,6 +1,7 @@
 """lora_add beyond what every op must keep: beside lora_linear, in place, the residual's gradient, what is kept for the
 backward, far strides, compile, export, autocast, checkpointing, and what its backward refuses."""
 
+import contextlib
 import re
 
 import pytest
@@ -84,11 +85,48 @@ def test_in_place_needs_a_contiguous_residual(backend, device):
         peft_kernels.lora_add_(**arguments)
 
 
-def test_in_place_refuses_what_needs_a_gradient():
-    x, a, b = torch.randn(5, 48), torch.randn(4, 48), torch.randn(40, 4, requires_grad=True)
-    for residual in (torch.zeros(5, 40), torch.zeros(5, 40, requires_grad=True)):
+@pytest.mark.parametrize("backend,device", PLACES)
+def test_in_place_refuses_what_needs_a_gradient(backend, device):
+    """The operator itself, so that nothing which calls it loses one in silence."""
+    forward_ = operators(backend)[2]
+    arguments = problem(device, F32, F32, ranks=(5, 3), lora_biased=True)
+    leaves = {name: value for name, value in arguments.items() if name in ("residual", "x")}
+    leaves |= {name: arguments[name][1] for name in ("lora_A", "lora_B", "lora_bias")}
+    before = arguments["residual"].clone()
+    for leaf in leaves.values():
+        leaf.requires_grad_()
         with pytest.raises(RuntimeError, match="lora_add_: writes into the residual and has no gradient; lora_add has"):
-            peft_kernels.lora_add_(residual, x, a, b)
+            forward_(*arguments.values())
+        with pytest.raises(RuntimeError, match="lora_add_: writes into the residual and has no gradient; lora_add has"):
+            peft_kernels.lora_add_(**arguments)
+        leaf.requires_grad_(False)
+    for name, leaf in leaves.items():
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(leaf, torch.ones_like(leaf))
+            dual = dual if name in ("residual", "x") else [arguments[name][0], dual]
+            with pytest.raises(NotImplementedError, match="lora_add_: no forward-mode derivative"):
+                forward_(*(arguments | {name: dual}).values())
+    assert torch.equal(arguments["residual"], before)
+
+
+@pytest.mark.parametrize("backend,device", PLACES)
+@pytest.mark.parametrize("guard", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+def test_in_place_tells_autograd(backend, device, guard):
+    """Else a backward would read the sum where it saved the residual."""
+    arguments = problem(device, F32, F32)
+    residual = arguments["residual"]
+    weight = torch.ones_like(residual, requires_grad=True)
+    y = (weight * residual).sum()
+    before = residual._version
+    with guard():
+        operators(backend)[2](*arguments.values())
+    assert residual._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_in_place_without_gradients():
+    x, a, b = torch.randn(5, 48), torch.randn(4, 48), torch.randn(40, 4, requires_grad=True)
     for guard in (torch.no_grad, torch.inference_mode):
         with guard():
             residual = torch.zeros(5, 40)
@@ -150,6 +188,7 @@ def test_each_gradient_alone_is_the_same(backend, device, pair):
         ("dy must be of y's shape, dtype and device", {"dy": lambda dy: dy[1:]}),
         ("dy must be of y's shape, dtype and device", {"dy": lambda dy: dy.double()}),
         ("dy must be of y's shape, dtype and device", {"x": lambda x: x[None]}),
+        ("dy must be of y's shape, dtype and device", {"dy": lambda dy: dy[0, 0], "x": lambda x: None}),
         ("x must be given for gradients of lora_A", {"x": lambda x: None}),
         ("h must be the contiguous [M, R] that the forward returned", {"h": lambda h: h[:, 1:]}),
         ("h must be the contiguous [M, R] that the forward returned", {"h": lambda h: h.double()}),

@@ -256,9 +256,10 @@ def test_compiled_it_is_one_graph_and_keeps_as_little(p):
     assert kept(compiled, arguments) == kept(peft_kernels.lora_mlp, arguments)
 
 
+@pytest.mark.parametrize("pair", [(F32, F32), (BF16, F32)], ids=str)
 @pytest.mark.parametrize("member", [[0, 1, 2], [2], []], ids=str)
-def test_opcheck(member):
-    arguments = problem(member, F32, p=0.2)
+def test_opcheck(member, pair):
+    arguments = problem(member, *pair, p=0.2)
     seed, numbers = arguments.pop("seed"), [arguments[n] for n in ("member", "scaling", "dropout_p")]
     tensors = [arguments[n] for n in ("weight", "bias", "lora_A", "lora_B", "lora_bias")]
     call = (arguments["x"], *tensors, *numbers, seed, "gelu")
@@ -266,19 +267,21 @@ def test_opcheck(member):
     y, *saved = tree_map(lambda t: t.detach(), torch.ops.peft_kernels.lora_mlp(*call))
     x, weight, lora_A, lora_B = tree_map(lambda t: t.detach(), (call[0], tensors[0], tensors[2], tensors[3]))
     needs = [True] * (7 + 3 * len(member))
-    for wanted in (needs, [i == 0 for i in range(len(needs))]):
+    of_down = [False] * 7 + [g == 2 for g in member] * 3  # alone, what lies before down is not called
+    for wanted in (needs, [i == 0 for i in range(len(needs))], of_down):
         backward = (y, x, *saved, weight, lora_A, lora_B, *numbers, seed, "gelu", wanted)
         torch.library.opcheck(torch.ops.peft_kernels.lora_mlp_backward.default, backward)
 
 
+@each_device
 @pytest.mark.parametrize("member", [[0, 1, 2], [2], []], ids=str)
-def test_autocast(member):
+def test_autocast(member, device):
     """x and the projections in bf16, the factors as they are; the backward outside of autocast and inside."""
-    arguments = problem(member, F32)
+    arguments = problem(member, F32, device=device)
     low = arguments | {"x": arguments["x"].bfloat16()}
     low |= {n: [t.bfloat16() for t in arguments[n]] for n in ("weight", "bias")}
     wanted = step(peft_kernels.lora_mlp, low)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         inside = step(peft_kernels.lora_mlp, arguments)
         y = peft_kernels.lora_mlp(**arguments)
     assert y.dtype is BF16 and torch.equal(y, wanted[0])
@@ -288,14 +291,14 @@ def test_autocast(member):
     assert_equal(outside, [g.to(o.dtype) for g, o in zip(wanted[1:], outside, strict=True)])
 
 
+NO_ADAPTER = {name: [] for name in ("lora_A", "lora_B", "lora_bias", "member", "scaling", "dropout_p")}
 BAD = {
     "weight-two": (lambda a: {"weight": a["weight"][:2]}, "lora_mlp: weight must have three entries, of gate, up"),
     "member": (lambda a: {"member": [0, 1, 3]}, r"lora_mlp: member\[2\] must be 0 \(gate\), 1 \(up\) or 2"),
     "length": (lambda a: {"scaling": [1.0]}, r"lora_mlp: scaling must have one entry per lora_A \(3\), got 1"),
     "activation": (lambda a: {"activation": "tanh"}, "lora_mlp: activation must be one of silu, gelu"),
     "up-rows": (
-        lambda a: {"weight": [a["weight"][0], a["weight"][1][:39], a["weight"][2]], "bias": [None] * 3,
-                   "lora_A": [], "lora_B": [], "lora_bias": [], "member": [], "scaling": [], "dropout_p": []},
+        lambda a: {"weight": [a["weight"][0], a["weight"][1][:39], a["weight"][2]], "bias": [None] * 3, **NO_ADAPTER},
         r"weight\[1\] must have as many rows as weight\[0\] \(40\), got 39",
     ),
     "down": (
@@ -307,6 +310,14 @@ BAD = {
         r"lora_mlp, gate and up: lora_A\[0\] must have shape \[r, in_features=24\], got \[3, 23\]",
     ),
     "seed": (lambda a: {"dropout_p": [0.0, 0.0, 0.1]}, "lora_mlp, down: seed must be given where dropout_p > 0"),
+    "bias": (
+        lambda a: {"bias": [a["bias"][0][:1], *a["bias"][1:]], **NO_ADAPTER},
+        r"lora_mlp, gate and up: bias\[0\] must have shape \[out_features=40\], got \[1\]",
+    ),
+    "bias-down": (
+        lambda a: {"bias": [*a["bias"][:2], a["bias"][2].expand(3, 7, 16)], **NO_ADAPTER},
+        r"lora_mlp, down: bias\[0\] must have shape \[out_features=16\], got \[3, 7, 16\]",
+    ),
 }  # fmt: skip
 
 

@@ -32,18 +32,18 @@ int read_weight(const CudaCall& call, const Tensor& weight, OptionalTensor& low,
       call.launched("shrink", lora_linear::shrink(call.type, call.factors, shrink, call.on.stream()));
     });
   } else {
-    const dora::NormRows rows{weight.const_data_ptr(),
-                              call.type,
-                              weight.stride(0),
-                              along ? 1 : weight.stride(1),
-                              call.adapters[0].A.const_data_ptr(),
-                              call.factors,
-                              N,
-                              K,
-                              R,
-                              low->mutable_data_ptr(),
-                              squares->mutable_data_ptr()};
-    call.launched("norm_rows", dora::norm_rows(rows, call.on.stream()));
+    const dora_cuda::NormRows rows{weight.const_data_ptr(),
+                                   call.type,
+                                   weight.stride(0),
+                                   along ? 1 : weight.stride(1),
+                                   call.adapters[0].A.const_data_ptr(),
+                                   call.factors,
+                                   N,
+                                   K,
+                                   R,
+                                   low->mutable_data_ptr(),
+                                   squares->mutable_data_ptr()};
+    call.launched("norm_rows", dora_cuda::norm_rows(rows, call.on.stream()));
   }
   return splits;
 }
@@ -64,10 +64,10 @@ Tensor norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, do
   call.multiply_onto(
       call.product_of(N, R, R, B, by_rows(gram.const_data_ptr(), call.accumulator(), R), adapter, 1, Masked::kNone),
       cross, false);
-  const dora::NormFinish finish{
+  const dora_cuda::NormFinish finish{
       low->const_data_ptr(), squares->const_data_ptr(), splits, 2 * scaling, cross.const_data_ptr(), B.data, N, R,
       out.mutable_data_ptr()};
-  call.launched("norm_finish", dora::norm_finish(call.factors, finish, call.on.stream()));
+  call.launched("norm_finish", dora_cuda::norm_finish(call.factors, finish, call.on.stream()));
   return out;
 }
 
@@ -79,7 +79,7 @@ class ScaleCall {
   const OnDevice on;
   const Dtype type;
   const int64_t N, M;
-  dora::Gains gains{};
+  dora_cuda::Gains gains{};
 
   ScaleCall(const char* op, const Tensor& z, const OptionalTensor& magnitude, const Tensor& norm,
             const OptionalTensor& ids)
@@ -137,17 +137,17 @@ Tensor scale(const Tensor& z, const Tensor& magnitude, const Tensor& norm, const
   const Tensor y = empty_rows(z, call.N, dtype_code(z));
   if (call.M == 0) return y;
   const OptionalTensor vector = bias ? OptionalTensor(dense(*bias)) : std::nullopt;
-  const Rows rows = as_rows(z), onto = as_rows(residual ? *residual : z);
-  const dora::Scale scale{rows.data(),
-                          rows.stride,
-                          call.M,
-                          call.N,
-                          call.gains,
-                          vector ? vector->const_data_ptr() : nullptr,
-                          residual ? onto.data() : nullptr,
-                          onto.stride,
-                          y.mutable_data_ptr()};
-  call.launched("scale", dora::scale(call.type, scale, call.on.stream()));
+  const Rows rows = as_rows(z), onto = residual ? as_rows(*residual) : rows;
+  const dora_cuda::Scale scale{rows.data(),
+                               rows.stride,
+                               call.M,
+                               call.N,
+                               call.gains,
+                               vector ? vector->const_data_ptr() : nullptr,
+                               residual ? onto.data() : nullptr,
+                               onto.stride,
+                               y.mutable_data_ptr()};
+  call.launched("scale", dora_cuda::scale(call.type, scale, call.on.stream()));
   return y;
 }
 
@@ -160,22 +160,23 @@ std::vector<Tensor> scale_backward(const Tensor& dy, const OptionalTensor& z, co
     for (Tensor gradient : gradients) torch::stable::zero_(gradient);
     return gradients;
   }
-  const int64_t L = call.gains.L, chunks = dora::row_chunks(call.M, L), db_parts = chunks * dora::owners(call.gains);
+  const int64_t L = call.gains.L, chunks = dora_cuda::row_chunks(call.M, L),
+                db_parts = chunks * dora_cuda::owners(call.gains);
   OptionalTensor dm, db;
   if (needs[1]) dm = call.scratch(chunks, L);
   if (needs[2]) db = call.scratch(db_parts, 1);
-  const Rows rows = as_rows(dy), z_rows = as_rows(needs[1] ? *z : dy);
-  const dora::ScaleBackward backward{rows.data(),
-                                     rows.stride,
-                                     needs[1] ? z_rows.data() : nullptr,
-                                     z_rows.stride,
-                                     call.M,
-                                     call.N,
-                                     call.gains,
-                                     needs[0] ? gradients[0].mutable_data_ptr() : nullptr,
-                                     dm ? dm->mutable_data_ptr() : nullptr,
-                                     db ? db->mutable_data_ptr() : nullptr};
-  call.launched("scale_backward", dora::scale_backward(call.type, backward, call.on.stream()));
+  const Rows rows = as_rows(dy), z_rows = needs[1] ? as_rows(*z) : rows;
+  const dora_cuda::ScaleBackward backward{rows.data(),
+                                          rows.stride,
+                                          needs[1] ? z_rows.data() : nullptr,
+                                          z_rows.stride,
+                                          call.M,
+                                          call.N,
+                                          call.gains,
+                                          needs[0] ? gradients[0].mutable_data_ptr() : nullptr,
+                                          dm ? dm->mutable_data_ptr() : nullptr,
+                                          db ? db->mutable_data_ptr() : nullptr};
+  call.launched("scale_backward", dora_cuda::scale_backward(call.type, backward, call.on.stream()));
   if (dm) call.add_parts(*dm, chunks, L, gradients[1]);
   if (db) call.add_parts(*db, db_parts, 1, gradients[2]);
   return gradients;

@@ -1,10 +1,10 @@
 // DoRA on an NVIDIA GPU, free of torch: what each launcher computes. dora.h has the formulas.
-//   norm:      a shrink of lora_linear_cuda.h (tensor cores), or norm_rows (plain cores, every dtype and layout), reads
-//   W
-//              once: W A^T and the squares of its rows. Two products make s^2 B (A A^T), and norm_finish adds it all
-//              up.
+//   norm:      a shrink of lora_linear_cuda.h (tensor cores), or norm_rows (plain cores, every dtype and layout),
+//              makes W A^T and the squares of W's rows: W is read once for every 64 ranks. Two products make
+//              s^2 B (A A^T), and norm_finish adds it all up.
 //   scale:     one pass over z
 //   backward:  one pass over dy and z: dz, and parts of dm and db, which lora_linear's `sum` adds in order
+// dora_cuda and not dora, whose namespace has types and chunks of these names for the CPU.
 // Arithmetic in fp32 (fp64 for fp64). How work is split depends on the shape alone. A launcher launches one kernel.
 #pragma once
 
@@ -14,7 +14,7 @@
 
 #include "common/dtype.h"
 
-namespace pk::dora {
+namespace pk::dora_cuda {
 
 // low[n, r] = sum_k W[n, k] A[r, k], squares[n] = sum_k W[n, k]^2
 struct NormRows {
@@ -86,4 +86,4 @@ constexpr int64_t row_chunks(int64_t M, int64_t L) {
 }
 cudaError_t scale_backward(Dtype type, const ScaleBackward& call, cudaStream_t stream);
 
-}  // namespace pk::dora
+}  // namespace pk::dora_cuda

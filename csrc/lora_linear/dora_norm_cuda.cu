@@ -1,4 +1,4 @@
-// DoRA's norm on the plain cores: ||W + s B A|| of every row of W [N, K] without B A, from one read of W.
+// DoRA's norm on the plain cores: ||W + s B A|| of every row of W [N, K] without B A.
 //   rows    low = W A^T and the squares of W's rows, for the dtypes and layouts that the shrink does not take;
 //           grid (N/16 x R/64), 16 rows x 64 ranks of a block, 32 deep, four ranks to a thread
 //   finish  sqrt(max(0, squares + <B, 2 s low + s^2 B A A^T>)); a warp to a row, eight to a block
@@ -7,7 +7,7 @@
 #include "common/warp.h"
 #include "lora_linear/dora_cuda.h"
 
-namespace pk::dora {
+namespace pk::dora_cuda {
 namespace {
 
 constexpr int kThreads = 256;
@@ -99,4 +99,4 @@ cudaError_t norm_finish(Dtype factors, const NormFinish& call, cudaStream_t stre
   return PK_LAUNCH(dora_norm_forward_finish_kernel<float>, grid, dim3(kThreads), 0, stream, call, factors);
 }
 
-}  // namespace pk::dora
+}  // namespace pk::dora_cuda

@@ -1,9 +1,8 @@
 // DoRA's magnitudes on the output of a layer, bound by memory:
 //   forward   y = r + b + g z, one pass; block -> 64 rows x 32 vectors of 16 bytes, a warp to a row
-//   backward  dz = g dy and, in registers, the sums of dy z and dy over a chunk of rows; block -> a chunk, the columns
-//   of
-//             32 vectors, and in a mixed batch one adapter (or none), whose rows it takes: dy and z are read once, the
-//             ids by every block. The eight warps are added in order.
+//   backward  dz = g dy and, in registers, the sums of dy z and dy over a chunk of rows; block -> a chunk, the
+//             columns of 32 vectors, and in a mixed batch one adapter (or none), whose rows it takes: dy and z are
+//             read once, the ids by every block. The eight warps are added in order.
 // z [M, N]; g = m / norm [L, N]. fp32, fp64 for fp64.
 #include <type_traits>
 
@@ -12,7 +11,7 @@
 #include "common/warp.h"
 #include "lora_linear/dora_cuda.h"
 
-namespace pk::dora {
+namespace pk::dora_cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kRows = 64;
@@ -146,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, 2) dora_scale_backward_kernel(const 
   using Acc = Wide<T>;
   __shared__ Acc shared[kWarps][P::kCols];
   const auto across = static_cast<unsigned>((call.N + P::kCols - 1) / P::kCols);
-  const auto owners = static_cast<unsigned>(dora::owners(call.gains));
+  const auto owners = static_cast<unsigned>(dora_cuda::owners(call.gains));
   const P piece{int64_t{blockIdx.x % across} * P::kCols, call.N};
   const int64_t part = blockIdx.x / across, chunk = part / owners;
   const int64_t adapter = call.gains.ids ? part % owners - 1 : 0;
@@ -219,4 +218,4 @@ cudaError_t scale_backward(Dtype type, const ScaleBackward& call, cudaStream_t s
   return type == Dtype::kFloat16 ? backward_typed<fp16>(call, stream) : backward_typed<bf16>(call, stream);
 }
 
-}  // namespace pk::dora
+}  // namespace pk::dora_cuda

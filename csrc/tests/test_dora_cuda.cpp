@@ -73,18 +73,18 @@ void rows_of_the_norm(int64_t N, int64_t K, int64_t R, Dtype type, Dtype factors
   W.fill(1);
   A.fill(7);
   for (int64_t i = 0; i < N * K; ++i) columns.set(i % K, i / K, W.at(i / K, i % K));
-  const dora::NormRows call{across ? columns.data() : W.data(),
-                            type,
-                            across ? 1 : W.outer,
-                            across ? columns.outer : 1,
-                            A.data(),
-                            factors,
-                            N,
-                            K,
-                            R,
-                            low.data(),
-                            squares.data()};
-  bool right = ran([&] { return dora::norm_rows(call, nullptr); });
+  const dora_cuda::NormRows call{across ? columns.data() : W.data(),
+                                 type,
+                                 across ? 1 : W.outer,
+                                 across ? columns.outer : 1,
+                                 A.data(),
+                                 factors,
+                                 N,
+                                 K,
+                                 R,
+                                 low.data(),
+                                 squares.data()};
+  bool right = ran([&] { return dora_cuda::norm_rows(call, nullptr); });
   for (int64_t n = 0; n < N; ++n) {
     right = right && squares.at(0, n) == product(W, n, W, n);
     for (int64_t r = 0; r < R; ++r) right = right && low.at(n, r) == product(W, n, A, r);
@@ -121,8 +121,8 @@ void finish_of_the_norm(Dtype factors) {
   B.fill(9);
   squares.fill(3);
   for (int64_t n = 0; n < N; ++n) squares.set(0, n, n == 4 ? NAN : n % 2 ? -1e6 : 1000);
-  const dora::NormFinish call{low.data(), squares.data(), splits, 0.5, cross.data(), B.data(), N, R, norm.data()};
-  bool right = ran([&] { return dora::norm_finish(factors, call, nullptr); });
+  const dora_cuda::NormFinish call{low.data(), squares.data(), splits, 0.5, cross.data(), B.data(), N, R, norm.data()};
+  bool right = ran([&] { return dora_cuda::norm_finish(factors, call, nullptr); });
   for (int64_t n = 0; n < N; ++n) {
     double square = squares.at(0, n) + squares.at(1, n);
     for (int64_t r = 0; r < R; ++r) square += B.at(n, r) * (0.5 * (low.at(n, r) + low.at(N + n, r)) + cross.at(n, r));
@@ -162,7 +162,7 @@ struct Batch {
   double gain(int64_t m, int64_t n) {
     return adapter(m) < 0 ? 1 : magnitude.at(adapter(m), n) / norm.at(adapter(m), n);
   }
-  dora::Gains gains() { return {magnitude.data(), magnitude.type, norm.data(), mixed ? ids.data() : nullptr, L}; }
+  dora_cuda::Gains gains() { return {magnitude.data(), magnitude.type, norm.data(), mixed ? ids.data() : nullptr, L}; }
 };
 
 void scaled(Batch (*batch_of)(), bool added) {
@@ -171,16 +171,16 @@ void scaled(Batch (*batch_of)(), bool added) {
   Matrix bias(1, N, batch.type), residual(M, N, batch.type, 8), y(M, N, batch.type);
   bias.fill(11);
   residual.fill(13);
-  const dora::Scale call{batch.z.data(),
-                         batch.z.outer,
-                         M,
-                         N,
-                         batch.gains(),
-                         added ? bias.data() : nullptr,
-                         added ? residual.data() : nullptr,
-                         residual.outer,
-                         y.data()};
-  bool right = ran([&] { return dora::scale(batch.type, call, nullptr); });
+  const dora_cuda::Scale call{batch.z.data(),
+                              batch.z.outer,
+                              M,
+                              N,
+                              batch.gains(),
+                              added ? bias.data() : nullptr,
+                              added ? residual.data() : nullptr,
+                              residual.outer,
+                              y.data()};
+  bool right = ran([&] { return dora_cuda::scale(batch.type, call, nullptr); });
   for (int64_t m = 0; m < M; ++m) {
     for (int64_t n = 0; n < N; ++n) {
       const double wanted = batch.gain(m, n) * batch.z.at(m, n) + (added ? bias.at(0, n) + residual.at(m, n) : 0);
@@ -193,19 +193,20 @@ void scaled(Batch (*batch_of)(), bool added) {
 // `which`: a bit each for dz, dm, db.
 void scaled_backward(Batch (*batch_of)(), int which) {
   Batch batch = batch_of();
-  const int64_t M = batch.M, N = batch.N, L = batch.L, chunks = dora::row_chunks(M, L);
-  const int64_t parts = chunks * dora::owners(batch.gains());
+  const int64_t M = batch.M, N = batch.N, L = batch.L, chunks = dora_cuda::row_chunks(M, L);
+  const int64_t parts = chunks * dora_cuda::owners(batch.gains());
   Matrix dy(M, N, batch.type, 8), dz(M, N, batch.type), dm(chunks * L, N, wide(batch.type)),
       db(parts, N, wide(batch.type));
   dy.fill(17);
-  dora::ScaleBackward call{dy.data(), dy.outer, nullptr, batch.z.outer, M, N, batch.gains(), nullptr, nullptr, nullptr};
+  dora_cuda::ScaleBackward call{dy.data(), dy.outer,      nullptr, batch.z.outer, M,
+                                N,         batch.gains(), nullptr, nullptr,       nullptr};
   if (which & 1) call.dz = dz.data();
   if (which & 2) {
     call.z = batch.z.data();
     call.dm = dm.data();
   }
   if (which & 4) call.db = db.data();
-  bool right = ran([&] { return dora::scale_backward(batch.type, call, nullptr); });
+  bool right = ran([&] { return dora_cuda::scale_backward(batch.type, call, nullptr); });
   std::vector<double> wanted_dm(static_cast<size_t>(L * N)), wanted_db(static_cast<size_t>(N));
   for (int64_t m = 0; m < M; ++m) {
     for (int64_t n = 0; n < N; ++n) {

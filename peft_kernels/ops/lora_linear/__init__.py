@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peft_kernels.ops.common.projections import any_requires_grad
 from peft_kernels.ops.lora_linear import (
     add,
     gated,  # noqa: F401  (importing it registers gated_product)
@@ -148,7 +147,9 @@ def lora_add(
     """y = r + sum over the adapters l of s_l ((drop_l(x) A_l^T) B_l^T + b_Bl),  r = base(x)
 
     LoRA (arXiv:2106.09685) on a frozen layer that is somebody else's kernel: 4-bit, 8-bit, a tensor subclass. The
-    residual r is read once and y written once; nothing is cloned, and x is not copied to another dtype.
+    residual r is read once and y written once; x is not copied to another dtype, and nothing is cloned, except that
+    "cuda" copies r into y first for dtypes that the tensor cores do not serve (float32, float64, float16 beside
+    bfloat16).
 
     Args:
         residual: `[..., N]`, what the frozen layer made of x; x's leading sizes and dtype, any strides.
@@ -162,7 +163,8 @@ def lora_add(
         lora_bias: b_B `[N]` in lora_A's dtype, or None.
 
     Returns:
-        y `[..., N]` in x's dtype, accumulated in float32 (float64 for float64) and rounded once.
+        y `[..., N]` in x's dtype, accumulated in float32 (float64 for float64) and rounded once; on "cuda" once per 32
+        adapters.
 
     Differentiable in residual, x, lora_A, lora_B and lora_bias. Kept for the backward: x itself, h = s drop(x) A^T in
     float32 `[M, r]`, and the seed; the residual is not kept.
@@ -212,10 +214,6 @@ def lora_add_(
         ...     y = peft_kernels.lora_add_(base(x), x, lora_A, lora_B, scaling=2.0)
     """
     arguments = (residual, x, *_adapters(lora_A, lora_B, lora_bias, scaling, dropout_p), seed)
-    if torch.is_grad_enabled() and any_requires_grad(residual, ([x], *arguments[2:5])):
-        raise RuntimeError(
-            "lora_add_: writes into the residual and has no gradient; lora_add has one, torch.no_grad() needs none"
-        )
     try:
         torch.ops.peft_kernels.lora_add_.default(*arguments)
     except (RuntimeError, TypeError):

@@ -1,11 +1,12 @@
 """lora_add as torch operators: what LoRA adapters add to the output of a frozen layer that is somebody else's kernel
 (4-bit, 8-bit, a tensor subclass, an embedding...): schema, check, fake, autograd, autocast, cost, registration.
 
-lora_add is differentiable; lora_add_ writes into the residual, for inference, and has no autograd. Legend: M rows of x
-and of the residual r, K in_features, N out_features, R rank; L adapters (index i).
+lora_add is differentiable; lora_add_ writes into the residual, for inference, and refuses what needs a gradient.
+Legend: M rows of x and of the residual r, K in_features, N out_features, R rank; L adapters (index i).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -62,12 +63,13 @@ def check_backward(dy, x, h, lora_A, lora_B, scaling, dropout_p, seed, needs) ->
     """The same for the backward. x and h may be None where nothing that is needed reads them."""
     op, L = "lora_add_backward", len(lora_A)
     require(op, len(needs) == 1 + 3 * L, f"needs must have {1 + 3 * L} entries, got {len(needs)}")
+    fits = dy.dim() >= 1
+    if x is not None:
+        fits = fits and dy.device == x.device and dy.dtype is x.dtype and dy.shape[:-1] == x.shape[:-1]
+    require(op, fits, "dy must be of y's shape, dtype and device")
+    like = x
     if x is None:  # one of its shape stands in
         like = dy[..., :1].expand(*dy.shape[:-1], lora_A[0].shape[-1]) if L else dy
-    else:
-        like = x
-        fits = dy.device == x.device and dy.dtype is x.dtype and dy.shape[:-1] == x.shape[:-1]
-        require(op, fits, "dy must be of y's shape, dtype and device")
     check(dy, like, lora_A, lora_B, [None] * L, scaling, dropout_p, seed, op)
     if h is not None:
         shape = (math.prod(dy.shape[:-1]), sum(a.shape[0] for a in lora_A))
@@ -153,6 +155,29 @@ def autograd(namespace):
     return kernel
 
 
+def above_in_place(namespace) -> dict[str, Callable]:
+    """lora_add_'s kernels of a namespace's Autograd and ADInplaceOrView keys. The second one, which inference mode has
+    too where a tensor is from outside of it, tells autograd that the residual is no longer what it may have saved."""
+    op = namespace.lora_add_.default
+    versions = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+    def refusing(residual, x, lora_A, lora_B, lora_bias, *rest) -> None:
+        tensors = ([x], lora_A, lora_B, lora_bias)
+        refuse_tangents("lora_add_", residual, tensors)
+        if torch.is_grad_enabled() and any_requires_grad(residual, tensors):
+            text = "writes into the residual and has no gradient; lora_add has one, torch.no_grad() needs none"
+            raise RuntimeError(f"lora_add_: {text}")
+        with below_autograd():
+            op(residual, x, lora_A, lora_B, lora_bias, *rest)
+
+    def counting(residual, *rest) -> None:
+        torch.autograd.graph.increment_version(residual)
+        with torch._C._ExcludeDispatchKeyGuard(versions):
+            op(residual, *rest)
+
+    return {"Autograd": refusing, "ADInplaceOrView": counting}
+
+
 def autocast(namespace, device_type: str):
     """The kernel of a namespace's Autocast key. Residual and x take the autocast dtype, the factors keep their own."""
     key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
@@ -186,7 +211,7 @@ LORA_ADD = register(
         functions=(
             Function(NAME, SCHEMA, fake, forward_reference),
             Function("lora_add_backward", BACKWARD_SCHEMA, backward_fake, add_reference.backward),
-            Function("lora_add_", IN_PLACE_SCHEMA, in_place_fake, in_place_reference),
+            Function("lora_add_", IN_PLACE_SCHEMA, in_place_fake, in_place_reference, above_in_place),
         ),
         samples=samples,
         bad_inputs=bad_inputs,

@@ -116,7 +116,8 @@ def dora_linear(
     """y = g (x W^T + s (x A^T B^T + b_B)) + b,  g = m / ||W + s B A||      (DoRA: Liu et al. 2024, arXiv:2402.09353)
 
     With d = drop(x), as HF PEFT: y = x W^T + b + (g - 1) d W^T + g s (d A^T B^T + b_B), which is the same where nothing
-    is dropped, and takes the product of a second activation with W.
+    is dropped, and takes the product of a second activation with W. d has x's dtype, as PEFT's: a float16 x past 65504
+    (1 - dropout_p) overflows in it.
 
     Args:
         x: `[..., K]`; weight: `[N, K]`; bias: `[N]` or None; lora_A: `[r, K]`; lora_B: `[N, r]`; scaling, dropout_p,
@@ -151,7 +152,7 @@ def dora_linear(
         z = torch.ops.peft_kernels.lora_linear.default(dropped, [weight], [None], *adapter, [0.0], None)[0][0]
         if dropout_p:
             residual, rest = torch.nn.functional.linear(x - dropped, weight, bias), None
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, IndexError, ZeroDivisionError):  # the last two: x without features
         check(x, [weight], [bias], *adapter, [dropout_p], seed)  # says in words what the operator refused
         raise
     if norm is None:

@@ -91,6 +91,11 @@ def _check_half(op: str, x: Tensor, weight, bias, adapters: Adapters, seed) -> N
     if adapters.lora_A:
         lists = dict(zip(("member", "scaling", "dropout_p"), adapters.lists, strict=True))
         return check_projections(op, x, weight, bias, *adapters[:3], lists, seed)
+    _check_plain(op, x, weight, bias)
+
+
+def _check_plain(op: str, x: Tensor, weight, bias) -> None:
+    """Projections without an adapter."""
     check_tensor(op, "x", x, x, FLOATS, "float32, float16, bfloat16 or float64")
     require(op, x.dim() >= 1 and x.shape[-1] >= 1, f"x must have shape [..., in_features], got {list(x.shape)}")
     K, rule = x.shape[-1], f"{dtype_name(x.dtype)}, as x"
@@ -142,11 +147,12 @@ def backward_fake(dy, x, gate, up, h_outer, h_inner, weight, lora_A, lora_B, *re
 # -- made of other operators ------------------------------------------------------------------------------------------
 
 
-def _project(x: Tensor, weight, bias, adapters: Adapters, seed: Tensor | None) -> tuple[list[Tensor], Tensor]:
+def _project(op: str, x: Tensor, weight, bias, adapters: Adapters, seed) -> tuple[list[Tensor], Tensor]:
     """y of some projections of x, and h."""
     if adapters.lora_A:
         arguments = (*adapters[:3], *adapters.lists, seed)
         return torch.ops.peft_kernels.lora_linear.default(x, weight, bias, *arguments)
+    _check_plain(op, x, weight, bias)  # F.linear would broadcast a bias
     h = x.new_empty((math.prod(x.shape[:-1]), 0), dtype=accumulator(x.dtype))
     return [torch.nn.functional.linear(x, w, b) for w, b in zip(weight, bias, strict=True)], h
 
@@ -177,9 +183,9 @@ def _gradients(dy: list[Tensor], x: Tensor | None, h: Tensor | None, weight, ada
 def forward(x, weight, bias, lora_A, lora_B, lora_bias, member, scaling, dropout_p, seed, activation):
     _check_lists(weight, bias, lora_A, lora_B, lora_bias, member, scaling, dropout_p)
     outer, inner = _adapters(member, lora_A, lora_B, lora_bias, scaling, dropout_p)
-    (gate, up), h_outer = _project(x, weight[:2], bias[:2], outer, seed)
+    (gate, up), h_outer = _project(f"{NAME}, gate and up", x, weight[:2], bias[:2], outer, seed)
     a = torch.ops.peft_kernels.gated_product.default(gate, up, activation)
-    (y,), h_inner = _project(a, weight[2:], bias[2:], inner, _inner_seed(seed, inner))
+    (y,), h_inner = _project(f"{NAME}, down", a, weight[2:], bias[2:], inner, _inner_seed(seed, inner))
     return y, gate, up, h_outer, h_inner
 
 
@@ -207,11 +213,13 @@ def backward(
     a = torch.ops.peft_kernels.gated_product.default(gate, up, activation) if reads_a else None
     da, *of_inner = _gradients([dy], a, h_inner, weight[2:], inner, _inner_seed(seed, inner), needs_inner)
     del a
-    of_outer = [dy.new_empty(0) for _ in needs_outer]
     if any(needs_outer):
         dgate, dup = torch.ops.peft_kernels.gated_product_backward.default(da, gate, up, activation)
         del da
         of_outer = _gradients([dgate, dup], x, h_outer, weight[:2], outer, seed, needs_outer)
+    else:  # nothing, in the dtypes of what it would be
+        like = (dy, *weight[:2], *weight[:2], *outer.lora_A, *outer.lora_B, *outer.lora_B)
+        of_outer = [t.new_empty(0) for t in like]
     dx, *of_outer = of_outer
     out = [dx, *of_outer[:2], of_inner[0], *of_outer[2:4], of_inner[1]] + [dy.new_empty(0)] * (3 * L)
     for grads, adapters in ((of_outer[4:], outer), (of_inner[2:], inner)):

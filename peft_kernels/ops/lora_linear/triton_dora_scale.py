@@ -115,8 +115,8 @@ def scale_backward(
     N = dy.shape[-1]
     M, L = dy.numel() // N, norm.numel() // N
     like = norm if magnitude is None else magnitude
-    full = [dy.new_empty(dy.shape), like.new_empty(norm.shape), dy.new_empty(N)]
-    grads = [grad if need else grad.new_empty(0) for grad, need in zip(full, needs, strict=True)]
+    shapes = (dy, dy.shape), (like, norm.shape), (dy, N)
+    grads = [t.new_empty(shape if need else 0) for (t, shape), need in zip(shapes, needs, strict=True)]
     if M == 0:
         return [grad.zero_() for grad in grads]
     M_chunk = max(256, 16 * L)  # enough rows that the chunks' sums are small beside dy
