@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import peft_kernels
 from peft_kernels.integrations.gathering import INACTIVE
 from peft_kernels.integrations.peft import FusedLinear
+from peft_kernels.integrations.rows import RowAdapters
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -48,6 +49,12 @@ def test_checkpointing_by_hand(use_reentrant):
 def test_bad_ids_are_refused_in_words(ids, adapters, error, text):
     with pytest.raises(error, match=f"^adapter_ids: .*{text}"), peft_kernels.adapter_ids(ids, adapters):
         pass
+
+
+def test_ids_on_a_gpu_that_are_out_of_range_stand_for_no_adapter():
+    """They are not looked at when the block is entered."""
+    rows = RowAdapters("adapter_ids", torch.tensor([-2, 0, 1, 7, -1], dtype=torch.int32), ("a", "b"))
+    assert rows.among((1,), torch.Size((5,)), torch.device("cpu")).tolist() == [-1, -1, 0, -1, -1]
 
 
 def test_ids_that_reach_nothing_are_refused():

@@ -67,9 +67,10 @@ def test_some_of_a_group_have_dora_and_others_lora_or_nothing():
     assert_fused_like_peft(randomise(model))
 
 
-def test_dropout_is_pefts_to_the_mask():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_is_pefts_to_the_mask(dtype):
     """PEFT drops x before W too; its draws are the same where the layers are called in its order."""
-    model = dora_model(lora_dropout=0.3).train()
+    model = dora_model(lora_dropout=0.3).train().to(dtype)
 
     def step(model):
         torch.manual_seed(5)
@@ -197,7 +198,7 @@ def norms(function):
     return operators.calls["dora_norm"]
 
 
-def test_norms_are_kept_in_inference_only():
+def test_norms_of_what_is_frozen_are_kept():
     model = dora_model(target_modules=["down_proj"]).eval()
     report = peft_kernels.patch(model, strict=True)
 
@@ -205,12 +206,20 @@ def test_norms_are_kept_in_inference_only():
         with torch.no_grad():
             model(**inputs())
 
-    assert [norms(infer) for _ in range(3)] == [LAYERS, 0, 0]
-    assert norms(lambda: model(**inputs())) == LAYERS and norms(infer) == LAYERS  # gradients were recorded between
-    model.train()
     assert [norms(infer), norms(infer)] == [LAYERS, LAYERS]
+    model.requires_grad_(False)
+    assert [norms(infer), norms(infer), norms(lambda: model(**inputs()))] == [LAYERS, 0, 0]
+    model.train()
+    assert [norms(infer), norms(infer)] == [LAYERS, 0]
     model.eval()
     assert [norms(infer), norms(infer)] == [LAYERS, 0]
+    with peft_kernels.unpatch(model):
+        infer()
+    assert [norms(infer), norms(infer)] == [LAYERS, 0]
+    mlp_of(model).down_proj.lora_B["default"].weight.requires_grad_(True)
+    assert [norms(infer), norms(infer)] == [1, 1]
+    mlp_of(model).down_proj.lora_B["default"].weight.requires_grad_(False)
+    assert [norms(infer), norms(infer)] == [1, 0]
     with torch.inference_mode():
         assert norms(lambda: model(**inputs())) == 0
     state = {name: 1.5 * tensor for name, tensor in get_peft_model_state_dict(model).items()}
@@ -224,15 +233,16 @@ def test_norms_are_kept_in_inference_only():
     assert report.fused and not report.fallbacks
 
 
-def test_a_step_of_any_optimizer_is_seen():
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_step_of_any_optimizer_is_seen(optimizer_class):
     """A fused optimizer changes a parameter without a trace on it."""
     model = dora_model(target_modules=["down_proj"]).eval()
     peft_kernels.patch(model, strict=True)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
+    optimizer = optimizer_class([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
     for _ in range(2):
+        results(model)
         with torch.no_grad():
             model(**inputs())
-        results(model)
         optimizer.step()
         with torch.no_grad():
             found, plain = model(**inputs()).logits, peft_plain(model)(**inputs()).logits
@@ -240,10 +250,33 @@ def test_a_step_of_any_optimizer_is_seen():
         assert_as_close_as_peft({"y": found}, {"y": plain}, {"y": exact})
 
 
+def test_a_norm_of_inference_mode_serves_training_of_the_magnitude():
+    model = dora_model(target_modules=["down_proj"]).eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("magnitude" in name)
+    plain, exact = results(model), results(in_double(model))
+    peft_kernels.patch(model, strict=True)
+    with torch.inference_mode():
+        assert norms(lambda: model(**inputs())) == LAYERS
+    found = {}
+    assert norms(lambda: found.update(results(model))) == 0
+    assert_as_close_as_peft(found, plain, exact)
+
+
+def test_a_parameter_that_was_replaced_is_seen():
+    model = dora_model(target_modules=["down_proj"]).eval().requires_grad_(False)
+    peft_kernels.patch(model, strict=True)
+    with torch.no_grad():
+        model(**inputs())
+        base = mlp_of(model).down_proj.base_layer
+        base.weight = torch.nn.Parameter(2 * base.weight, requires_grad=False)
+        assert norms(lambda: model(**inputs())) == 1
+
+
 def test_nothing_stays_of_a_model_that_is_gone():
     gc.collect()
     before = len(dora._NORMS)
-    model = dora_model(target_modules=["down_proj"]).eval()
+    model = dora_model(target_modules=["down_proj"]).eval().requires_grad_(False)
     state = {name: set(module.__dict__) for name, module in model.named_modules()}
     peft_kernels.patch(model, strict=True)
     with torch.no_grad():

@@ -8,6 +8,7 @@ import torch
 from models import (
     HIDDEN,
     LAYERS,
+    Mask,
     adapted,
     assert_as_close_as_peft,
     assert_fused_like_peft,
@@ -20,10 +21,11 @@ from models import (
     results,
 )
 from peft import AdaLoraConfig, VeraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 import peft_kernels
-from peft_kernels.integrations.gathering import INACTIVE, MERGED
+from peft_kernels.integrations.gathering import DISABLED, MERGED
 
 TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -72,7 +74,8 @@ def test_on_a_16_bit_base(make, base, factors):
 
 @pytest.mark.parametrize("make", [adalora, vera])
 def test_dropout_is_drawn_anew_and_only_in_training(make):
-    model = make(**{"lora_dropout" if make is adalora else "vera_dropout": 0.3}).train()
+    name = "lora_dropout" if make is adalora else "vera_dropout"
+    model = make(**{name: 0.3}).train()
     report = peft_kernels.patch(model, strict=True)
     assert not torch.equal(results(model)["logits"], results(model)["logits"])
     model.eval()
@@ -81,6 +84,15 @@ def test_dropout_is_drawn_anew_and_only_in_training(make):
         plain = results(model)
     assert_as_close_as_peft(patched, plain, results(in_double(model)))
     assert report.fused == 3 * calls_per_forward(report) and not report.fallbacks
+    layer = model.train().base_model.model.model.layers[0].mlp.down_proj
+    x = torch.randn(6, layer.in_features)
+    torch.manual_seed(3)
+    seed = peft_kernels.new_seed()
+    torch.manual_seed(3)
+    found = layer(x)
+    getattr(layer, name)["default"] = Mask(seed, 0.3, 0)
+    with peft_kernels.unpatch(model):
+        torch.testing.assert_close(found, layer(x))
 
 
 @pytest.mark.parametrize("make", [adalora, vera])
@@ -92,7 +104,7 @@ def test_switches_merging_and_saving(make, tmp_path):
     with model.disable_adapter():
         assert torch.equal(model(**inputs()).logits, base_model("llama").eval()(**inputs()).logits)
     fused = report.fused
-    assert fused == calls_per_forward(report) and INACTIVE in report.fallbacks
+    assert fused == calls_per_forward(report) and DISABLED in report.fallbacks
     model.merge_adapter()
     with torch.no_grad():
         merged = model(**inputs()).logits
@@ -126,16 +138,58 @@ def test_rows_with_adapters_of_their_own(make):
 
 
 @pytest.mark.parametrize("make", [adalora, vera])
-def test_rows_of_a_layer_in_a_state_without_a_kernel_are_refused_by_peft(make):
+def test_rows_of_a_layer_in_a_state_without_a_kernel_are_refused(make):
     model = make(target_modules=["down_proj"]).eval()
     report = peft_kernels.patch(model, strict=True)
     for layer in model.base_model.model.model.layers:
         dropouts = layer.mlp.down_proj.lora_dropout if make is adalora else layer.mlp.down_proj.vera_dropout
         dropouts["default"] = nn.Dropout1d(0.0)
     model(**inputs())
-    with peft_kernels.adapter_ids([0, -1], ["default"]), pytest.raises(TypeError, match="adapter_names"):
+    method = "AdaLoRA" if make is adalora else "VeRA"
+    refused = rf"adapter_ids: PEFT has no mixed batch of {method}, .* \(lora_dropout is a Dropout1d\).*set_adapter"
+    with peft_kernels.adapter_ids([0, -1], ["default"]), pytest.raises(ValueError, match=refused):
         model(**inputs())
     assert report.fallbacks == {"lora_dropout is a Dropout1d": LAYERS + 1} and report.fused == 0
+    model.merge_adapter()
+    with peft_kernels.adapter_ids([0, -1], ["default"]), pytest.raises(ValueError, match=f"{method}, .* \\(merged"):
+        model(**inputs())
+
+
+STATES = {
+    "active": lambda model: None,
+    "disabled": lambda model: model.base_model.disable_adapter_layers(),
+    "merged": lambda model: model.merge_adapter(),
+    "inactive": lambda model: [m.set_adapter([]) for m in model.modules() if isinstance(m, BaseTunerLayer)],
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("make", [adalora, vera])
+def test_under_autocast_the_output_has_pefts_dtype(make, state):
+    """x's for VeRA, in every state; what autocast computed in for AdaLoRA."""
+    model = make().eval()
+    STATES[state](model)
+    mlp, x = model.base_model.model.model.layers[0].mlp, torch.randn(3, HIDDEN)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = [mlp.gate_proj(x), mlp.up_proj(x), mlp(x)]
+        peft_kernels.patch(model, strict=state != "merged")
+        found = [mlp.gate_proj(x), mlp.up_proj(x), mlp(x)]
+        grouped = mlp.project(x)
+    assert plain[0].dtype is (torch.bfloat16 if make is adalora else torch.float32)
+    assert [y.dtype for y in found] == [y.dtype for y in plain]
+    assert (grouped is None) == (state != "active")
+    assert grouped is None or [y.dtype for y in grouped] == [y.dtype for y in plain[:2]]
+
+
+def test_under_autocast_an_mlp_with_vera_is_not_recomputed():
+    model = vera()
+    report = peft_kernels.patch(model, strict=True, recompute_mlp=True)
+    mlp, x = model.base_model.model.model.layers[0].mlp, torch.randn(3, HIDDEN)
+    mlp(x)
+    assert not report.fallbacks
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mlp(x).dtype is torch.float32
+    assert report.fallbacks == {"not recomputed: gate_proj: VeRA under autocast: its output is cast": 1}
 
 
 def test_adalora_allocates_ranks_while_it_is_patched():

@@ -260,7 +260,6 @@ def test_states_at_the_moment_of_patch_pass():
     ("changes", "reason"),
     [
         ({"use_bdlora": BdLoraConfig(target_modules_bd_a=["layer"], nblocks=2)}, "BdLora changes the maths"),
-        ({"alora_invocation_tokens": [1]}, "ALora without a place of invocation"),
         ({"r": MAX_RANK + 1}, f"rank {MAX_RANK + 1} is above {MAX_RANK}"),
     ],
 )

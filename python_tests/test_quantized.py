@@ -11,7 +11,6 @@ from models import (
     LAYERS,
     Operators,
     assert_as_close_as_peft,
-    base_model,
     inputs,
     lora_config,
     randomise,
@@ -25,98 +24,25 @@ from peft import (
     get_peft_model_state_dict,
     prepare_model_for_kbit_training,
 )
-from peft.tuners.adalora import AdaLoraLayer, SVDLinear
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
+from quantised_models import (
+    KINDS,
+    PROJECTIONS,
+    assert_step_like_peft,
+    eight_bit,
+    exactly,
+    four_bit,
+    halved,
+    lora_on,
+    quantised,
+    subclassed,
+)
 from torch import nn
 
 import peft_kernels
-from peft_kernels.integrations.dora import dequantised
 from peft_kernels.integrations.foreign_bases import MIXED
 from peft_kernels.integrations.gathering import DISABLED, INACTIVE
-
-PROJECTIONS = 7 * LAYERS
-
-
-def four_bit(layer):
-    bnb = pytest.importorskip("bitsandbytes")
-    quantised = bnb.nn.Linear4bit(
-        layer.in_features, layer.out_features, layer.bias is not None, torch.float32, quant_type="nf4"
-    )
-    quantised.load_state_dict(layer.state_dict())
-    return quantised.to("cpu")
-
-
-def eight_bit(layer):
-    bnb = pytest.importorskip("bitsandbytes")
-    quantised = bnb.nn.Linear8bitLt(
-        layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False
-    )
-    quantised.load_state_dict(layer.state_dict())
-    return quantised.to("cpu")
-
-
-def subclassed(layer):
-    quantization = pytest.importorskip("torchao.quantization")
-    quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
-    return layer
-
-
-class Halved(nn.Linear):
-    """A layer of somebody who keeps other weights."""
-
-    def forward(self, x):
-        return super().forward(x) / 2
-
-
-def halved(layer):
-    twin = Halved(layer.in_features, layer.out_features, layer.bias is not None)
-    twin.load_state_dict(layer.state_dict())
-    return twin
-
-
-KINDS = {four_bit: "is_loaded_in_4bit", eight_bit: "is_loaded_in_8bit", subclassed: "", halved: ""}
-
-
-def quantised(quantise, dtype=torch.float32):
-    model = base_model("llama", attention_bias=True).to(dtype)
-    for name, module in list(model.model.named_modules()):
-        if isinstance(module, nn.Linear):
-            owner, _, child = name.rpartition(".")
-            setattr(model.model.get_submodule(owner), child, quantise(module))
-    if KINDS[quantise]:
-        setattr(model, KINDS[quantise], True)
-    return model
-
-
-def lora_on(quantise, dtype=torch.float32, **changes):
-    return randomise(get_peft_model(quantised(quantise, dtype), lora_config(**changes)))
-
-
-def exactly(model):
-    """A twin in fp64 whose bases are the linear layers that the quantised ones stand for."""
-    twin = copy.deepcopy(model)
-    peft_kernels.unpatch(twin)
-    for name, module in model.named_modules():
-        base = module._modules.get("base_layer")
-        if isinstance(base, nn.Linear):
-            scale = 0.5 if isinstance(base, Halved) else 1
-            plain = nn.Linear(base.in_features, base.out_features, base.bias is not None)
-            plain.weight = nn.Parameter(scale * dequantised(base).detach().double(), requires_grad=False)
-            if base.bias is not None:
-                plain.bias = nn.Parameter(scale * base.bias.detach().double(), requires_grad=False)
-            twin.get_submodule(name).base_layer = plain
-            if isinstance(module, AdaLoraLayer):
-                twin.get_submodule(name).__class__ = SVDLinear  # that on 8 bits casts x to fp32
-    return twin.double()
-
-
-def assert_step_like_peft(model, calls=PROJECTIONS):
-    plain, exact = results(model), results(exactly(model))
-    with peft_kernels.patch(model, strict=True) as report, Operators() as operators:
-        assert_as_close_as_peft(results(model), plain, exact)
-    assert operators.calls["lora_add"] == calls and not report.fallbacks
-    assert report.fused == calls
 
 
 @pytest.mark.parametrize("quantise", KINDS)
@@ -159,6 +85,35 @@ def test_an_output_that_somebody_sees_is_not_written_to():
             hook.remove()
             assert torch.equal(layer(x), y)
     assert (operators.calls["lora_add"], operators.calls["lora_add_"]) == (1, 1)
+
+
+class Keeps(Operators):
+    """Keeps an alias of whatever is computed."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        y = super().__torch_dispatch__(function, types, args, kwargs)
+        self.kept = [*getattr(self, "kept", ()), *([y.detach()] if isinstance(y, torch.Tensor) else [])]
+        return y
+
+
+@pytest.mark.parametrize("mode", [Operators, Keeps])
+def test_an_output_of_which_somebody_has_an_alias_is_not_written_to(mode):
+    model = lora_on(four_bit, target_modules=["down_proj"]).eval()
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    peft_kernels.patch(model, strict=True)
+    x, seen = torch.randn(3, layer.in_features), []
+    with torch.no_grad():
+        expected = layer.base_layer(x)
+        if mode is Operators:
+            hook = nn.modules.module.register_module_forward_hook(
+                lambda module, args, y: seen.append(y.detach()) if module is layer.base_layer else None
+            )
+        with mode() as operators:
+            layer(x)
+        if mode is Operators:
+            hook.remove()
+        assert any(torch.equal(y, expected) for y in seen or operators.kept)
+    assert (operators.calls["lora_add"], operators.calls["lora_add_"]) == (1, 0)
 
 
 def test_dropout_is_drawn_anew_and_replayed():
@@ -259,7 +214,10 @@ def test_merging(quantise):
         with peft_kernels.unpatch(model):
             assert torch.equal(model(**inputs()).logits, merged)
         model.unmerge_adapter()
-        model(**inputs())
+        found = model(**inputs()).logits
+        with peft_kernels.unpatch(model):
+            plain = model(**inputs()).logits
+        assert_as_close_as_peft({"y": found}, {"y": plain}, {"y": exactly(model)(**inputs()).logits})
     assert report.fused == PROJECTIONS and report.fallbacks == {"merged: the base layer alone": PROJECTIONS}
 
 
@@ -272,11 +230,16 @@ def test_dora(quantise):
     with Operators() as operators:
         assert_as_close_as_peft(results(model), plain, exact)
     assert report.fused == operators.calls["lora_add"] == operators.calls["dora_norm"] == PROJECTIONS
-    model.eval()
-    with torch.no_grad(), Operators() as operators:
-        model(**inputs())
-        model(**inputs())
-    assert operators.calls["dora_norm"] == PROJECTIONS and not report.fallbacks
+    model.eval().requires_grad_(False)
+    with torch.no_grad():
+        with Operators() as operators:
+            model(**inputs())
+            found = model(**inputs()).logits
+        plain = lora_on(quantise, use_dora=True).eval()(**inputs()).logits  # 8 bits round x too in inference
+        assert_as_close_as_peft({"y": found}, {"y": plain}, {"y": exact["logits"]})
+        assert operators.calls["dora_norm"] == PROJECTIONS and not report.fallbacks
+        model.to("cpu").float()  # which swaps tensors of a subclass, where nobody refers to them weakly
+        assert torch.equal(model(**inputs()).logits, found)
 
 
 def test_dora_with_dropout_is_left_to_peft():
@@ -307,6 +270,20 @@ def test_autocast(quantise, device):
     assert found.dtype is plain.dtype and report.fused == 2
     exact = exactly(model).base_model.model.model.layers[0].mlp(x.double())
     assert (found - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
+@pytest.mark.parametrize("quantise", [four_bit, halved])
+def test_vera_gives_the_dtype_of_x_under_autocast(quantise):
+    model = randomise(get_peft_model(quantised(quantise), VeraConfig(r=6, target_modules=["up_proj"])))
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    report, x = peft_kernels.patch(model, strict=True), torch.randn(3, HIDDEN)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+        with model.disable_adapter():
+            assert layer(x).dtype is torch.float32
+        with peft_kernels.unpatch(model):
+            assert layer(x).dtype is torch.float32
+    assert found.dtype is torch.float32 and report.fused == 1
 
 
 def test_checkpointed_training():
@@ -390,5 +367,7 @@ def test_packed_formats(family):
         found = layer(x)
         assert layer.base_layer.calls == calls + 1 and report.fused == 1
         torch.testing.assert_close(found, y)
-        torch.testing.assert_close(torch.autograd.grad(found.square().sum(), wanted), plain)
-    assert type(layer) is family and exact.shape == x.shape
+        gradients = torch.autograd.grad(found.square().sum(), wanted)
+        torch.testing.assert_close(gradients, plain)
+        torch.testing.assert_close(gradients[0], exact.float())
+    assert type(layer) is family

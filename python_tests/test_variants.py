@@ -126,12 +126,11 @@ def prompts(rows=4, tokens=7):
 def test_alora_is_the_adapter_of_the_tokens_after_the_invocation(name):
     model = alora(name)
     plain, exact = results(model, **prompts()), results(in_double(model), **prompts())
-    report = peft_kernels.patch(model)
-    assert {row.reason for row in report.rows if not row.group} <= {"ALora without a place of invocation"} | {
-        f"{p}: ALora without a place of invocation" for p in ("q_proj", "gate_proj")
-    }
+    report = peft_kernels.patch(model, strict=True)
+    assert not any(row.reason for row in report.rows)
     assert_as_close_as_peft(results(model, **prompts()), plain, exact)
     assert report.fused == calls_per_forward(report) and not report.fallbacks and nothing_is_left(model)
+    report.verify(**prompts())
 
 
 def test_alora_in_checkpointed_layers():
@@ -223,6 +222,48 @@ def test_alora_where_no_place_is_known_is_left_to_peft():
     assert report.fused == 0 and all("ALora without a place of invocation" in r for r in report.fallbacks)
 
 
+def test_several_active_alora_are_not_fused():
+    model = alora(target_modules=["down_proj"]).eval()
+    model.add_adapter("other", lora_config(target_modules=["down_proj"], alora_invocation_tokens=INVOKED))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(RuntimeError, match="ALora without a place of invocation"):
+        peft_kernels.patch(model, strict=True)
+
+
+def test_the_block_wins_over_an_alora_that_is_active():
+    model = alora().eval()
+    model.add_adapter("plain", lora_config(r=3))
+    randomise(model)
+    batch = prompts()
+    with torch.no_grad():
+        with model.disable_adapter():
+            base = model(**batch).logits
+        model.set_adapter("plain")
+        plain = model(**batch).logits
+        model.set_adapter("default")
+        report = peft_kernels.patch(model, strict=True)
+        with peft_kernels.adapter_ids([0, -1, 0, -1], ["plain"]):
+            found = model(**batch).logits
+    torch.testing.assert_close(found, torch.stack([plain[0], base[1], plain[2], base[3]]))
+    assert report.fused == calls_per_forward(report) and not report.fallbacks
+
+
+def test_an_alora_that_would_be_off_in_silence_is_refused():
+    model = alora().eval()
+    peft_kernels.patch(model, strict=True)
+    with (
+        pytest.raises(ValueError, match=r"'default' is an aLoRA.*: pass adapter_names, or ids per token"),
+        peft_kernels.adapter_ids([0, -1, 0, 0], ["default"]),
+    ):
+        model(**prompts())
+    model.base_model.model.model.layers[1].mlp.down_proj.lora_A["default"].register_forward_hook(lambda *a: None)
+    with (
+        pytest.raises(ValueError, match=r"no kernel for it here \(hook on lora_A.*\); pass adapter_names"),
+        peft_kernels.adapter_ids(torch.zeros(4, 7, dtype=torch.int32), ["default"]),
+    ):
+        model(**prompts())
+
+
 def test_tokens_of_an_alora_can_be_named():
     model = alora().eval()
     report = peft_kernels.patch(model)
@@ -231,7 +272,7 @@ def test_tokens_of_an_alora_can_be_named():
     ids = torch.full((4, 7), -1)
     ids[0], ids[1, 3:], ids[2, 5:] = 0, 0, 0
     with peft_kernels.adapter_ids(ids, ["default"]):
-        found = model.base_model.model(**batch).logits
+        found = model(**batch).logits
     assert torch.equal(found, expected) and not report.fallbacks
 
 

@@ -3,13 +3,14 @@
 The bracket is a projection of the op call; what is done to its output here is one pass (`dora_scale`). With dropout in
 training PEFT gives d = drop(x) to W too: y = (x - d) W^T + b + g (d W^T + s d A^T B^T), a call for each layer.
 
-The norms are computed in every call that is training or records gradients, and else only once for as long as W, A, B
-and s are the same ones. They are kept here, weakly by layer, and not on it. An optimizer need not leave a trace on the
-parameters that it changes, but the step before it had gradients; and `train`, `eval` and merging forget them too.
+The norms are computed in every call while one of W, A, B requires a gradient, for an optimizer need not leave a trace
+on what it changes; of frozen parameters once, for as long as W, A, B and s are the same. They are kept here, weakly by
+layer, and not on it. A write to the `.data` of a frozen parameter leaves no trace either; `train`, `eval`, merging,
+patching and unpatching forget what is kept. A graph (torch.compile, CUDA) computes them in every call.
 """
 
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.lora import Linear
@@ -17,6 +18,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from peft_kernels.integrations.gathering import (
     DTYPES,
@@ -40,29 +42,34 @@ class KeptNorm:
     """A norm, and what it is of."""
 
     norm: Tensor
-    sources: tuple[ref, ...]  # W, A, B
+    storages: tuple[StorageWeakRef, ...]  # of W, A, B: Module.to refuses to swap a tensor that is weakly referred to
     state: tuple
 
     def is_of(self, sources: tuple[Tensor, ...], state: tuple) -> bool:
-        return self.state == state and all(kept() is tensor for kept, tensor in zip(self.sources, sources, strict=True))
+        pairs = zip(self.storages, sources, strict=True)
+        return self.state == state and all(kept.cdata == t.untyped_storage()._cdata for kept, t in pairs)
 
 
 _NORMS: WeakKeyDictionary[nn.Module, dict[str, KeptNorm]] = WeakKeyDictionary()
+
+
+def forget_norms(layer: nn.Module) -> None:
+    _NORMS.pop(layer, None)
 
 
 class ForgetsNorms:
     """For a fused layer: what changes its weights, or announces that they change."""
 
     def train(self, mode: bool = True):
-        _NORMS.pop(self, None)
+        forget_norms(self)
         return super().train(mode)
 
     def merge(self, *args, **kwargs) -> None:
-        _NORMS.pop(self, None)
+        forget_norms(self)
         super().merge(*args, **kwargs)
 
     def unmerge(self) -> None:
-        _NORMS.pop(self, None)
+        forget_norms(self)
         super().unmerge()
 
 
@@ -107,31 +114,36 @@ class Gain:
         return DORA_SCALE(z, magnitudes, torch.stack(norms), bias, residual, ids)
 
     def _norm(self, adapter: Adapter) -> Tensor:
-        layer, changing = self.layer, self.layer.training or torch.is_grad_enabled()
-        with torch.no_grad():
-            if is_compiling():
+        if is_compiling():
+            with torch.no_grad():
                 return self._compute(adapter)
-            if changing:
-                _NORMS.pop(layer, None)
+        with torch.inference_mode(False), torch.no_grad():  # what is kept may be saved for a backward later
+            sources = tensor_of(self.layer._modules["base_layer"], "weight"), adapter.a, adapter.b
+            if not all(map(_is_frozen, sources)):
+                forget_norms(self.layer)
                 return self._compute(adapter)
-            kept = _NORMS.setdefault(layer, {})
-            found = kept.get(adapter.name)
-            if found is None or not found.is_of(*self._sources(adapter)):
-                norm, (sources, state) = self._compute(adapter), self._sources(adapter)
-                if any(tensor is None or tensor.is_inference() for tensor in sources):
-                    return norm
-                found = kept[adapter.name] = KeptNorm(norm, tuple(map(ref, sources)), state)
+            if adapter.a.is_cuda and torch.cuda.is_current_stream_capturing():
+                return self._compute(adapter)  # a replay would read what may be gone
+            kept = _NORMS.setdefault(self.layer, {})
+            found, state = kept.get(adapter.name), self._state(adapter, sources)
+            if found is None or not found.is_of(sources, state):
+                norm, state = self._compute(adapter), self._state(adapter, sources)
+                storages = tuple(StorageWeakRef(t.untyped_storage()) for t in sources)
+                found = kept[adapter.name] = KeptNorm(norm, storages, state)
             return found.norm
 
     def _compute(self, adapter: Adapter) -> Tensor:
         weight = dequantised(self.layer.get_base_layer()) if self.weight is None else self.weight
         return DORA_NORM(weight, adapter.a, adapter.b, adapter.scaling)
 
-    def _sources(self, adapter: Adapter) -> tuple[tuple[Tensor | None, ...], tuple]:
-        """The tensors that a norm is of, and what tells whether they have changed."""
-        sources = tensor_of(self.layer._modules["base_layer"], "weight"), adapter.a, adapter.b
-        tracked = (t for t in sources if t is not None and not t.is_inference())
-        return sources, (adapter.scaling, *((t.data_ptr(), t._version) for t in tracked))
+    def _state(self, adapter: Adapter, sources: tuple[Tensor, ...]) -> tuple:
+        """What tells whether the tensors that a norm is of have changed."""
+        return adapter.scaling, *((t.data_ptr(), t._version) for t in sources)
+
+
+def _is_frozen(tensor: Tensor | None) -> bool:
+    """Whether a change leaves a trace: not on an inference tensor, nor on a view made for one forward (FSDP1's)."""
+    return isinstance(tensor, nn.Parameter) and not (tensor.requires_grad or tensor.is_inference())
 
 
 def dequantised(base: nn.Module) -> Tensor:

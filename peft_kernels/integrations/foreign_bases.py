@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.tuners.vera import VeraLayer
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.modules.module import _has_any_global_hook
 
 from peft_kernels.integrations.counts import count_fallback, count_fused
 from peft_kernels.integrations.dora import ForgetsNorms
@@ -33,7 +34,7 @@ from peft_kernels.integrations.gathering import (
     intercepted,
 )
 from peft_kernels.integrations.named import subclass
-from peft_kernels.integrations.other_methods import FUSED, add_svd, add_vera
+from peft_kernels.integrations.other_methods import FUSED, add_svd, add_vera, in_dtype_of_x
 from peft_kernels.integrations.rows import OUTSIDE, by_peft, current, outside_graph
 from peft_kernels.integrations.variants import add_variant
 from peft_kernels.ops import new_seed
@@ -118,7 +119,8 @@ def _run(call: Call, layer: BaseTunerLayer, x: Tensor) -> Tensor:
             (gain,) = call.gains.values()
             z = y if gain.bias is None else y - gain.bias.to(y.dtype)
             return gain.scale(LORA_ADD(z, x, *arguments, seed)[0], None, None)
-        if not torch.is_grad_enabled() and not is_compiling() and _is_own(y, base, x) and sys.getrefcount(y) == 2:
+        may_write = not torch.is_grad_enabled() and not is_compiling() and _is_own(y, base, x)
+        if may_write and sys.getrefcount(y) == HOLDERS[0] and _holders_of_storage(y) == HOLDERS[1]:
             LORA_ADD_(y, x, *arguments, seed)
             return y
         return LORA_ADD(y, x, *arguments, seed)[0]
@@ -127,9 +129,22 @@ def _run(call: Call, layer: BaseTunerLayer, x: Tensor) -> Tensor:
 def _is_own(y: Tensor, base: nn.Module, x: Tensor) -> bool:
     """Whether y has memory of its own, that of no parameter, input or view, and no hook was shown it."""
     kind = type(base)
-    if (kind.__module__, kind.__name__) not in FRESH or intercepted(base, x):
+    if (kind.__module__, kind.__name__) not in FRESH or intercepted(base, x) or _has_any_global_hook():
         return False
     return y._base is None and y.is_contiguous() and y.data_ptr() != x.data_ptr()
+
+
+def _holders_of_storage(y: Tensor) -> int:
+    return torch._C._storage_Use_Count(y.untyped_storage()._cdata)
+
+
+def _holders_of_a_local() -> tuple[int, int]:
+    """How many hold a tensor and its storage where one variable does: versions of Python count differently."""
+    y = torch.empty(1)
+    return sys.getrefcount(y), _holders_of_storage(y)
+
+
+HOLDERS = _holders_of_a_local()
 
 
 @functools.cache
@@ -155,12 +170,14 @@ def foreign_class(family_class: type[BaseTunerLayer]) -> type:
         reason = reason or add_adapters(call, self, x)
         if reason:
             count_fallback(self, reason)
-            return by_peft(family_class.forward, self, rows, x, *args, **kwargs)
+            return by_peft(family_class.forward, self, rows, x, *args, reason=reason, **kwargs)
         if not call.lora_A:
             count_fallback(self, INACTIVE)
             return self._modules["base_layer"](x)
         count_fused(self)
         return _run(call, self, x)
 
+    if issubclass(family_class, VeraLayer):
+        forward = in_dtype_of_x(forward)
     members = {"forward": forward, "asks_for_rows": True}
     return subclass(foreign_class, family_class, members, ForgetsNorms)

@@ -67,11 +67,11 @@ class Call:
         """Keeps the call of a module for the other tokens of a generation: gathering costs as much as computing.
 
         Not a view that somebody makes anew for each forward (FSDP1's), only parameters."""
-        tensors = (*self.weight, *self.bias, *self.lora_A, *self.lora_B, *self.lora_bias)
-        if self.gains is not None:
-            return
         generating = self.rows is not None and self.rows.calls is not None and not torch.is_grad_enabled()
-        if generating and all(t is None or type(t) is nn.Parameter for t in tensors):
+        if not generating or self.gains is not None:
+            return
+        tensors = (*self.weight, *self.bias, *self.lora_A, *self.lora_B, *self.lora_bias)
+        if all(t is None or type(t) is nn.Parameter for t in tensors):
             self.rows.calls[module, x.dtype] = self
 
     def run(self, x: Tensor) -> list[Tensor]:

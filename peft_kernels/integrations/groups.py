@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.vera import VeraLayer
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -63,7 +64,11 @@ def project(owner: nn.Module, x: Tensor) -> list[Tensor] | None:
             return None
         call.keep(owner, x)
     count_fused(owner)
-    return call.run(x)
+    projected = call.run(x)
+    if projected[0].dtype is x.dtype:
+        return projected
+    members = (owner._modules[name] for name in owner.group.projections)
+    return [y.to(x.dtype) if isinstance(m, VeraLayer) else y for m, y in zip(members, projected, strict=True)]
 
 
 def _idle(members: list[nn.Module]) -> str:

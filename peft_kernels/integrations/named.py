@@ -25,6 +25,7 @@ from peft_kernels.integrations.rows import (
     entered,
     expansion,
     from_names,
+    in_block,
     keeping,
     outside_graph,
 )
@@ -40,7 +41,7 @@ class FusedLoraModel(LoraModel):
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
         names, offsets = kwargs.get("adapter_names"), kwargs.get("alora_offsets")
-        if names is None and offsets is None:
+        if names is None and (offsets is None or in_block()):  # PEFT finds offsets itself where an aLoRA is active
             yield
             return
         rows = None

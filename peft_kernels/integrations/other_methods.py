@@ -7,6 +7,9 @@ What is scaled by rank or by output is folded into a factor, by autograd: e into
 into B, so that its A needs neither a gradient nor x for one.
 """
 
+import functools
+from collections.abc import Callable
+
 from peft.tuners import vera
 from peft.tuners.adalora import AdaLoraLayer, SVDLinear
 from peft.tuners.lora import Linear
@@ -43,6 +46,16 @@ add_svd_layer = adding("lora_A", "_parameters", add_svd)
 add_vera_layer = adding("vera_lambda_d", "_parameters", add_vera)
 
 
+def in_dtype_of_x(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A forward whose output is cast to what x is, in every state, as VeRA's are: autocast gives another dtype."""
+
+    @functools.wraps(forward)
+    def forward_and_cast(self, x: Tensor, *args, **kwargs) -> Tensor:
+        return forward(self, x, *args, **kwargs).to(x.dtype)
+
+    return forward_and_cast
+
+
 class FusedSVDLinear(SVDLinear):
     """`peft.tuners.adalora.SVDLinear` whose forward is one op, as in `FusedLinear`."""
 
@@ -54,7 +67,7 @@ class FusedVeraLinear(vera.Linear):
     """`peft.tuners.vera.Linear` whose forward is one op, as in `FusedLinear`."""
 
     asks_for_rows = True
-    forward = fused_forward(vera.Linear, add_vera_layer)
+    forward = in_dtype_of_x(fused_forward(vera.Linear, add_vera_layer))
 
 
 # By the class that PEFT gives a layer, what `patch` gives it, and what adds either to a call.

@@ -80,13 +80,15 @@ def fused_forward(family_class: type[BaseTunerLayer], add: Callable[..., str]) -
         if rows is OUTSIDE:
             return outside_graph(forward, self, x, *args, **kwargs)
         if args or kwargs or type(x) not in PLAIN:
-            count_fallback(self, NAMED if args or kwargs else f"x is a {type(x).__name__}")
-            return by_peft(family_class.forward, self, rows, x, *args, **kwargs)
+            reason = NAMED if args or kwargs else f"x is a {type(x).__name__}"
+            count_fallback(self, reason)
+            return by_peft(family_class.forward, self, rows, x, *args, reason=reason, **kwargs)
         disabled, merged = self._disable_adapters, self.merged_adapters
         if disabled or merged:
             if merged and (disabled or rows):
-                count_fallback(self, UNMERGES if disabled else MERGED_ROWS)
-                return by_peft(family_class.forward, self, rows, x)
+                reason = UNMERGES if disabled else MERGED_ROWS
+                count_fallback(self, reason)
+                return by_peft(family_class.forward, self, rows, x, reason=reason)
             count_fallback(self, DISABLED if disabled else MERGED)
             return self._modules["base_layer"](x)
         call = kept(rows, self, x)
@@ -94,7 +96,7 @@ def fused_forward(family_class: type[BaseTunerLayer], add: Callable[..., str]) -
             call = Call(rows)
             if reason := add(call, self, x):
                 count_fallback(self, reason)
-                return by_peft(family_class.forward, self, rows, x)
+                return by_peft(family_class.forward, self, rows, x, reason=reason)
             if not call.lora_A:
                 count_fallback(self, INACTIVE)
                 return self._modules["base_layer"](x)

@@ -9,6 +9,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+from peft.tuners.vera import VeraLayer
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -63,6 +64,8 @@ def gather(owner: nn.Module, x: Tensor, types=PLAIN) -> MLP | str:
         reason = add_member(call, modules[name], x, types)
         if not reason and call.gains is not None:
             reason = "a variant"
+        if not reason and isinstance(modules[name], VeraLayer) and torch.is_autocast_enabled(x.device.type):
+            reason = "VeRA under autocast: its output is cast"
         if reason:
             return f"{name}: {reason}"
     return mlp

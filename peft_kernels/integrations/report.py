@@ -34,7 +34,7 @@ class Row:
 class PatchReport:
     """What `peft_kernels.patch` returns: a row for each module, and the counts of calls since.
 
-    rows: `Row(name, kind, kernel, reason, group)` for each LoRA layer and each module that owns a group of them.
+    rows: `Row(name, kind, kernel, reason, group)` for each adapter layer and each module that owns a group of them.
     left: the rows without a kernel. fused: calls that ran fused since. fallbacks: reason -> calls that did not.
 
     `print(report)` shows a table. `restore()` takes back what this `patch` changed; a context manager does at its end.

@@ -12,7 +12,9 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from contextvars import ContextVar
 
 import torch
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import ALoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.tuners.vera import VeraLayer
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from peft_kernels.integrations.counts import mark_trained_by_row, was_trained_by
 from peft_kernels.ops import AdapterPool, batched_lora_route
 
 BASE = "__base__"  # PEFT's name for rows without an adapter
+BLOCK = "adapter_ids"
 KEPT_ROUTES = 8  # a generation without a cache asks for another one at every token
 NOTHING = object()  # it is known that the call gives no adapters to rows
 OUTSIDE = object()  # there are adapters of rows, and a graph is being traced
@@ -52,7 +55,8 @@ class Rows:
         def make():
             place = torch.full((self.count + 1,), -1, dtype=torch.int32, device=self.ids.device)
             place[list(chosen)] = torch.arange(len(chosen), dtype=torch.int32, device=self.ids.device)
-            return place[self._flat(leading).long()].to(device)  # an id of -1 reads the last
+            flat = self._flat(leading).long()
+            return place[flat.where((flat >= 0) & (flat < self.count), self.count)].to(device)  # the last: no adapter
 
         return self._once((chosen, leading, device), make, device)
 
@@ -209,6 +213,12 @@ def current(module: nn.Module) -> RowAdapters | object | None:
     return rows
 
 
+def in_block() -> bool:
+    """Whether a call is made inside `adapter_ids`."""
+    rows = _CURRENT.get()
+    return isinstance(rows, RowAdapters) and rows.source == BLOCK
+
+
 def rows_in_pool(pool: AdapterPool) -> Rows | object | None:
     """What the rows of the present call have in a pool, None where no call gives adapters to rows; OUTSIDE as above."""
     if is_compiling():
@@ -239,10 +249,13 @@ def keeping(function: Callable) -> Callable:
 TOKENWISE = (nn.Linear, Conv1D, nn.Embedding)
 
 
-def by_peft(forward: Callable, module: nn.Module, rows: RowAdapters | None, x: Tensor, *args, **kwargs) -> Tensor:
-    """PEFT's own forward of a module, told the adapters of the rows in PEFT's way."""
+def by_peft(
+    forward: Callable, module: nn.Module, rows: RowAdapters | None, x: Tensor, *args, reason: str = "", **kwargs
+) -> Tensor:
+    """PEFT's own forward of a module, told the adapters of the rows in PEFT's way; `reason`: why it is not fused."""
     if rows is None or "adapter_names" in kwargs:
         return forward(module, x, *args, **kwargs)
+    _require_told(rows, module, reason or "see patch's report")
     rows.look(adapters_of(module))
     if rows.ids.dim() == 1:
         return forward(module, x, *args, **rows.for_peft(x.shape[:1], module), **kwargs)
@@ -252,6 +265,22 @@ def by_peft(forward: Callable, module: nn.Module, rows: RowAdapters | None, x: T
     leading = x.shape[:-1] if x.is_floating_point() else x.shape
     flat = forward(module, x.reshape(-1, *x.shape[len(leading) :]), *args, **rows.for_peft(leading, module), **kwargs)
     return flat.reshape(*leading, *flat.shape[1:])
+
+
+def _require_told(rows: RowAdapters, module: nn.Module, reason: str) -> None:
+    """Raises where PEFT's own forward cannot be told, or would take in silence, what the rows have."""
+    method = "AdaLoRA" if isinstance(module, AdaLoraLayer) else "VeRA" if isinstance(module, VeraLayer) else ""
+    without = f"a {type(module).__name__} has no kernel for it here ({reason})"
+    if method:
+        raise ValueError(
+            f"{rows.source}: PEFT has no mixed batch of {method}, and {without}. Change that, or run the rows of each "
+            "adapter by themselves after model.set_adapter(name)"
+        )
+    variants = getattr(module, "lora_variant", {}) if rows.source == BLOCK else {}
+    for name in rows.adapters:
+        if isinstance(variants.get(name), ALoraLinearVariant):
+            how = f"{without}; pass adapter_names" if rows.by_token else "pass adapter_names, or ids per token"
+            raise ValueError(f"adapter_ids: {name!r} is an aLoRA, which rows have from its invocation on: {how}")
 
 
 def adapters_of(module: nn.Module) -> Container[str]:
@@ -302,14 +331,16 @@ def adapter_ids(ids: Tensor | Sequence, adapters: Sequence[str], *, beams: int =
     It holds for calls by the thread that entered it, not for threads that it starts. In training too (dropout,
     gradients for every adapter named, zeros for those that no row has), and for backwards of checkpointed layers that
     run later. Layers without a kernel, or in a state without one, run PEFT's own mixed forward and are counted in the
-    report. PEFT's argument `adapter_names` does the same for whole sequences and wins where both are given. In a model
-    with an `AdapterPool` the names are the pool's, and their versions of the first call inside are kept until the end.
+    report. PEFT's argument `adapter_names` does the same for whole sequences and wins where both are given; the places
+    that PEFT finds for an active aLoRA do not. In a model with an `AdapterPool` the names are the pool's, and their
+    versions of the first call inside are kept until the end.
 
     Raises:
         KeyError: the model's pool has no adapter of a name.
         ValueError: an id is below -1 or not below len(adapters); adapters has a name twice; beams is below 1, or above
-            it with ids per token; a layer's input does not have the rows of the ids; at the end, if no layer that ran
-            has an adapter of one of the names.
+            it with ids per token; a layer's input does not have the rows of the ids; an aLoRA is named with ids per
+            sequence, which do not say where it begins; PEFT has no mixed batch of a layer that has no kernel; at the
+            end, if no layer that ran has an adapter of one of the names.
         RuntimeError: at the end, if no patched layer ran.
 
     Example:
@@ -323,7 +354,7 @@ def adapter_ids(ids: Tensor | Sequence, adapters: Sequence[str], *, beams: int =
     if beams > 1 and checked.dim() == 2:
         got = list(checked.shape)
         raise ValueError(f"adapter_ids: beams={beams} repeats sequences; ids must have shape [B] then, got {got}")
-    rows = RowAdapters("adapter_ids", checked, tuple(adapters), beams)
+    rows = RowAdapters(BLOCK, checked, tuple(adapters), beams)
     with entered(rows):
         yield
     if not rows.seen:

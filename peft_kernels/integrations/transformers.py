@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peft_kernels import backends
 from peft_kernels.integrations.blocks import CHILD, require_module
+from peft_kernels.integrations.dora import forget_norms
 from peft_kernels.integrations.foreign_bases import add_adapters, foreign_class, has_foreign_base, stand_in
 from peft_kernels.integrations.gathering import (
     HOOKED_BASE,
@@ -50,6 +51,7 @@ from peft_kernels.integrations.other_methods import ADDS, FUSED
 from peft_kernels.integrations.recomputed import KIND, recomputed_class, why_not
 from peft_kernels.integrations.report import PatchReport, Row
 from peft_kernels.integrations.targets import forward_is_known, group_of
+from peft_kernels.integrations.variants import NO_PLACE
 from peft_kernels.modules import Prefixes
 
 SHARDABLE = PLAIN | {DTensor}  # a layer-wise FSDP unit holds plain parameters again when its forward runs
@@ -167,6 +169,7 @@ def swap(swaps: list[tuple[nn.Module, type]]) -> Callable[[], None]:
         done.append((ref(module), type(module), kind))
         bound = [name for name in ("_old_forward", "forward") if own_method(module, name)]
         module.__class__ = kind
+        forget_norms(module)
         for name in bound:
             module.__dict__[name] = MethodType(kind.forward, module)
 
@@ -231,7 +234,8 @@ def _state(layer: BaseTunerLayer, kind: type, foreign: bool) -> str:
         return MERGED
     if foreign:
         return add_adapters(Call(), layer, stand_in(layer), SHARDABLE)
-    return ADDS[kind](Call(), layer, _input_of(layer._modules["base_layer"]), SHARDABLE)
+    reason = ADDS[kind](Call(), layer, _input_of(layer._modules["base_layer"]), SHARDABLE)
+    return "" if reason == NO_PLACE and len(layer.active_adapters) == 1 else reason  # PEFT finds the place in a call
 
 
 def _input_of(base: nn.Module) -> torch.Tensor:
@@ -255,7 +259,7 @@ def _no_kernel_for(layer: BaseTunerLayer) -> str:
     if is_parametrized(layer):
         return "its class was made by torch.nn.utils.parametrize"
     if not isinstance(layer, LoraLayer):
-        return f"{name} is another method than LoRA"
+        return f"{name} is of a method that has no kernel"
     if isinstance(layer, ParamWrapper):
         return "it adapts a parameter of its module (MoE experts), not a linear layer"
     if isinstance(layer, Linear):
@@ -332,7 +336,9 @@ def _group_state(children, lora) -> str:
     call, x = Call(), next(iter(children.values())).weight
     for path, child in children.items():
         reason = lora[path].reason if path in lora else ""
-        if reason := reason or add_member(call, child, x, SHARDABLE):
+        if not reason and (reason := add_member(call, child, x, SHARDABLE)) == NO_PLACE:
+            reason = ""
+        if reason:
             return f"{path.rpartition('.')[2]}: {reason}"
     return ""
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from peft_kernels.integrations.dora import add_dora
 from peft_kernels.integrations.gathering import Call, add_adapter, describe_type, fold
 
+NO_PLACE = "ALora without a place of invocation"
+
 
 def add_variant(call: Call, layer: Linear, name: str, x: Tensor, types) -> str:
     """Adds an adapter that is a variant to the call's last projection; returns why it cannot be added, or nothing."""
@@ -24,7 +26,7 @@ def add_variant(call: Call, layer: Linear, name: str, x: Tensor, types) -> str:
         return _add_kasa(call, layer, name, x, types)
     if kind is variants.ALoraLinearVariant:
         by_token = call.rows is not None and call.rows.by_token
-        return add_adapter(call, layer, name, x, types) if by_token else "ALora without a place of invocation"
+        return add_adapter(call, layer, name, x, types) if by_token else NO_PLACE
     sampled = kind is variants.MontecloraLinearVariant and not layer.training
     compressed = kind is variants.VeloraLinearVariant and not (layer.training and torch.is_grad_enabled())
     if sampled or compressed:
