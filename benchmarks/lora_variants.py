@@ -142,6 +142,8 @@ class Problem:
         )
         shared = {id(p): p for p in self.base.parameters()}
         self.adapted = get_peft_model(copy.deepcopy(self.base, shared), config).train(self.training)
+        if not self.training:
+            self.adapted.requires_grad_(False)  # as PEFT loads them; the norms of DoRA are kept then
         self.x = torch.randn(cell.M, cell.K, device=device).to(cell.dtype).requires_grad_(self.training)
         self.dy = torch.randn_like(self.base(self.x))
 
