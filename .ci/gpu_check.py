@@ -86,7 +86,8 @@ STAGES = (
         (
             "{python} -m pytest -q --timeout=150 -p no:cacheprovider {xdist} -m 'not slow' python_tests/test_ops.py"
             " python_tests/test_cuda.py python_tests/test_cuda_pool.py python_tests/test_cuda_bottleneck.py"
-            " python_tests/test_cuda_prefix.py python_tests/test_peft.py python_tests/test_patching.py",
+            " python_tests/test_cuda_prefix.py python_tests/test_cuda_dora.py python_tests/test_peft.py"
+            " python_tests/test_patching.py",
         ),
         least=90,
     ),

@@ -183,7 +183,7 @@ def _weights(folder, change):
 
 _KEY = "base_model.model.model.layers.1.mlp.bottleneck.up_bias"
 BROKEN = {
-    "no-folder": (shutil.rmtree, "has no adapter_config.json that can be read"),
+    "no-folder": (shutil.rmtree, "there is no folder"),
     "no-config": (lambda f: (f / "adapter_config.json").unlink(), "has no adapter_config.json that can be read"),
     "not-json": (lambda f: (f / "adapter_config.json").write_text("{"), "has no adapter_config.json that can be read"),
     "not-a-dict": (
