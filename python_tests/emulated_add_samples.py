@@ -9,12 +9,14 @@ from emulated import (
     EMULATED,
     SCHEDULES,
     in_order,  # noqa: F401  (a fixture of every test)
+    of_schedules,
     set_schedule,
 )
 
 from peft_kernels.ops.lora_linear.add_samples import PAIRS, problem
 
 
+@of_schedules
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 @pytest.mark.parametrize("ranks", [(16, 3), (1,) * 33], ids=["two", "more than one launch takes"])
 @pytest.mark.parametrize("rows", [5, 150])
