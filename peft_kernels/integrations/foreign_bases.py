@@ -35,8 +35,8 @@ from peft_kernels.integrations.gathering import (
 )
 from peft_kernels.integrations.named import subclass
 from peft_kernels.integrations.other_methods import FUSED, add_svd, add_vera, in_dtype_of_x
+from peft_kernels.integrations.peft import add_active
 from peft_kernels.integrations.rows import OUTSIDE, by_peft, current, outside_graph
-from peft_kernels.integrations.variants import add_variant
 from peft_kernels.ops import new_seed
 
 LORA_ADD = torch.ops.peft_kernels.lora_add.default
@@ -93,13 +93,8 @@ def add_adapters(call: Call, layer: BaseTunerLayer, x: Tensor, types=PLAIN) -> s
         return WITHOUT_KERNEL["lora_add"][x.device.type]
     if layer._disable_adapters or layer.merged_adapters:
         return UNMERGES if layer._disable_adapters and layer.merged_adapters else ""
-    (_, known, add_one), active = _adapters(layer), layer._active_adapter
-    for name in (active,) if type(active) is str else active:
-        if name in known:
-            add_this = add_variant if name in layer.__dict__.get("lora_variant", ()) else add_one
-            if reason := add_this(call, layer, name, x, types):
-                return reason
-    return ""
+    _, known, add_one = _adapters(layer)
+    return add_active(call, layer, known, layer.__dict__.get("lora_variant", ()), add_one, x, types)
 
 
 def _without_autocast(device: str):

@@ -32,6 +32,17 @@ from peft_kernels.integrations.rows import OUTSIDE, by_peft, current, outside_gr
 from peft_kernels.integrations.variants import add_variant
 
 
+def add_active(call: Call, layer: BaseTunerLayer, known: dict, variants, add_one: Callable, x: Tensor, types) -> str:
+    """Adds the active ones of a layer's `known` adapters to the call's last projection, or says why it cannot be."""
+    active = layer._active_adapter
+    for name in (active,) if type(active) is str else active:
+        if name in known:
+            add_this = add_variant if name in variants else add_one
+            if reason := add_this(call, layer, name, x, types):
+                return reason
+    return ""
+
+
 def adding(adapters: str, store: str, add_one: Callable, has_variants: bool = False) -> Callable[..., str]:
     """What adds a layer in its present state to a call: its base as the next projection, and the adapters that are
     active, or those that the rows have.
@@ -51,13 +62,7 @@ def adding(adapters: str, store: str, add_one: Callable, has_variants: bool = Fa
         variants = layer.lora_variant if has_variants else ()
         if call.rows:
             return add_for_rows(call, layer, known, variants, x, types)
-        active = layer._active_adapter
-        for name in (active,) if type(active) is str else active:
-            if name in known:
-                add_this = add_variant if name in variants else add_one
-                if reason := add_this(call, layer, name, x, types):
-                    return reason
-        return ""
+        return add_active(call, layer, known, variants, add_one, x, types)
 
     def add_for_rows(call, layer, known, variants, x, types) -> str:
         call.rows.look(known)

@@ -57,8 +57,8 @@ def check_input(op: str, x: Tensor) -> None:
     require(op, x.shape[-1] >= 1, f"x must have at least one feature, got shape {list(x.shape)}")
 
 
-def _check_base(op: str, x: Tensor, weight: list[Tensor], bias: list[Tensor | None]) -> None:
-    """x and the frozen projections."""
+def check_base(op: str, x: Tensor, weight: list[Tensor], bias: list[Tensor | None]) -> None:
+    """x and frozen projections, with adapters or without."""
     check_input(op, x)
     require(op, len(weight) >= 1, "weight must name at least one projection, got none")
     require(op, len(bias) == len(weight), f"bias must have one entry per weight ({len(weight)}), got {len(bias)}")
@@ -101,7 +101,7 @@ def _check_factors(op: str, x: Tensor, widths: list[int], lora_A, lora_B, lora_b
 
 def check_projections(op: str, x, weight, bias, lora_A, lora_B, lora_bias, lists: dict[str, list], seed) -> None:
     """Refuses what no family takes, in words. `lists`: what else has one entry per adapter, by name."""
-    _check_base(op, x, weight, bias)
+    check_base(op, x, weight, bias)
     check_adapters(op, x, [w.shape[0] for w in weight], lora_A, lora_B, lora_bias, lists, seed)
 
 

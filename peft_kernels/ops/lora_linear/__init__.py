@@ -6,10 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peft_kernels.ops.lora_linear import (
-    add,
-    gated,  # noqa: F401  (importing it registers gated_product)
-)
+from peft_kernels.ops.lora_linear import add
 from peft_kernels.ops.lora_linear.dora_linear import dora_linear, dora_norm, dora_scale
 from peft_kernels.ops.lora_linear.mlp import lora_mlp
 from peft_kernels.ops.lora_linear.op import check

@@ -18,14 +18,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peft_kernels.ops.common.projections import (
-    FLOATS,
     accumulator,
     any_requires_grad,
     autocasting,
+    check_base,
     check_projections,
-    check_shape,
-    check_tensor,
-    dtype_name,
     fake_gradients,
     refuse_tangents,
     require,
@@ -91,21 +88,7 @@ def _check_half(op: str, x: Tensor, weight, bias, adapters: Adapters, seed) -> N
     if adapters.lora_A:
         lists = dict(zip(("member", "scaling", "dropout_p"), adapters.lists, strict=True))
         return check_projections(op, x, weight, bias, *adapters[:3], lists, seed)
-    _check_plain(op, x, weight, bias)
-
-
-def _check_plain(op: str, x: Tensor, weight, bias) -> None:
-    """Projections without an adapter."""
-    check_tensor(op, "x", x, x, FLOATS, "float32, float16, bfloat16 or float64")
-    require(op, x.dim() >= 1 and x.shape[-1] >= 1, f"x must have shape [..., in_features], got {list(x.shape)}")
-    K, rule = x.shape[-1], f"{dtype_name(x.dtype)}, as x"
-    for g, (w, b) in enumerate(zip(weight, bias, strict=True)):
-        check_tensor(op, f"weight[{g}]", w, x, (x.dtype,), rule)
-        text = f"weight[{g}] must have shape [out_features, in_features={K}], got {list(w.shape)}"
-        require(op, w.dim() == 2 and w.shape[1] == K and w.shape[0] >= 1, text)
-        if b is not None:
-            check_tensor(op, f"bias[{g}]", b, x, (x.dtype,), rule)
-            check_shape(op, f"bias[{g}]", b, (w.shape[0],), f"[out_features={w.shape[0]}]")
+    check_base(op, x, weight, bias)
 
 
 def _check_lists(weight, bias, lora_A, lora_B, lora_bias, member, scaling, dropout_p) -> None:
@@ -152,7 +135,7 @@ def _project(op: str, x: Tensor, weight, bias, adapters: Adapters, seed) -> tupl
     if adapters.lora_A:
         arguments = (*adapters[:3], *adapters.lists, seed)
         return torch.ops.peft_kernels.lora_linear.default(x, weight, bias, *arguments)
-    _check_plain(op, x, weight, bias)  # F.linear would broadcast a bias
+    check_base(op, x, weight, bias)  # F.linear would broadcast a bias
     h = x.new_empty((math.prod(x.shape[:-1]), 0), dtype=accumulator(x.dtype))
     return [torch.nn.functional.linear(x, w, b) for w, b in zip(weight, bias, strict=True)], h
 
