@@ -8,6 +8,7 @@ from torch import Tensor
 
 from peft_kernels.ops.lora_linear import add
 from peft_kernels.ops.lora_linear.dora_linear import dora_linear, dora_norm, dora_scale
+from peft_kernels.ops.lora_linear.embedding import lora_embedding
 from peft_kernels.ops.lora_linear.mlp import lora_mlp
 from peft_kernels.ops.lora_linear.op import check
 
@@ -17,6 +18,7 @@ __all__ = [
     "dora_scale",
     "lora_add",
     "lora_add_",
+    "lora_embedding",
     "lora_linear",
     "lora_linear_group",
     "lora_mlp",
