@@ -1,4 +1,4 @@
-"""Inputs for lora_embedding: samples at the edges, each with the reason it is there, and inputs that must be refused."""
+"""Inputs for lora_embedding: samples at the edges, each with the reason it is there, and inputs to be refused."""
 
 import math
 from functools import partial
