@@ -230,6 +230,6 @@ LORA_EMBEDDING = register(
         public=NAME,
         rows="residual",
         autograd=autograd,
-        backends=("reference",),
+        backends=("reference", "cpu", "cuda"),
     )
 )
