@@ -8,7 +8,6 @@ import torch
 from peft_kernels.ops.common.projection_samples import BF16, F32, F64, ODD_PAIRS, PAIRS, inside, refused
 from peft_kernels.registry import BadInput, Sample
 
-
 NO_F64 = PAIRS[:-1]  # the gradient at padding_idx is no derivative, which gradcheck would look for
 
 
@@ -79,7 +78,7 @@ def samples() -> list[Sample]:
         _plain("one-id", "every row has the same id: one long run", rows=(150,), V=9, ranks=(8,), distinct=1),
         _plain("ends", "the first and the last row of the table alone", rows=(33,), V=1001, distinct=2),
         _plain("padding", "half of the ids are padding", NO_F64, rows=(33,), V=5, distinct=2, padding_idx=0),
-        _plain("all-padding", "nothing but padding: no gradient of A", NO_F64, rows=(9,), V=5, distinct=1, padding_idx=0),
+        _plain("all-padding", "padding alone: no gradient of A", NO_F64, rows=(9,), V=5, distinct=1, padding_idx=0),
         _plain("int32", "ids of 4 bytes", rows=(33,), V=70, ids_dtype=torch.int32),
         _plain("rank-1", "the smallest rank", rows=(19,), N=24, ranks=(1,)),
         _plain("rank-33", "one more than two vectors", rows=(19,), N=70, ranks=(33,)),
