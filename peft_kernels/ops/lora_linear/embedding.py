@@ -48,8 +48,8 @@ def lora_embedding(
 
     Args:
         residual: `[..., N]`, float32, float16, bfloat16 or float64, any strides: what the frozen table gave for ids.
-        ids: `[...]`, int64 or int32, in [0, V). On "cpu" and "reference" another one is refused; on a GPU, where the table
-            itself has refused it, nothing is added for it.
+        ids: `[...]`, int64 or int32, in [0, V). On "cpu" and "reference" another one is refused; on a GPU, where the
+            table itself has refused it, nothing is added for it.
         lora_A: `[r, V]`, 1 <= r <= 512, its own dtype; or a sequence of them, with sequences for what follows: several
             active adapters, whose ranks may differ.
         lora_B: `[N, r]`, lora_A's dtype.
@@ -230,6 +230,7 @@ LORA_EMBEDDING = register(
         public=NAME,
         rows="residual",
         autograd=autograd,
-        backends=("reference",),
+        backends=("reference", "triton"),
+        python_backends={"triton": "peft_kernels.ops.lora_linear.triton_embedding"},
     )
 )
