@@ -230,6 +230,7 @@ LORA_EMBEDDING = register(
         public=NAME,
         rows="residual",
         autograd=autograd,
-        backends=("reference", "cpu", "cuda"),
+        backends=("reference", "cpu", "cuda", "triton"),
+        python_backends={"triton": "peft_kernels.ops.lora_linear.triton_embedding"},
     )
 )
