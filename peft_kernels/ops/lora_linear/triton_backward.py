@@ -130,7 +130,7 @@ def factor_gradients(
 ) -> Tensor | None:  # fmt: skip
     """Fills ds [M, R] and the parts of ds, where given; returns dB [N, R]. One pass over dy [M, N]."""
     (M, N), R, dtype = dy.shape, lora_B.shape[1], accumulator(dy.dtype)
-    tile = factor_tile(architecture(dy), dy.dtype, R)
+    tile = factor_tile(architecture(dy), dy.dtype, R, N)
     grid = triton.cdiv(N, tile.N), triton.cdiv(R, tile.K)
     pieces, M_piece = split(M, tile.M, grid[0] * grid[1])
     partial_ds = None if ds is None else dy.new_empty((grid[0], M, R), dtype=dtype)
