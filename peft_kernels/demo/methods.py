@@ -163,10 +163,12 @@ def compare(
     `folder` has the base model under `base`; the adapters go into `adapters`.
     """
     device = next(base.parameters()).device
-    arms = {}
-    for name, method in methods.items():
+
+    def fresh(method: Method) -> nn.Module:
         torch.manual_seed(seed)
-        arms[name] = Arm(method.attach(base), method.learning_rate)
+        return method.attach(base)
+
+    arms = {name: Arm(fresh(method), method.learning_rate) for name, method in methods.items()}
     names, rows = list(arms), replace(size, batch=size.method_batch)
     for index, batch in enumerate(task.batches(text.train, rows, size.method_steps, seed + 1, device)):
         first = index % len(names)
@@ -196,6 +198,7 @@ def compare(
         )
         found[-1].ratio = found[-1].step_ms / found[0].step_ms
         _judge(found[-1], methods[name], arm.model, text, size, folder)
+        found[-1].problems += _what_it_did_not_learn(found[-1], lambda name=name: fresh(methods[name]), text, size)
     return found
 
 
@@ -215,10 +218,7 @@ def fitted(base: nn.Module, rank: int) -> dict[str, Method]:
 
 
 def _judge(found: Trained, method: Method, model: nn.Module, text: Text, size: task.Size, folder: Path) -> None:
-    """Saves the adapter and reads it again: the same weights and, from the same kernels, the same logits.
-
-    A method that learned nothing is a problem too.
-    """
+    """Saves the adapter and reads it again: the same weights and, from the same kernels, the same logits."""
     device = next(model.parameters()).device
     slug = "-".join(re.findall("[a-z0-9]+", f"{found.domain} {found.method} {found.width}".lower()))
     found.adapter = f"adapters/methods/{slug}"
@@ -230,10 +230,18 @@ def _judge(found: Trained, method: Method, model: nn.Module, text: Text, size: t
         found.problems.append("the adapter that is loaded is not the one that was saved")
     elif not torch.equal(*(_logits(each, ids) for each in (model, loaded))):
         found.problems.append("after a reload its logits are others")
-    if not found.bits_after < found.bits_before:  # so that NaN is a problem
-        found.problems.append(
-            f"it did not improve on the held-out text: {found.bits_before:.3f} to {found.bits_after:.3f} bits"
-        )
+
+
+def _what_it_did_not_learn(found: Trained, fresh: Callable[[], nn.Module], text: Text, size: task.Size) -> list[str]:
+    """A method must end below where it began: LoRA and bottlenecks at the base model, a prefix that is no no-op above
+    it. Whether it passes the base model in so few steps is measured, not asked."""
+    if found.bits_after < found.bits_before:
+        return []
+    model = fresh()
+    began = task.held_out_bits(model, text, size, next(model.parameters()).device)
+    if found.bits_after < began:  # so that NaN is a problem
+        return []
+    return [f"it did not improve on the held-out text: {began:.3f} to {found.bits_after:.3f} bits"]
 
 
 @torch.no_grad()
