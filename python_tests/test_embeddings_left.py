@@ -9,7 +9,7 @@ from torch import nn
 
 import peft_kernels
 from peft_kernels.integrations.embeddings import FusedEmbedding
-from peft_kernels.integrations.gathering import MAX_RANK, NAMED
+from peft_kernels.integrations.gathering import MAX_RANK, NAMED, WITHOUT_KERNEL
 
 
 def with_base(**attributes):
@@ -104,3 +104,10 @@ def test_a_class_of_somebody_else_is_left_alone():
     model = block()
     tables(model)[0].__class__ = type("Mine", (lora.Embedding,), {})
     assert [row.reason for row in peft_kernels.patch(model).left] == ["Mine has a forward of its own"]
+
+
+def test_a_device_without_a_kernel_keeps_pefts_layer(monkeypatch):
+    model = block()
+    monkeypatch.setitem(WITHOUT_KERNEL["lora_embedding"], "cpu", "nothing here")
+    assert [row.reason for row in peft_kernels.patch(model).left] == ["nothing here"]
+    assert not isinstance(tables(model)[0], FusedEmbedding)
