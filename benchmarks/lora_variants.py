@@ -7,9 +7,10 @@
 
 What is measured, by the name of the cell: "dora", a linear layer [K -> N] with weight-decomposed LoRA; "nf4" and
 "int8", LoRA on a base of bitsandbytes' with 4 and 8 bits; "mlp", a Llama's feed-forward block (K hidden, N
-intermediate) with LoRA on gate, up and down. A training step is y, then the gradients of x and of the adapter; of the
-base, that of x alone. `saved_bytes` is what autograd keeps between the two, parameters apart. Factors are fp32, as PEFT
-makes them; caches are emptied before every step.
+intermediate) with LoRA on gate, up and down; "embedding", a table of K rows of N with LoRA, x being M ids. A training
+step is y, then the gradients of x and of the adapter; of the base, that of x alone, and ids have none. `saved_bytes` is
+what autograd keeps between the two, parameters apart. Factors are fp32, as PEFT makes them; caches are emptied before
+every step.
 """
 
 import copy
@@ -33,7 +34,14 @@ ARMS = ("peft", "patched", "recomputed")
 LEAST_ROUNDS = {"cpu": 15, "gpu": 50, "full": 50, "quick": 3}
 SECONDS = {"cpu": 5.0, "gpu": 0.5, "full": 0.5, "quick": 0.1}
 FOREIGN = ("peft",)
-CALLED = ("lora_linear", "lora_add", "dora_norm", "dora_scale", "gated_product")  # by the patched layers
+CALLED = (
+    "lora_linear",
+    "lora_add",
+    "dora_norm",
+    "dora_scale",
+    "gated_product",
+    "lora_embedding",
+)  # by the patched layers
 
 
 @dataclass(frozen=True)
@@ -66,12 +74,15 @@ def cells(grid: str, model: str = "") -> list[Cell]:
     """The cells of a grid of shapes.GRIDS; those of `full` are those of `gpu`, whatever the model."""
     if grid == "quick":
         sizes, dtype, rows = {"dora": (64, 48), "nf4": (64, 64), "int8": (64, 48), "mlp": (64, 96)}, F32, (8,)
+        table, ids = (64, 48), (8,)
     elif grid == "cpu":
         sizes = dict.fromkeys(("dora", "nf4", "int8"), (1024, 1024)) | {"mlp": (1024, 2816)}
         dtype, rows = F32, (256, 16)
+        table, ids = (32000, 1024), (2048, 256)
     else:
         sizes = dict.fromkeys(("dora", "nf4", "int8"), (4096, 4096)) | {"mlp": (4096, 14336)}
         dtype, rows = BF16, (4096, 512, 16)
+        table, ids = (128256, 4096), (4096, 512)
     one = [
         Cell(name, dtype, K, N, M, 16, "0", direction)
         for name, (K, N) in sizes.items()
@@ -79,9 +90,8 @@ def cells(grid: str, model: str = "") -> list[Cell]:
         for direction in ("training", "inference")
         if (name, direction) != ("mlp", "inference")  # there is nothing to recompute
     ]
-    return one + [
-        dataclasses.replace(cell, p="0.1") for cell in one if cell.direction == "training" and rows[0] == cell.M
-    ]
+    dropped = [dataclasses.replace(cell, p="0.1") for cell in one if cell.direction == "training" and rows[0] == cell.M]
+    return one + dropped + [Cell("embedding", dtype, *table, M, 16, "0", "training") for M in ids]
 
 
 # -- arms -------------------------------------------------------------------------------------------------------------
@@ -110,6 +120,8 @@ class Holder(nn.Module):
 def _frozen(cell: Cell) -> nn.Module:
     if cell.variant == "dora":
         return nn.Linear(cell.K, cell.N, bias=False).to(cell.dtype)
+    if cell.variant == "embedding":
+        return nn.Embedding(cell.K, cell.N).to(cell.dtype)
     if cell.variant == "mlp":
         from transformers import LlamaConfig
         from transformers.models.llama.modeling_llama import LlamaMLP
@@ -125,7 +137,7 @@ def _frozen(cell: Cell) -> nn.Module:
 
 
 class Problem:
-    """x [M, K], dy, the frozen layer, and the same with PEFT's adapter."""
+    """x [M, K] or M ids, dy, the frozen layer, and the same with PEFT's adapter."""
 
     def __init__(self, cell: Cell, device: torch.device):
         from peft import LoraConfig, get_peft_model
@@ -144,17 +156,21 @@ class Problem:
         self.adapted = get_peft_model(copy.deepcopy(self.base, shared), config).train(self.training)
         if not self.training:
             self.adapted.requires_grad_(False)  # as PEFT loads them; the norms of DoRA are kept then
-        self.x = torch.randn(cell.M, cell.K, device=device).to(cell.dtype).requires_grad_(self.training)
+        if cell.variant == "embedding":
+            self.x = torch.randint(cell.K, (cell.M,), device=device)
+        else:
+            self.x = torch.randn(cell.M, cell.K, device=device).to(cell.dtype).requires_grad_(self.training)
         self.dy = torch.randn_like(self.base(self.x))
 
     def arm(self, name: str, backend: str, model: nn.Module) -> Arm:
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        wanted = [tensor for tensor in (self.x, *model.parameters()) if tensor.requires_grad]
 
         def forward():
             return model(self.x)
 
         def step():
-            return torch.autograd.grad(forward(), (self.x, *parameters), self.dy)
+            y = forward()
+            return (y, *torch.autograd.grad(y, wanted, self.dy)) if wanted else y
 
         return Arm(name, backend, step if self.training else torch.no_grad()(forward), model, forward)
 
@@ -262,6 +278,7 @@ def markdown(rows: list[Row], origin: str) -> str:
     text = (
         f"Time of a layer with LoRA of rank {rows[0].r} in fp32 over the frozen layer alone, medians, caches emptied "
         "before every step; and the bytes that autograd keeps of a row between forward and backward. nf4, int8: a base "
-        f"of bitsandbytes'. mlp: a Llama's feed-forward block, LoRA on its three projections. {origin}"
+        "of bitsandbytes'. mlp: a Llama's feed-forward block, LoRA on its three projections. embedding: a table of K "
+        f"rows, looked up at M ids. {origin}"
     )
     return f"{text}\n\n{grid_table(header, lines)}\n"

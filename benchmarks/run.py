@@ -201,8 +201,8 @@ def main(
         typer.Option(
             help="lora_linear; batched_lora: one batch, many adapters; train_many: a model's adapters trained in one "
             "batch; bottleneck_adapter: a feed-forward block with adapters; prefix_attention: attention over a prefix; "
-            "prefix_models: whole models with one; lora_variants: DoRA, "
-            "quantised bases, an MLP that recomputes; seam: the price of the call alone; limits: what the device can do"
+            "prefix_models: whole models with one; lora_variants: DoRA, quantised bases, an MLP that recomputes, "
+            "embeddings; seam: the price of the call alone; limits: what the device can do"
         ),
     ] = "lora_linear",
     grid: Annotated[

@@ -92,6 +92,21 @@ def test_what_is_not_there_is_said(op, monkeypatch):
     assert result.exit_code == 2 and f"{op} needs peft" in result.output
 
 
+def test_lora_on_an_embedding_is_among_the_variants():
+    found = {g: [c for c in lora_variants.cells(g) if c.variant == "embedding"] for g in shapes.GRIDS}
+    assert {(c.K, c.N, c.M, c.r, c.direction) for c in found["cpu"]} == {
+        (32000, 1024, M, 16, "training") for M in (256, 2048)
+    }
+    arms, left_out = lora_variants.build(found["quick"][0], torch.device("cpu"), ("peft", "patched"))
+    assert not left_out and [arm.name for arm in arms] == ["base", "base_again", "peft", "patched"]
+    assert arms[0].run().shape == (8, 48)  # ids have no gradient
+    assert [t.shape for t in arms[2].run()] == [(8, 48), (16, 64), (48, 16)]  # y, then those of A and B
+    assert not runs.differing(arms[2:], torch.float32)
+    with torch.no_grad():
+        arms[2].model.base_model.model.layer.scaling["default"] *= 2
+    assert runs.differing(arms[2:], torch.float32)
+
+
 # -- arms that compute something else ---------------------------------------------------------------------------------
 
 

@@ -133,25 +133,16 @@ def test_what_is_wrong_with_a_method_is_found(size, base, text, folder, monkeypa
     assert said in found.problems[0]
 
 
-def test_a_prefix_is_judged_by_where_it_began(size, base, text, folder, monkeypatch):
-    """It begins above the base model: ending there is no problem, ending where it began is one."""
+@pytest.mark.parametrize(
+    ("after", "problems"),
+    [(5.5, []), (6.0, ["it did not improve on the held-out text: 6.000 to 6.000 bits"])],
+    ids=["above the base model", "where it began"],
+)
+def test_a_prefix_is_judged_by_where_it_began(size, base, text, folder, monkeypatch, after, problems):
+    bits = iter([5.0, 4.0, after, 6.0])  # of the base model, LoRA, the prefix, the prefix as it began
     monkeypatch.setattr(prefixes, "INITS", {"text": prefixes.INITS["text"]})
-    monkeypatch.setattr(methods.task, "held_out_bits", _bits_of(base=5.0, fresh=6.0, trained=5.5))
-    assert prefixes.compare(4, text, base, size, 0, folder, [].append)[1].problems == []
-    monkeypatch.setattr(methods.task, "held_out_bits", _bits_of(base=5.0, fresh=6.0, trained=6.0))
-    said = prefixes.compare(4, text, base, size, 0, folder, [].append)[1].problems
-    assert said == ["it did not improve on the held-out text: 6.000 to 6.000 bits"]
-
-
-def _bits_of(base: float, fresh: float, trained: float):
-    """Bits per byte by how a model came to be: it has prefixes, and they have gradients or not yet."""
-
-    def bits(model, *_) -> float:
-        if not any("prefix" in name for name, _ in model.named_parameters()):
-            return base
-        return trained if any(p.grad is not None for p in model.parameters()) else fresh
-
-    return bits
+    monkeypatch.setattr(methods.task, "held_out_bits", lambda *_: next(bits))
+    assert prefixes.compare(4, text, base, size, 0, folder, [].append)[1].problems == problems
 
 
 def _trained(budget: int, bits: dict[str, dict[str, float]]) -> list[methods.Trained]:

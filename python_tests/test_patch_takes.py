@@ -33,7 +33,7 @@ def with_every_adapter():
     for layer in model.model.layers:
         layer.mlp.gate_proj = Shifted(HIDDEN, INNER, bias=False)
     kinds = {
-        "plain": (["up_proj", "lm_head"], {}),
+        "plain": (["up_proj", "lm_head", "embed_tokens"], {}),
         "dora": (["q_proj"], {"use_dora": True}),
         "orthonormal": (["k_proj"], {"init_lora_weights": "olora"}),
         "mica": (["o_proj"], {"init_lora_weights": "mica"}),
@@ -58,13 +58,14 @@ def test_every_adapter_of_a_model_runs_fused():
     report = peft_kernels.patch(model, strict=True)
     with Operators() as operators:
         assert_as_close_as_peft(results(model), plain, exact)
-    layers = [row for row in report.rows if row.kind == "lora.Linear"]
-    assert len(layers) == 15 and all(row.kernel and not row.reason for row in layers)
+    layers = [row for row in report.rows if row.kind in ("lora.Linear", "lora.Embedding")]
+    assert len(layers) == 16 and all(row.kernel and not row.reason for row in layers)
     # q, k and v of a layer are one call; its gate is another kernel, so that gate and up cannot be one
     assert [(row.kind, row.reason) for row in report.left] == [
         ("gate_up", "gate_proj: its base layer is another kernel")
     ] * 2
-    assert report.fused == operators.calls["lora_linear"] + operators.calls["lora_add"] == 2 * 5 + 1
+    calls = [operators.calls[op] for op in ("lora_linear", "lora_add", "lora_embedding")]
+    assert report.fused == sum(calls) == 2 * 5 + 2 and calls[2] == 1
     assert operators.calls["lora_add"] == operators.calls["dora_scale"] == 2
     report.verify(**inputs())
 

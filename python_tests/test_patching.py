@@ -123,6 +123,7 @@ def test_what_is_no_module_is_refused_in_words(function):
 
 def test_reasons_strict_and_the_table():
     model = base_model("llama")
+    model.model.embed_tokens.scale_grad_by_freq = True
     model = get_peft_model(model, lora_config(target_modules=["embed_tokens", "q_proj", "k_proj"], use_dora=False))
     model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].register_forward_hook(lambda *a: None)
     classes = kinds(model)
@@ -132,13 +133,13 @@ def test_reasons_strict_and_the_table():
     report = peft_kernels.patch(model)
     reasons = {row.name.removeprefix("base_model.model.model."): row.reason for row in report.rows if row.reason}
     assert reasons == {
-        "embed_tokens": "LoRA on Embedding has no kernel",
+        "embed_tokens": "scale_grad_by_freq gradients, as the base layer says",
         "layers.0.self_attn": "q_proj: hook on lora_A, lora_B or lora_dropout",
         "layers.0.self_attn.q_proj": "hook on lora_A, lora_B or lora_dropout",
     }
     model(**inputs())
     assert report.fused == 2  # k_proj of the first layer, the group of the second
-    assert "left alone: LoRA on Embedding has no kernel" in [line[2] for line in report.table()]
+    assert "left alone: scale_grad_by_freq gradients, as the base layer says" in [line[2] for line in report.table()]
     assert "left alone" in str(report)
     assert "1 left alone, 2 fused calls so far" in repr(report)
 

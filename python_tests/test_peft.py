@@ -280,7 +280,6 @@ def test_adapters_that_have_no_kernel_wait_for_one_that_has(changes, reason):
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (nn.Embedding(K, N), "LoRA on Embedding has no kernel"),
         (nn.Conv2d(K, N, 1), "LoRA on Conv2d has no kernel"),
         (nn.MultiheadAttention(K, 2), "LoRA on MultiheadAttention has no kernel"),
     ],

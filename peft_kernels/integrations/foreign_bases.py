@@ -18,14 +18,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
-from peft_kernels.integrations.counts import count_fallback, count_fused
 from peft_kernels.integrations.dora import ForgetsNorms
 from peft_kernels.integrations.gathering import (
-    DISABLED,
-    INACTIVE,
-    MERGED,
-    MERGED_ROWS,
-    NAMED,
     PLAIN,
     UNMERGES,
     WITHOUT_KERNEL,
@@ -35,8 +29,7 @@ from peft_kernels.integrations.gathering import (
 )
 from peft_kernels.integrations.named import subclass
 from peft_kernels.integrations.other_methods import FUSED, add_svd, add_vera, in_dtype_of_x
-from peft_kernels.integrations.peft import add_active
-from peft_kernels.integrations.rows import OUTSIDE, by_peft, current, outside_graph
+from peft_kernels.integrations.peft import add_active, forward_over_base
 from peft_kernels.ops import new_seed
 
 LORA_ADD = torch.ops.peft_kernels.lora_add.default
@@ -145,33 +138,7 @@ HOLDERS = _holders_of_a_local()
 @functools.cache
 def foreign_class(family_class: type[BaseTunerLayer]) -> type:
     """A PEFT layer whose adapters are one op on its base layer's output."""
-
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        rows = current(self)
-        if rows is OUTSIDE:
-            return outside_graph(forward, self, x, *args, **kwargs)
-        disabled, merged = self._disable_adapters, self.merged_adapters
-        reason = ""
-        if args or kwargs or type(x) not in PLAIN:
-            reason = NAMED if args or kwargs else f"x is a {type(x).__name__}"
-        elif merged and (disabled or rows):
-            reason = UNMERGES if disabled else MERGED_ROWS
-        elif disabled or merged:
-            count_fallback(self, DISABLED if disabled else MERGED)
-            return self._modules["base_layer"](x)
-        elif rows is not None:
-            reason = MIXED
-        call = Call()
-        reason = reason or add_adapters(call, self, x)
-        if reason:
-            count_fallback(self, reason)
-            return by_peft(family_class.forward, self, rows, x, *args, reason=reason, **kwargs)
-        if not call.lora_A:
-            count_fallback(self, INACTIVE)
-            return self._modules["base_layer"](x)
-        count_fused(self)
-        return _run(call, self, x)
-
+    forward = forward_over_base(family_class, add_adapters, _run, MIXED)
     if issubclass(family_class, VeraLayer):
         forward = in_dtype_of_x(forward)
     members = {"forward": forward, "asks_for_rows": True}

@@ -33,7 +33,7 @@ WITHOUT_KERNEL = {
         for device in backends.all_backends()["reference"].devices
         if (why := backends.without_kernel(device, registry.ops()[name].backends))
     }
-    for name in ("lora_linear", "batched_lora", "dora_norm", "dora_scale", "lora_add")
+    for name in ("lora_linear", "batched_lora", "dora_norm", "dora_scale", "lora_add", "lora_embedding")
 }
 
 DISABLED = "adapters disabled: the base layer alone"

@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 from peft.tuners import vera
 from peft.tuners.adalora import AdaLoraLayer, SVDLinear
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Embedding, Linear
 from torch import Tensor
 
+from peft_kernels.integrations.embeddings import FusedEmbedding, add_table
 from peft_kernels.integrations.gathering import Call, add_factors, describe_type, fold
 from peft_kernels.integrations.peft import FusedLinear, add_layer, adding, fused_forward
 
@@ -71,6 +72,6 @@ class FusedVeraLinear(vera.Linear):
 
 
 # By the class that PEFT gives a layer, what `patch` gives it, and what adds either to a call.
-FUSED = {Linear: FusedLinear, SVDLinear: FusedSVDLinear, vera.Linear: FusedVeraLinear}
-ADDS = {Linear: add_layer, SVDLinear: add_svd_layer, vera.Linear: add_vera_layer}
+FUSED = {Linear: FusedLinear, SVDLinear: FusedSVDLinear, vera.Linear: FusedVeraLinear, Embedding: FusedEmbedding}
+ADDS = {Linear: add_layer, SVDLinear: add_svd_layer, vera.Linear: add_vera_layer, Embedding: add_table}
 ADDS |= {FUSED[kind]: add for kind, add in ADDS.items()}

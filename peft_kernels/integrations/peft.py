@@ -112,6 +112,41 @@ def fused_forward(family_class: type[BaseTunerLayer], add: Callable[..., str]) -
     return forward
 
 
+def forward_over_base(
+    family_class: type[BaseTunerLayer], add: Callable[..., str], run: Callable[..., Tensor], mixed: str
+) -> Callable[..., Tensor]:
+    """The forward of a subclass of a PEFT layer whose base layer is called. `add` adds the layer's adapters to a call,
+    `run` adds the call to what the base layer returns; `mixed`: why rows have no adapters of their own in it."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        rows = current(self)
+        if rows is OUTSIDE:
+            return outside_graph(forward, self, x, *args, **kwargs)
+        disabled, merged = self._disable_adapters, self.merged_adapters
+        reason = ""
+        if args or kwargs or type(x) not in PLAIN:
+            reason = NAMED if args or kwargs else f"x is a {type(x).__name__}"
+        elif merged and (disabled or rows):
+            reason = UNMERGES if disabled else MERGED_ROWS
+        elif disabled or merged:
+            count_fallback(self, DISABLED if disabled else MERGED)
+            return self._modules["base_layer"](x)
+        elif rows is not None:
+            reason = mixed
+        call = Call()
+        reason = reason or add(call, self, x)
+        if reason:
+            count_fallback(self, reason)
+            return by_peft(family_class.forward, self, rows, x, *args, reason=reason, **kwargs)
+        if not call.lora_A:
+            count_fallback(self, INACTIVE)
+            return self._modules["base_layer"](x)
+        count_fused(self)
+        return run(call, self, x)
+
+    return forward
+
+
 add_layer = adding("lora_A", "_modules", add_adapter, has_variants=True)
 
 

@@ -15,7 +15,7 @@ from types import MethodType
 from weakref import ref
 
 import torch
-from peft.tuners.lora import Linear, LoraLayer, LoraModel, ParamWrapper
+from peft.tuners.lora import Embedding, Linear, LoraLayer, LoraModel, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from peft_kernels import backends
 from peft_kernels.integrations.blocks import CHILD, require_module
 from peft_kernels.integrations.dora import forget_norms
+from peft_kernels.integrations.embeddings import unfit_table
 from peft_kernels.integrations.foreign_bases import add_adapters, foreign_class, has_foreign_base, stand_in
 from peft_kernels.integrations.gathering import (
     HOOKED_BASE,
@@ -63,8 +64,8 @@ OWN_FORWARD = "the instance has a forward of its own"
 def patch(model: nn.Module, strict: bool = False, *, recompute_mlp: bool = False) -> PatchReport:
     """Lets the adapter layers of a model run fused; returns what was done to each of them.
 
-    LoRA with PEFT's variants (DoRA, aLoRA, KaSA, MiCA, ...), on linear layers and on quantised ones, AdaLoRA and VeRA;
-    the README's table says what each runs, and what stays PEFT's.
+    LoRA with PEFT's variants (DoRA, aLoRA, KaSA, MiCA, ...), on linear layers and on quantised ones, on embeddings,
+    AdaLoRA and VeRA; the README's table says what each runs, and what stays PEFT's.
 
     Args:
         model: a PeftModel, or a transformers model with PEFT adapters loaded, or any module that holds such layers.
@@ -224,6 +225,8 @@ def _obstacle(layer: BaseTunerLayer, foreign: bool) -> str:
         return "its weights are on meta: offloaded, or not loaded yet"
     if foreign:
         return WITHOUT_KERNEL["lora_add"].get(stand_in(layer).device.type, "")
+    if isinstance(layer, Embedding):
+        return unfit_table(layer.get_base_layer(), _input_of(base), SHARDABLE)
     reason = add_base(Call(), base, _input_of(base), SHARDABLE)
     return "" if reason == HOOKED_BASE else reason
 
@@ -262,7 +265,7 @@ def _no_kernel_for(layer: BaseTunerLayer) -> str:
         return f"{name} is of a method that has no kernel"
     if isinstance(layer, ParamWrapper):
         return "it adapts a parameter of its module (MoE experts), not a linear layer"
-    if isinstance(layer, Linear):
+    if isinstance(layer, (Linear, Embedding)):
         return f"{name} has a forward of its own"
     base = type(layer.get_base_layer())
     if layer.quantization_backend is not None or "quant" in base.__module__ or "bitsandbytes" in base.__module__:

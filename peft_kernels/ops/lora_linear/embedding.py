@@ -1,5 +1,5 @@
 """lora_embedding as a torch operator: what LoRA adapters add to rows of a frozen table of embeddings. Public function,
-schema, check, fake, autograd, cost, registration. Nothing is cast under autocast: F.embedding is not either.
+schema, check, fake, autograd, autocast, cost, registration. Nothing is cast under autocast: F.embedding is not either.
 
 Legend: M ids, V rows of the table, N their size (embedding_dim), R rank; L adapters (index i).
 """
@@ -156,7 +156,7 @@ def forward_reference(residual, ids, lora_A, lora_B, scaling, padding_idx):
     return embedding_reference.forward(residual, ids, lora_A, lora_B, scaling, padding_idx)
 
 
-# -- autograd ---------------------------------------------------------------------------------------------------------
+# -- autograd and autocast --------------------------------------------------------------------------------------------
 
 
 def autograd(namespace):
@@ -199,6 +199,26 @@ def autograd(namespace):
     return kernel
 
 
+def _uncast(operator, device_type: str):
+    """The kernel of an operator's Autocast key: neither its arguments nor the products inside are cast."""
+    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
+
+    def kernel(*arguments):
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            return operator(*arguments)
+
+    return kernel
+
+
+def autocast(namespace, device_type: str):
+    return _uncast(namespace.lora_embedding.default, device_type)
+
+
+def above_backward(namespace) -> dict:
+    operator = namespace.lora_embedding_backward.default
+    return {f"Autocast{device}": _uncast(operator, device.lower()) for device in ("CPU", "CUDA")}
+
+
 # -- cost and registration --------------------------------------------------------------------------------------------
 
 
@@ -220,7 +240,9 @@ LORA_EMBEDDING = register(
         formula="y = r + s A[:, ids]^T B^T",
         functions=(
             Function(NAME, SCHEMA, fake, forward_reference),
-            Function("lora_embedding_backward", BACKWARD_SCHEMA, backward_fake, embedding_reference.backward),
+            Function(
+                "lora_embedding_backward", BACKWARD_SCHEMA, backward_fake, embedding_reference.backward, above_backward
+            ),
         ),
         samples=samples,
         bad_inputs=bad_inputs,
@@ -230,6 +252,7 @@ LORA_EMBEDDING = register(
         public=NAME,
         rows="residual",
         autograd=autograd,
+        autocast=autocast,
         backends=("reference", "cpu", "cuda", "triton"),
         python_backends={"triton": "peft_kernels.ops.lora_linear.triton_embedding"},
     )
