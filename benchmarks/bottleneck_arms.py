@@ -9,6 +9,7 @@ from torch.nn import functional
 
 import peft_kernels
 from benchmarks.runs import Arm, NotHere, arms_of, kernels
+from peft_kernels.ops.common.in_place import call_in_place
 
 NAME = "bottleneck_adapter"
 ARMS = ("eager", "compiled", "adapterhub", "widened", "op")
@@ -162,7 +163,7 @@ def _pooled(problem: Problem) -> list[Arm]:
 
     def forward(x, op):
         y = problem.ffn(x)
-        op([y], x, route, pages_in, *([part] for part in rest))
+        call_in_place(op, [y], x, route, pages_in, *([part] for part in rest))
         return y
 
     return [

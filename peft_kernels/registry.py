@@ -15,7 +15,8 @@ import torch
 
 from peft_kernels import backends
 
-below_autograd = torch._C._AutoDispatchBelowAutograd  # pinned by python_tests/test_house.py
+below_autograd = torch._C._AutoDispatchBelowAutograd  # pinned by python_tests/test_house.py, as the next one
+below_in_place = torch._C._AutoDispatchBelowADInplaceOrView
 
 
 @dataclass(frozen=True)

@@ -127,11 +127,18 @@ def test_public_docstrings(name):
     assert ">>>" in text, f"{name} shows no example"
 
 
-def test_the_private_guard_that_autograd_needs():
+def test_the_private_guards_that_autograd_needs():
     x = torch.ones(2, requires_grad=True)
-    with torch._C._AutoDispatchBelowAutograd():
-        assert (x * 2).grad_fn is None
-    assert (x * 2).grad_fn is not None
+    for guard in (registry.below_autograd, registry.below_in_place):
+        with guard():
+            assert (x * 2).grad_fn is None
+        assert (x * 2).grad_fn is not None
+    for guard, counted in ((registry.below_autograd, True), (registry.below_in_place, False)):
+        y = torch.ones(2)
+        before = y._version
+        with guard():
+            y.add_(1)
+        assert (y._version > before) == counted
 
 
 def test_samples_say_why_they_are_there():

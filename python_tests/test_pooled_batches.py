@@ -1,16 +1,19 @@
 """batched_lora_ on a pool: random batches while the pool changes, each row bit-equal to the row alone; NaN, evicted
-slots and unused pages stay where they are; numbers that make no sense are refused."""
+slots and unused pages stay where they are; autograd is told; numbers that make no sense are refused."""
 
+import contextlib
 import math
 
 import pytest
 import torch
 from pools import BACKENDS, BF16, F16, F32, OP, POOL_LISTS, SITES, adapter, arguments, needs_cpu, partly_over, run, same
+from torch.autograd import forward_ad
 
 from peft_kernels import AdapterPool, Site, testing
 from peft_kernels.ops.batched_lora import route
 from peft_kernels.ops.batched_lora.pooled_samples import PAIRS, problem
 from peft_kernels.ops.common.activations import NAMES
+from peft_kernels.ops.common.in_place import call_in_place
 
 
 class Traffic:
@@ -260,6 +263,64 @@ def test_evicted_slots_and_foreign_ids_add_nothing(backend):
     after = run(backend, pool, ("q",), ids, x, y)[0]
     assert same(after[1], before[1]) and not same(before[0], y[0][0])
     assert same(after[[0, 2, 3, 4]], y[0][[0, 2, 3, 4]])
+
+
+def called(op, arguments):
+    call_in_place(op, *arguments)
+
+
+def directly(op, arguments):
+    op(*arguments)
+
+
+@pytest.mark.parametrize("call", [directly, called])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_needs_a_gradient_is_refused(backend, call):
+    """By the operator itself, so that nothing which calls it loses one in silence."""
+    forward, refusal = testing.operators(backend, OP)[0], "batched_lora_: writes into y and has no gradient; batched_"
+    arguments = problem("cpu", F32, F32, N=(48, 24), ranks=((4, 3),) * 2, down_biased=True)
+    leaves = [*arguments["y"], arguments["x"], arguments["pages_in"], *arguments["pages_out"], *arguments["scaling"]]
+    before = [y.clone() for y in arguments["y"]]
+    for leaf in [*leaves, *arguments["down_bias"]]:
+        leaf.requires_grad_()
+        with pytest.raises(RuntimeError, match=refusal):
+            call(forward, arguments.values())
+        leaf.requires_grad_(False)
+    for i, name in ((1, "y"), (0, "pages_out"), (None, "x"), (None, "pages_in")):
+        with forward_ad.dual_level(), torch.no_grad():
+            primal = arguments[name] if i is None else arguments[name][i]
+            dual = forward_ad.make_dual(primal, torch.ones_like(primal))
+            dual = dual if i is None else [dual if j == i else t for j, t in enumerate(arguments[name])]
+            with pytest.raises(NotImplementedError, match="batched_lora_: no forward-mode derivative"):
+                call(forward, (arguments | {name: dual}).values())
+    assert all(torch.equal(*pair) for pair in zip(arguments["y"], before, strict=True))
+
+
+@pytest.mark.parametrize("call", [directly, called])
+@pytest.mark.parametrize("guard", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autograd_is_told(backend, guard, call):
+    """Else a backward would read the sum where it saved y."""
+    for g in range(2):
+        arguments = problem("cpu", F32, F32, N=(48, 24), ranks=((4, 3),) * 2)
+        y, expected = arguments["y"][g], [y.clone() for y in arguments["y"]]
+        testing.operators(backend, OP)[0](expected, *list(arguments.values())[1:])
+        loss, before = (torch.ones_like(y, requires_grad=True) * y).sum(), y._version
+        with guard():
+            call(testing.operators(backend, OP)[0], arguments.values())
+        assert y._version > before and torch.equal(y, expected[g])
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("call", [directly, called])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_in_inference_mode_nothing_has_a_version(backend, call):
+    with torch.inference_mode():
+        arguments = problem("cpu", F32, F32)
+        before = arguments["y"][0].clone()
+        call(testing.operators(backend, OP)[0], arguments.values())
+    assert not torch.equal(arguments["y"][0], before)
 
 
 @needs_cpu

@@ -15,6 +15,7 @@ import peft_kernels
 from benchmarks.batched_lora.cells import Cell
 from benchmarks.runs import NotHere, arms_of
 from peft_kernels import backends, registry
+from peft_kernels.ops.common.in_place import call_in_place
 from peft_kernels.registry import Cost
 
 SCALING = 2.0
@@ -124,7 +125,7 @@ def _op(problem: Problem) -> list[Arm]:
     for backend in backends.linked("batched_lora_", problem.device.type):
         if backend != "reference":
             op = getattr(torch.ops, f"peft_kernels_{backend}").batched_lora_.default
-            made += _with_base(problem, "op", backend, lambda y, op=op: op(y, *arguments))
+            made += _with_base(problem, "op", backend, lambda y, op=op: call_in_place(op, y, *arguments))
     if not made:
         raise NotHere(f"no backend but the reference is linked for {problem.device.type}")
     return made

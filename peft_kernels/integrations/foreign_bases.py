@@ -31,6 +31,7 @@ from peft_kernels.integrations.named import subclass
 from peft_kernels.integrations.other_methods import FUSED, add_svd, add_vera, in_dtype_of_x
 from peft_kernels.integrations.peft import add_active, forward_over_base
 from peft_kernels.ops import new_seed
+from peft_kernels.ops.common.in_place import call_in_place
 
 LORA_ADD = torch.ops.peft_kernels.lora_add.default
 LORA_ADD_ = torch.ops.peft_kernels.lora_add_.default
@@ -109,7 +110,7 @@ def _run(call: Call, layer: BaseTunerLayer, x: Tensor) -> Tensor:
             return gain.scale(LORA_ADD(z, x, *arguments, seed)[0], None, None)
         may_write = not torch.is_grad_enabled() and not is_compiling() and _is_own(y, base, x)
         if may_write and sys.getrefcount(y) == HOLDERS[0] and _holders_of_storage(y) == HOLDERS[1]:
-            LORA_ADD_(y, x, *arguments, seed)
+            call_in_place(LORA_ADD_, y, x, *arguments, seed)
             return y
         return LORA_ADD(y, x, *arguments, seed)[0]
 

@@ -12,6 +12,7 @@ from peft_kernels.ops import AdapterPool
 from peft_kernels.ops.batched_lora.pool import Tables
 from peft_kernels.ops.batched_lora.pooled_reference import FIRST_PAGE, PAGE
 from peft_kernels.ops.batched_lora.route import HEADER
+from peft_kernels.ops.common.in_place import call_in_place
 
 BATCHED_LORA_ = torch.ops.peft_kernels.batched_lora_.default
 
@@ -49,7 +50,8 @@ def add_(rows: Rows, x: Tensor, ys: list[Tensor], sites: list[PoolSite]) -> None
     ys, tables = [y for y, _ in touched], [site.tables() for _, site in touched]
     route = rows.route(x.shape[:-1], x.device)
     x = x.reshape(-1, x.shape[-1]).to(ys[0].dtype)
-    BATCHED_LORA_(
+    call_in_place(
+        BATCHED_LORA_,
         [y.view(-1, y.shape[-1]) for y in ys],
         x if x.stride(1) == 1 else x.contiguous(),
         route,
@@ -95,6 +97,6 @@ def add_embedded_(rows: Rows, tokens: Tensor, y: Tensor, site: PoolSite) -> None
     table[:, FIRST_PAGE : FIRST_PAGE + T] = torch.arange(T, dtype=table.dtype, device=table.device)
     y = y.view(-1, y.shape[-1])
     sums = y.to(h.dtype)  # y itself, where it is of that type
-    BATCHED_LORA_([sums], h, route, identity, [pages_out], [table], [scaling], [down_bias])
+    call_in_place(BATCHED_LORA_, [sums], h, route, identity, [pages_out], [table], [scaling], [down_bias])
     if sums is not y:
         y.copy_(sums)

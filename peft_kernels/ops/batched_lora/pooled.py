@@ -1,6 +1,6 @@
 """batched_lora_ as a torch operator: what the adapters of a pool add to one batch, in place, for inference.
 
-Schema, check, fake, cost, registration; there is no autograd. Legend: M rows of x, K in_features; slices (index g) of
+Schema, check, fake, cost, registration; there is no gradient. Legend: M rows of x, K in_features; slices (index g) of
 one x with N_g out_features, such as q, k and v; slots of an AdapterPool, which the ids of the route name. x may
 lie where a y lies: it is read before y is written, so that a graph which gives the op a copy of y computes the same.
 """
@@ -12,6 +12,7 @@ from peft_kernels.ops.batched_lora import pooled_reference
 from peft_kernels.ops.batched_lora.pooled_reference import FIRST_PAGE, PAGE, tiles
 from peft_kernels.ops.batched_lora.pooled_samples import bad_inputs, evaluate, samples
 from peft_kernels.ops.batched_lora.route import ROUTE, length
+from peft_kernels.ops.common.in_place import in_place
 from peft_kernels.ops.common.projections import FLOATS, check_tensor, dtype_name, require
 from peft_kernels.registry import Cost, Function, Op, register
 
@@ -20,6 +21,7 @@ SCHEMA = (
     "(Tensor(a!)[] y, Tensor x, Tensor route, Tensor pages_in, Tensor[] pages_out, Tensor[] table, Tensor[] scaling, "
     "Tensor[] down_bias) -> ()"
 )
+NO_GRADIENT = "writes into y and has no gradient; batched_lora has one, torch.no_grad() needs none"
 
 
 # -- check ------------------------------------------------------------------------------------------------------------
@@ -142,7 +144,7 @@ POOLED = register(
     Op(
         name=NAME,
         formula="y[i] += s[a(i)] f(x[i] A[a(i)]^T + a) B[a(i)]^T, factors in pages",
-        functions=(Function(NAME, SCHEMA, fake, reference), ROUTE),
+        functions=(Function(NAME, SCHEMA, fake, reference, in_place(NAME, NO_GRADIENT)), ROUTE),
         samples=samples,
         bad_inputs=bad_inputs,
         evaluate=evaluate,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from peft_kernels.ops.common.in_place import call_in_place
 from peft_kernels.ops.lora_linear import add
 from peft_kernels.ops.lora_linear.dora_linear import dora_linear, dora_norm, dora_scale
 from peft_kernels.ops.lora_linear.embedding import lora_embedding
@@ -214,7 +215,7 @@ def lora_add_(
     """
     arguments = (residual, x, *_adapters(lora_A, lora_B, lora_bias, scaling, dropout_p), seed)
     try:
-        torch.ops.peft_kernels.lora_add_.default(*arguments)
+        call_in_place(torch.ops.peft_kernels.lora_add_.default, *arguments)
     except (RuntimeError, TypeError):
         add.check_in_place(*arguments)
         raise

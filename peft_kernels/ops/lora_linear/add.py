@@ -6,11 +6,11 @@ Legend: M rows of x and of the residual r, K in_features, N out_features, R rank
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from peft_kernels.ops.common.in_place import in_place
 from peft_kernels.ops.common.projections import (
     accumulator,
     any_requires_grad,
@@ -32,6 +32,7 @@ ARGUMENTS = (
 )
 SCHEMA = f"(Tensor residual, {ARGUMENTS}) -> (Tensor y, Tensor h)"
 IN_PLACE_SCHEMA = f"(Tensor(a!) residual, {ARGUMENTS}) -> ()"
+NO_GRADIENT = "writes into the residual and has no gradient; lora_add has one, torch.no_grad() needs none"
 BACKWARD_SCHEMA = (
     "(Tensor dy, Tensor? x, Tensor? h, Tensor[] lora_A, Tensor[] lora_B, float[] scaling, float[] dropout_p, "
     "Tensor? seed, bool[] needs) -> Tensor[]"
@@ -155,29 +156,6 @@ def autograd(namespace):
     return kernel
 
 
-def above_in_place(namespace) -> dict[str, Callable]:
-    """lora_add_'s kernels of a namespace's Autograd and ADInplaceOrView keys. The second one, which inference mode has
-    too where a tensor is from outside of it, tells autograd that the residual is no longer what it may have saved."""
-    op = namespace.lora_add_.default
-    versions = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-
-    def refusing(residual, x, lora_A, lora_B, lora_bias, *rest) -> None:
-        tensors = ([x], lora_A, lora_B, lora_bias)
-        refuse_tangents("lora_add_", residual, tensors)
-        if torch.is_grad_enabled() and any_requires_grad(residual, tensors):
-            text = "writes into the residual and has no gradient; lora_add has one, torch.no_grad() needs none"
-            raise RuntimeError(f"lora_add_: {text}")
-        with below_autograd():
-            op(residual, x, lora_A, lora_B, lora_bias, *rest)
-
-    def counting(residual, *rest) -> None:
-        torch.autograd.graph.increment_version(residual)
-        with torch._C._ExcludeDispatchKeyGuard(versions):
-            op(residual, *rest)
-
-    return {"Autograd": refusing, "ADInplaceOrView": counting}
-
-
 def autocast(namespace, device_type: str):
     """The kernel of a namespace's Autocast key. Residual and x take the autocast dtype, the factors keep their own."""
     key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
@@ -211,7 +189,9 @@ LORA_ADD = register(
         functions=(
             Function(NAME, SCHEMA, fake, forward_reference),
             Function("lora_add_backward", BACKWARD_SCHEMA, backward_fake, add_reference.backward),
-            Function("lora_add_", IN_PLACE_SCHEMA, in_place_fake, in_place_reference, above_in_place),
+            Function(
+                "lora_add_", IN_PLACE_SCHEMA, in_place_fake, in_place_reference, in_place("lora_add_", NO_GRADIENT)
+            ),
         ),
         samples=samples,
         bad_inputs=bad_inputs,
