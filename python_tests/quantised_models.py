@@ -21,6 +21,7 @@ def four_bit(layer):
         layer.in_features, layer.out_features, layer.bias is not None, torch.float32, quant_type="nf4"
     )
     quantised.load_state_dict(layer.state_dict())
+    quantised.support_avx512bf16_for_cpu = False  # would be packed anew, with scales of 16 bits, which has a test
     return quantised.to("cpu")
 
 

@@ -28,6 +28,7 @@ BUDGET = {
     "lora_linear_product_kernel": 80,
     "lora_linear_*sum_kernel": 64,
     "lora_dropout_mask_kernel": 64,
+    "lora_embedding_*_kernel": 48,
     "gated_product_*_kernel": 72,
     "dora_*_kernel": 112,
     "batched_lora_forward_route_kernel": 64,

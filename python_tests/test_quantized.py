@@ -41,6 +41,7 @@ from quantised_models import (
 from torch import nn
 
 import peft_kernels
+from peft_kernels.integrations.dora import dequantised
 from peft_kernels.integrations.foreign_bases import MIXED
 from peft_kernels.integrations.gathering import DISABLED, INACTIVE
 
@@ -270,6 +271,22 @@ def test_autocast(quantise, device):
     assert found.dtype is plain.dtype and report.fused == 2
     exact = exactly(model).base_model.model.model.layers[0].mlp(x.double())
     assert (found - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_weight_packed_for_the_processor_is_dequantised(nested):
+    """What bitsandbytes does to a weight at its first inference where there is AVX512_BF16: its scales are rounded."""
+    bnb = pytest.importorskip("bitsandbytes")
+    base = bnb.nn.Linear4bit(128, 64, False, torch.float32, quant_type="nf4", compress_statistics=nested).to("cpu")
+    before = dequantised(base)
+    packed, state = bnb.functional._convert_weight_packed_for_cpu(base.weight.data, base.weight.quant_state)
+    base.weight.data, base.weight.quant_state = packed, state
+    for _ in range(2):  # the layer stays as it is
+        found = dequantised(base)
+        assert found.dtype is before.dtype
+        assert ((found - before).abs() <= before.abs() * torch.finfo(torch.bfloat16).eps).all()
+    assert base.weight.data is packed or torch.equal(base.weight.data, packed)
+    assert state.packing_format_for_cpu and state.absmax.dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("quantise", [four_bit, halved])

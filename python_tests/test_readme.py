@@ -115,24 +115,30 @@ def test_many_adapters_in_one_batch():
     assert any(".french." in n for n in trained) and any(".german." in n for n in trained)
 
 
+def assert_near(found, expected):
+    """As near as sums of as many terms as anything here has are in fp32, whatever their order."""
+    terms = 64
+    assert (found - expected).abs().max() <= terms * torch.finfo(torch.float32).eps * expected.abs().max()
+
+
 def test_the_ops():
     names = {}
     torch.manual_seed(0)
     run(example("The ops").body, names)
     x, weight, bias, lora_A, lora_B, mask = (names[n] for n in ("x", "weight", "bias", "lora_A", "lora_B", "mask"))
     dropped, plain = x * mask * (65536 / round(0.9 * 65536)), x @ weight.mT + bias
-    torch.testing.assert_close(names["y"], plain + 2 * dropped @ lora_A.mT @ lora_B.mT)
-    torch.testing.assert_close(names["z"][2], plain[2])
-    torch.testing.assert_close(names["z"][1], plain[1] + 2 * x[1] @ names["a_0"].mT @ names["b_0"].mT)
-    torch.testing.assert_close(names["k"], x @ names["w_k"].mT)
+    assert_near(names["y"], plain + 2 * dropped @ lora_A.mT @ lora_B.mT)
+    assert_near(names["z"][2], plain[2])
+    assert_near(names["z"][1], plain[1] + 2 * x[1] @ names["a_0"].mT @ names["b_0"].mT)
+    assert_near(names["k"], x @ names["w_k"].mT)
     lora = x @ weight.mT + 2 * x @ lora_A.mT @ lora_B.mT
-    torch.testing.assert_close(names["added"], lora)
-    torch.testing.assert_close(names["d"], lora / (weight + 2 * lora_B @ lora_A).norm(dim=1) + bias)
-    assert names["m"].shape == x.shape
+    assert_near(names["added"], lora)
+    assert_near(names["d"], lora / (weight + 2 * lora_B @ lora_A).norm(dim=1) + bias)
+    assert names["m"].shape == x.shape and names["rows"].shape == (2, 7, 32)
     without = torch.nn.functional.scaled_dot_product_attention(
         names["query"], names["key"], names["value"], is_causal=True, enable_gqa=True
     )
-    torch.testing.assert_close(names["o"][1], without[1])
+    assert_near(names["o"][1], without[1])
     assert names["h"].shape == x.shape and not torch.equal(names["o"][0], without[0])
 
 

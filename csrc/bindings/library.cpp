@@ -26,6 +26,7 @@ PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
   auto* library = new StableLibrary(StableLibrary::Kind::IMPL, ns, device, __FILE__, __LINE__);
   if (cpu) {
     pk::bind_lora_linear_cpu(*library);
+    pk::bind_lora_embedding_cpu(*library);
     pk::bind_gated_product_cpu(*library);
     pk::bind_dora_cpu(*library);
     pk::bind_lora_add_cpu(*library);
@@ -37,6 +38,7 @@ PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
 #ifdef PK_WITH_CUDA
   if (cuda) {
     pk::bind_lora_linear_cuda(*library);
+    pk::bind_lora_embedding_cuda(*library);
     pk::bind_gated_product_cuda(*library);
     pk::bind_dora_cuda(*library);
     pk::bind_batched_lora_pool_cuda(*library);

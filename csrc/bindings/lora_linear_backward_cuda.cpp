@@ -112,9 +112,10 @@ void run_dy_pass(const Backward& b, size_t g) {
   });
 }
 
-// dA of all adapters that want one.
+// dA of all adapters that want one, if there is an x.
 void run_x_pass(const Backward& b) {
   const CudaCall& call = b.call;
+  if (!b.x) return;
   std::vector<size_t> which;
   for (size_t l = 0; l < call.adapters.size(); ++l) {
     if (b.needs[b.at.lora_A(l)]) which.push_back(l);
@@ -177,7 +178,7 @@ void run_plain(const Backward& b) {
       call.multiply(call.product_of(N, a.R, call.M, transposed(dy), h, a, 1, Masked::kNone), b.gradient(b.at.lora_B(l)),
                     call.factors, a.R);
     }
-    if (b.needs[b.at.lora_A(l)]) {
+    if (b.x && b.needs[b.at.lora_A(l)]) {
       const Strided ds = columns_of(call, *b.ds, a.rank0);
       call.multiply(call.product_of(a.R, call.K, call.M, transposed(ds), b.x_rows(), a, 1, Masked::kRight),
                     b.gradient(b.at.lora_A(l)), call.factors, call.K);
@@ -221,9 +222,10 @@ void run_rest(const Backward& b) {
   }
 }
 
-// All gradients, from rows of dy and x; there is at least one.
-void run(CudaCall& call, const std::vector<Rows>& dy, const OptionalTensor& x, const OptionalTensor& h,
-         const std::vector<Tensor>& weight, const std::vector<bool>& needs, const std::vector<Tensor>& gradients) {
+// All gradients, from rows of dy and x; there is at least one. Returns ds.
+OptionalTensor run(CudaCall& call, const std::vector<Rows>& dy, const OptionalTensor& x, const OptionalTensor& h,
+                   const std::vector<Tensor>& weight, const std::vector<bool>& needs,
+                   const std::vector<Tensor>& gradients) {
   std::optional<Rows> x_rows;
   if (x) x_rows.emplace(as_rows(*x));
   Backward b{call,  dy,        x_rows ? &*x_rows : nullptr,           h ? &*h : nullptr, weight,
@@ -237,9 +239,15 @@ void run(CudaCall& call, const std::vector<Rows>& dy, const OptionalTensor& x, c
     run_plain(b);
   }
   run_rest(b);
+  return b.ds;
 }
 
 }  // namespace
+
+OptionalTensor lora_expand_backward_cuda(CudaCall& call, const Rows& dy, const OptionalTensor& h,
+                                         const std::vector<bool>& needs, const std::vector<Tensor>& gradients) {
+  return run(call, {dy}, std::nullopt, h, {}, needs, gradients);
+}
 
 std::vector<Tensor> lora_linear_backward_cuda(const std::vector<Tensor>& dy, const OptionalTensor& x,
                                               const OptionalTensor& h, const std::vector<Tensor>& weight,

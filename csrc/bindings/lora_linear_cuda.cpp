@@ -216,6 +216,20 @@ std::tuple<std::vector<Tensor>, Tensor> forward(const Tensor& x, const std::vect
   return {y, h};
 }
 
+}  // namespace
+
+void lora_expand_cuda(CudaCall& call, const Tensor& y, const Rows& residual, const Tensor& h) {
+  const std::vector<Tensor> outputs{y}, no_weight;
+  const Forward f{call, residual, no_weight, {std::nullopt}, outputs, h, &residual};
+  if (call.tensor_cores) {
+    run_expand(f, 0);
+  } else {
+    run_expand_plain(f, 0);
+  }
+}
+
+namespace {
+
 // Writes y, which may be the residual, and returns h.
 Tensor add(const char* op, const Tensor& y, const Tensor& residual, const Tensor& x, const std::vector<Tensor>& lora_A,
            const std::vector<Tensor>& lora_B, const std::vector<OptionalTensor>& lora_bias,
@@ -232,11 +246,10 @@ Tensor add(const char* op, const Tensor& y, const Tensor& residual, const Tensor
   const Forward f{call, rows, no_weight, {std::nullopt}, outputs, h, &residual_rows};
   if (call.tensor_cores) {
     run_shrink(f);
-    run_expand(f, 0);
   } else {
     run_shrink_plain(f);
-    run_expand_plain(f, 0);
   }
+  lora_expand_cuda(call, y, residual_rows, h);
   return h;
 }
 

@@ -200,4 +200,11 @@ std::vector<Tensor> lora_add_backward_cuda(const Tensor& dy, const OptionalTenso
                                            const std::vector<double>& scaling, const std::vector<double>& dropout_p,
                                            const OptionalTensor& seed, const std::vector<bool>& needs);
 
+// y = residual + h B^T + biases, of a call without weights; y may be the residual's memory.
+void lora_expand_cuda(CudaCall& call, const Tensor& y, const Rows& residual, const Tensor& h);
+// dB of such a call, with `needs` and `gradients` in lora_add's order, and ds [M, R] where a dA is needed, which the
+// caller makes of it. M >= 1.
+OptionalTensor lora_expand_backward_cuda(CudaCall& call, const Rows& dy, const OptionalTensor& h,
+                                         const std::vector<bool>& needs, const std::vector<Tensor>& gradients);
+
 }  // namespace pk

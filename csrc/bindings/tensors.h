@@ -138,6 +138,16 @@ inline void gemm(const Tensor& out, const Tensor& a, const Tensor& b, bool accum
   }
 }
 
+// The order that sorts a contiguous tensor's numbers, equal ones as they are: int64 [numel].
+inline Tensor sorting_order(const Tensor& numbers) {
+  const int64_t count = numbers.numel();
+  StableIValue stack[4] = {torch::stable::detail::from(matrix(numbers, 1, count, count, 1)),
+                           torch::stable::detail::from(true), torch::stable::detail::from(int64_t{-1}),
+                           torch::stable::detail::from(false)};  // stable, dim, descending
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::argsort", "stable", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // f(begin, end) over [0, units), in one thread where the work (multiplications) is not worth waking another.
 template <class F>
 void parallel(int64_t units, int64_t work, const F& f) {

@@ -17,6 +17,7 @@ PK_EXPORT void peft_kernels_bind(const char* ns, const char* device) {
   using torch::stable::detail::StableLibrary;
   auto* library = new StableLibrary(StableLibrary::Kind::IMPL, ns, device, __FILE__, __LINE__);
   pk::bind_lora_linear_cuda(*library);
+  pk::bind_lora_embedding_cuda(*library);
   pk::bind_gated_product_cuda(*library);
   pk::bind_dora_cuda(*library);
   pk::bind_batched_lora_pool_cuda(*library);

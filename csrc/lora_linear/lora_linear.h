@@ -1,6 +1,7 @@
 // lora_linear on the CPU, free of torch.
 //   y_g = x W_g^T + b_g + sum_{l in g} s_l ((drop_l(x) A_l^T) B_l^T + b_Bl)
-// and lora_add, where a residual stands in place of x W_g^T + b_g: there is no weight then, and `base` is false.
+// and lora_add, where a residual stands in place of x W_g^T + b_g: there is no weight then, and `base` is false. In
+// lora_embedding there is no x either and K is 0: h is given, and what would be done with x and A is embedding.h's.
 // M rows of x, K in_features, N_g out_features of member g, R the sum of all adapters' ranks R_l.
 // Accumulation is fp32. Sixteen-bit factors go with x of the same type; fp32 factors go with any x and stay fp32.
 //
@@ -116,6 +117,7 @@ const Kernels* kernels(Dtype x, Dtype factors);  // null: no kernels for the pai
 // fp64: plain loops for gradient checks. Where there is a weight, its product is always included.
 void forward_double(const Problem& problem);
 void backward_double(const Problem& problem);
+void ds_double(const Problem& problem, const Adapter& adapter, double* ds);  // [M, R_l] = s dy B
 
 // Units and scratch of the phases.
 inline int64_t member_units(const Problem& p) {

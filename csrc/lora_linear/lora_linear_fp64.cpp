@@ -25,18 +25,20 @@ double dropped(const Problem& p, const Dropout& dropout, int64_t m, int64_t k) {
   return factor == 0 ? 0.0 : factor * doubles(p.x)[m * p.x_stride + k];  // not a product: a dropped NaN is gone
 }
 
-// ds_l[m, r] = s_l sum_n dy[m, n] B[n, r]
-std::vector<double> ds_of(const Problem& p, const Adapter& adapter) {
+}  // namespace
+
+void ds_double(const Problem& p, const Adapter& adapter, double* ds) {
   const Member& member = p.member[adapter.member];
-  std::vector<double> ds(p.M * adapter.R, 0.0);
+  for (int64_t i = 0; i < p.M * adapter.R; ++i) ds[i] = 0;
   for (int64_t m = 0; m < p.M; ++m) {
     for (int64_t n = 0; n < member.N; ++n) {
       const double g = adapter.scaling * doubles(member.dy)[m * member.dy_stride + n];
       for (int64_t r = 0; r < adapter.R; ++r) ds[m * adapter.R + r] += g * doubles(adapter.B)[n * adapter.R + r];
     }
   }
-  return ds;
 }
+
+namespace {
 
 void backward_member(const Problem& p, const Member& member) {
   const double* dy = doubles(member.dy);
@@ -58,7 +60,8 @@ void backward_member(const Problem& p, const Member& member) {
 void backward_adapter(const Problem& p, const Adapter& adapter) {
   const Member& member = p.member[adapter.member];
   const int64_t R = adapter.R;
-  const std::vector<double> ds = ds_of(p, adapter);
+  std::vector<double> ds(p.M * R);
+  ds_double(p, adapter, ds.data());
   const double *A = doubles(adapter.A), *dy = doubles(member.dy);
   for (int64_t r = 0; r < R; ++r) {
     for (int64_t k = 0; k < p.K; ++k) {
@@ -87,7 +90,7 @@ void backward_adapter(const Problem& p, const Adapter& adapter) {
 }  // namespace
 
 void forward_double(const Problem& p) {
-  for (int64_t l = 0; l < p.L; ++l) {  // of all rows first: y may lie where x lies
+  for (int64_t l = 0; p.x && l < p.L; ++l) {  // of all rows first: y may lie where x lies
     const Adapter& adapter = p.adapter[l];
     for (int64_t m = 0; m < p.M; ++m) {
       double* h = doubles(p.h) + m * p.R + adapter.rank0;

@@ -9,6 +9,7 @@ layer, and not on it. A write to the `.data` of a frozen parameter leaves no tra
 patching and unpatching forget what is kept. A graph (torch.compile, CUDA) computes them in every call.
 """
 
+import copy
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -149,9 +150,22 @@ def _is_frozen(tensor: Tensor | None) -> bool:
 def dequantised(base: nn.Module) -> Tensor:
     """A scratch copy of what the weights of a quantised layer stand for [N, K]."""
     kind = type(getattr(base, "weight", None)).__name__
+    if kind == "Params4bit" and getattr(base.weight.quant_state, "packing_format_for_cpu", False):
+        return _dequantised_as_packed(base.weight)
     if kind in ("Params4bit", "Int8Params"):  # PEFT's function for any layer replaces a parameter of 8 bits
         return dequantize_bnb_weight(base.weight, state=getattr(base, "state", None))
     return dequantize_module_weight(base)
+
+
+def _dequantised_as_packed(weight: nn.Parameter) -> Tensor:
+    """Of a weight that bitsandbytes has packed anew for a processor with AVX512_BF16, at its first inference. Scales
+    are transposed then and no longer nested, which bitsandbytes' own way back does not undo."""
+    from bitsandbytes import functional
+
+    state = copy.copy(weight.quant_state)
+    state.original_nested, state.absmax = False, state.absmax.T.reshape(-1).float()
+    packed, state = functional._convert_weight_packed_for_cpu_inverse(weight.detach(), state)
+    return functional.dequantize_4bit(packed, state)
 
 
 def add_dora(call: Call, layer: Linear, name: str, x: Tensor, types) -> str:

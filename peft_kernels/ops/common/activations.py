@@ -13,7 +13,7 @@ GELU_TANH = math.sqrt(2 / math.pi), 0.044715  # h / 2 (1 + tanh(first (h + secon
 ACTIVATIONS = {
     "identity": lambda h: h,
     "relu": torch.relu,
-    "gelu": torch.nn.functional.gelu,
+    "gelu": lambda h: h * torch.special.ndtr(h),  # F.gelu makes NaN of infinity where erf is a vector of AVX-512's
     "gelu_tanh": lambda h: torch.nn.functional.gelu(h, approximate="tanh"),
     "silu": torch.nn.functional.silu,
     "tanh": torch.tanh,

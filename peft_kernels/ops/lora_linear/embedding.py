@@ -253,6 +253,7 @@ LORA_EMBEDDING = register(
         rows="residual",
         autograd=autograd,
         autocast=autocast,
-        backends=("reference",),
+        backends=("reference", "cpu", "cuda", "triton"),
+        python_backends={"triton": "peft_kernels.ops.lora_linear.triton_embedding"},
     )
 )

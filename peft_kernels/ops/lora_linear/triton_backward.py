@@ -124,13 +124,13 @@ def _input_kernel(
             tl.store(da_ptrs, da, mask=(offs_r < R)[:, None] & (offs_k < K)[None, :])
 
 
-def _factor_gradients(
+def factor_gradients(
     dy: Tensor, h: Tensor | None, lora_B: Tensor, scaling: float, ds: Tensor | None, ds_parts: Tensor | None,
     *, needs_db: bool,
 ) -> Tensor | None:  # fmt: skip
     """Fills ds [M, R] and the parts of ds, where given; returns dB [N, R]. One pass over dy [M, N]."""
     (M, N), R, dtype = dy.shape, lora_B.shape[1], accumulator(dy.dtype)
-    tile = factor_tile(architecture(dy), dy.dtype, R)
+    tile = factor_tile(architecture(dy), dy.dtype, R, N)
     grid = triton.cdiv(N, tile.N), triton.cdiv(R, tile.K)
     pieces, M_piece = split(M, tile.M, grid[0] * grid[1])
     partial_ds = None if ds is None else dy.new_empty((grid[0], M, R), dtype=dtype)
@@ -200,7 +200,7 @@ def _low_rank_gradients(dys, x, h, lora_A, lora_B, member, scaling, dropout_p, s
     for i in range(L):
         if wanted[i] or needs_b[i]:
             mine = slice(starts[i], starts[i] + ranks[i])
-            db[i] = _factor_gradients(
+            db[i] = factor_gradients(
                 dys[member[i]], h[:, mine] if needs_b[i] else None, lora_B[i], scaling[i],
                 ds[:, mine] if wanted[i] else None, parts[:, :, mine] if wanted[i] and narrow else None,
                 needs_db=needs_b[i],

@@ -119,12 +119,14 @@ def shrink_tile(dtype: torch.dtype, M: int, R: int, dropout: bool) -> Tile:
     return Tile(16 if M <= 16 else 32, rank_block(R), columns, 4, 3)
 
 
-def factor_tile(arch: int, dtype: torch.dtype, R: int) -> Tile:
-    """ds = dy B and dB = dy^T h: (rows, columns of dy, rank)."""
+def factor_tile(arch: int, dtype: torch.dtype, R: int, N: int) -> Tile:
+    """ds = dy B and dB = dy^T h: (rows, columns of dy, rank). Columns that are no vectors need more registers."""
     if dtype.itemsize > 2:
         return Tile(32, 32, min(rank_block(R), 32), 4, 2)
     if dtype is torch.float16:
         return Tile(32, 128, min(rank_block(R), 32), 8, 3)  # parts of dy: more rows spill, or four warps
+    if N % 16 != 0:
+        return Tile(32, 128, min(rank_block(R), 32), 4, 3)
     wide = has_large_shared_memory(arch) and R <= 32
     return Tile(64, 256 if wide else 128, min(rank_block(R), 32), 8 if wide else 4, 3)
 
