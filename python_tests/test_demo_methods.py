@@ -134,12 +134,17 @@ def test_what_is_wrong_with_a_method_is_found(size, base, text, folder, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("after", "problems"),
-    [(5.5, []), (6.0, ["it did not improve on the held-out text: 6.000 to 6.000 bits"])],
-    ids=["above the base model", "where it began"],
+    ("bits", "problems"),
+    [
+        ([5.0, 4.0, 5.5, 6.0], []),
+        ([5.0, 4.0, 6.0, 6.0], ["it did not improve on the held-out text: 6.000 to 6.000 bits"]),
+        ([5.0, 4.0, 4.9, 4.5], ["it did not improve on the held-out text: 4.500 to 4.900 bits"]),
+    ],
+    ids=["above the base model", "where it began", "worse than it began"],
 )
-def test_a_prefix_is_judged_by_where_it_began(size, base, text, folder, monkeypatch, after, problems):
-    bits = iter([5.0, 4.0, after, 6.0])  # of the base model, LoRA, the prefix, the prefix as it began
+def test_a_prefix_is_judged_by_where_it_began(size, base, text, folder, monkeypatch, bits, problems):
+    """bits: of the base model, of LoRA, of the prefix, and of the prefix as it began."""
+    bits = iter(bits)
     monkeypatch.setattr(prefixes, "INITS", {"text": prefixes.INITS["text"]})
     monkeypatch.setattr(methods.task, "held_out_bits", lambda *_: next(bits))
     assert prefixes.compare(4, text, base, size, 0, folder, [].append)[1].problems == problems

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peft_kernels
 from peft_kernels import backends, memory, registry, testing
+from peft_kernels.ops.common.in_place import call_in_place
 from peft_kernels.ops.lora_linear.add import check_backward
 from peft_kernels.ops.lora_linear.add_samples import problem
 
@@ -123,6 +124,18 @@ def test_in_place_tells_autograd(backend, device, guard):
     assert residual._version > before
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+@pytest.mark.parametrize("backend,device", PLACES)
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_what_in_place_refuses_has_no_new_version(backend, device, guard):
+    arguments = problem(device, F32, F32)
+    residual, bad = arguments["residual"], {"lora_A": [a[:, 1:] for a in arguments["lora_A"]]}
+    before = residual._version
+    for refusing in (operators(backend)[2], lambda *args: call_in_place(operators(backend)[2], *args)):
+        with guard(), pytest.raises((RuntimeError, ValueError)):
+            refusing(*(arguments | bad).values())
+    assert residual._version == before
 
 
 def test_in_place_without_gradients():

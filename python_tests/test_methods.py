@@ -73,7 +73,7 @@ def test_presets_are_the_methods_of_the_papers():
 def test_names_of_transformers_mean_the_same_functions(alias):
     from transformers.activations import ACT2FN
 
-    from peft_kernels.ops.bottleneck_adapter.reference import ACTIVATIONS
+    from peft_kernels.ops.common.activations import ACTIVATIONS
 
     h = torch.linspace(-4, 4, 33, dtype=torch.float64)
     torch.testing.assert_close(ACTIVATIONS[BottleneckConfig(activation=alias).activation](h), ACT2FN[alias](h))

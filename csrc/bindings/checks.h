@@ -79,8 +79,9 @@ class TensorCheck {
     if (seed->dim() != 0) refuse("seed must be a 0-d tensor, got shape ", shape_of(*seed));
   }
 
- private:
   const char *const op_, *const first_;
+
+ private:
   const Device device_;
 };
 

@@ -13,7 +13,6 @@ class LoraEmbeddingCheck : TensorCheck {
  public:
   // `rows`: the name of the [..., N] argument.
   LoraEmbeddingCheck(const char* op, const char* rows, const Tensor& residual) : TensorCheck(op, rows, residual) {
-    rows_ = rows;
     const int32_t dtype = dtype_code(residual);
     if (!dtype_of(dtype)) {
       refuse(rows, " must have dtype float32, float16, bfloat16 or float64, got ", name_of(dtype));
@@ -32,7 +31,7 @@ class LoraEmbeddingCheck : TensorCheck {
     bool fits = residual.dim() == dim + 1 && residual.size(dim) >= 1;
     for (int64_t i = 0; fits && i < dim; ++i) fits = residual.size(i) == ids.size(i);
     if (!fits) {
-      refuse(rows_, " must have the sizes of ids ", shape_of(ids), " and then embedding_dim, got shape ",
+      refuse(first_, " must have the sizes of ids ", shape_of(ids), " and then embedding_dim, got shape ",
              shape_of(residual));
     }
     const size_t L = lora_A.size();
@@ -84,7 +83,7 @@ class LoraEmbeddingCheck : TensorCheck {
     const int32_t dtype = dtype_code(lora_A[0]);
     const std::optional<Dtype> factor = dtype_of(dtype);
     if (!factor || (*factor == Dtype::kFloat64) != is_double) {
-      if (is_double) refuse("lora_A[0] must have dtype float64, as ", rows_, ", got ", name_of(dtype));
+      if (is_double) refuse("lora_A[0] must have dtype float64, as ", first_, ", got ", name_of(dtype));
       refuse("lora_A[0] must have dtype float32, float16 or bfloat16, got ", name_of(dtype));
     }
     tensor(a.c_str(), A, dtype, ", as lora_A[0]");
@@ -101,8 +100,6 @@ class LoraEmbeddingCheck : TensorCheck {
       refuse(b, " must have shape [embedding_dim=", N, ", r=", r, "], got ", shape_of(B));
     }
   }
-
-  const char* rows_;
 };
 
 }  // namespace pk

@@ -35,6 +35,7 @@ struct Problem {
   int64_t padding;       // an id, or -1: none
   const void* ds;
   void* dA;
+  void* pieces;  // on a GPU: [pieces(M), R] of ds's type
 };
 
 using Phase = void (*)(const Problem&, int64_t begin, int64_t end);  // over units

@@ -1,9 +1,11 @@
-// The products of lora_embedding with a one-hot x:
-//   gather   h[m, rank0 + r] = s A[r, ids[m]]                            thread -> one number of h, neighbours along r
-//   scatter  dA[r, v] = sum over the run of id v of ds[m, rank0 + r]      thread -> one place in the order and one
-//   rank,
-//            neighbours along r; it works where a run begins, and reads rows of ds whole with its neighbours
-// fp32, fp64 for fp64. Bound by memory: a number of A, or of dA, costs a sector of 32 bytes.
+// The products of lora_embedding with a one-hot x; neighbouring threads have neighbouring ranks, whose numbers of h and
+// ds lie side by side:
+//   gather   h[m, rank0 + r] = s A[r, ids[m]]                           a thread for each number
+//   scatter  dA[r, v] = sum over the run of id v of ds[m, rank0 + r]    a thread for each place in the order and rank,
+//            of which those work where a run begins
+// A run that goes on over a multiple of kPiece places has its parts from there summed before, by a launch of their own:
+// one id in every row makes no chain as long as the rows. fp32, fp64 for fp64. Bound by memory: a number of A, or of
+// dA, costs a sector of 32 bytes.
 #include "common/launch.h"
 #include "common/typed.h"
 #include "lora_linear/embedding_cuda.h"
@@ -27,46 +29,82 @@ __global__ void __launch_bounds__(kThreads) lora_embedding_forward_gather_kernel
   static_cast<Acc*>(call.h)[m * call.pitch + call.rank0 + r] = static_cast<Acc>(call.scaling) * value;
 }
 
+__device__ __forceinline__ int64_t id_in_order(const Problem& call, int64_t place) {
+  return id_at(call, call.order[place]);
+}
+__device__ __forceinline__ bool is_counted(const Problem& call, int64_t v) {
+  return v >= 0 && v < call.V && v != call.padding;
+}
+
+// The rows of id v from a place on, to the end of its piece.
 template <class Acc>
-__global__ void __launch_bounds__(kThreads)
-    lora_embedding_backward_scatter_kernel(const __grid_constant__ Problem call) {
-  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, r = i % call.R;
-  int64_t place = i / call.R;
-  if (place >= call.M) return;
-  const int64_t v = id_at(call, call.order[place]);
-  if (v < 0 || v >= call.V || v == call.padding) return;
-  if (place > 0 && id_at(call, call.order[place - 1]) == v) return;
+__device__ __forceinline__ Acc sum_in_piece(const Problem& call, int64_t v, int64_t place, int64_t r) {
   const Acc* const ds = static_cast<const Acc*>(call.ds) + call.rank0 + r;
+  const int64_t end = (place / kPiece + 1) * kPiece, stop = end < call.M ? end : call.M;
   Acc sum = 0;
 #pragma unroll 4
-  for (; place < call.M; ++place) {
+  for (; place < stop; ++place) {
     const int64_t m = call.order[place];
     if (id_at(call, m) != v) break;
     sum += ds[m * call.pitch];
   }
+  return sum;
+}
+
+template <class Acc>
+__global__ void __launch_bounds__(kThreads)
+    lora_embedding_backward_pieces_kernel(const __grid_constant__ Problem call) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, piece = i / call.R, place = piece * kPiece;
+  if (piece == 0 || place >= call.M) return;
+  const int64_t v = id_in_order(call, place);
+  if (!is_counted(call, v) || id_in_order(call, place - 1) != v) return;  // begins here: no part of a longer run
+  static_cast<Acc*>(call.pieces)[i] = sum_in_piece<Acc>(call, v, place, i % call.R);
+}
+
+template <class Acc>
+__global__ void __launch_bounds__(kThreads)
+    lora_embedding_backward_scatter_kernel(const __grid_constant__ Problem call) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, place = i / call.R, r = i % call.R;
+  if (place >= call.M) return;
+  const int64_t v = id_in_order(call, place);
+  if (!is_counted(call, v) || (place > 0 && id_in_order(call, place - 1) == v)) return;
+  Acc sum = sum_in_piece<Acc>(call, v, place, r);
+  for (int64_t piece = place / kPiece + 1; piece * kPiece < call.M; ++piece) {
+    if (id_in_order(call, piece * kPiece) != v) break;
+    sum += static_cast<const Acc*>(call.pieces)[piece * call.R + r];
+  }
   store<Acc>(call.dA, call.factors, r * call.V + v, sum);
 }
 
-// A thread for each row, or place, and rank. 0: nothing to do; -1: more than a grid has.
-int64_t blocks_of(const Problem& call) {
-  const int64_t blocks = (call.M * call.R + kThreads - 1) / kThreads;
-  return blocks > INT32_MAX ? -1 : blocks;
+// Blocks with a thread for each of `rows`, places or pieces, and rank; false where a grid has not as many.
+bool grid_of(const Problem& call, int64_t rows, dim3* grid) {
+  const int64_t blocks = (rows * call.R + kThreads - 1) / kThreads;
+  *grid = dim3(static_cast<unsigned>(blocks));
+  return blocks <= INT32_MAX;
 }
 
 }  // namespace
 
 cudaError_t gather(const Problem& call, bool is_double, cudaStream_t stream) {
-  const int64_t blocks = blocks_of(call);
-  if (blocks <= 0) return blocks ? cudaErrorInvalidValue : cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
+  dim3 grid;
+  if (!grid_of(call, call.M, &grid)) return cudaErrorInvalidValue;
+  const dim3 block(kThreads);
   if (is_double) return PK_LAUNCH(lora_embedding_forward_gather_kernel<double>, grid, block, 0, stream, call);
   return PK_LAUNCH(lora_embedding_forward_gather_kernel<float>, grid, block, 0, stream, call);
 }
 
+cudaError_t sum_pieces(const Problem& call, bool is_double, cudaStream_t stream) {
+  dim3 grid;
+  if (!grid_of(call, pieces(call.M), &grid)) return cudaErrorInvalidValue;
+  const dim3 block(kThreads);
+  if (is_double) return PK_LAUNCH(lora_embedding_backward_pieces_kernel<double>, grid, block, 0, stream, call);
+  return PK_LAUNCH(lora_embedding_backward_pieces_kernel<float>, grid, block, 0, stream, call);
+}
+
 cudaError_t scatter(const Problem& call, bool is_double, cudaStream_t stream) {
-  const int64_t blocks = blocks_of(call);
-  if (blocks <= 0) return blocks ? cudaErrorInvalidValue : cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
+  dim3 grid;
+  if (!grid_of(call, call.M, &grid)) return cudaErrorInvalidValue;
+  const dim3 block(kThreads);
   if (is_double) return PK_LAUNCH(lora_embedding_backward_scatter_kernel<double>, grid, block, 0, stream, call);
   return PK_LAUNCH(lora_embedding_backward_scatter_kernel<float>, grid, block, 0, stream, call);
 }

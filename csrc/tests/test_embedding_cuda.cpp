@@ -1,4 +1,4 @@
-// The kernels of lora_embedding against loops in double: every type, runs over several blocks, and ids that no table
+// The kernels of lora_embedding against loops in double: every type, runs over several pieces, and ids that no table
 // has. Needs a GPU, or the emulator.
 #include "lora_linear/embedding_cuda.h"
 #include "tests/device_array.h"
@@ -52,7 +52,10 @@ void compare(test::EmbeddingNumbers numbers, Dtype factors, bool with_unknown) {
     numbers.print(test::kWhere, "gather", factors);
     ++failures;
   }
-  if (!test::ran([&] { return scatter(p, is_double, nullptr); }) || !numbers.has_dA(dA.host(), factors)) {
+  Array<double> parts(pieces(c.M) * c.R);
+  p.pieces = parts.data();
+  if (!test::ran([&] { return sum_pieces(p, is_double, nullptr); }) ||
+      !test::ran([&] { return scatter(p, is_double, nullptr); }) || !numbers.has_dA(dA.host(), factors)) {
     numbers.print(test::kWhere, "scatter", factors);
     ++failures;
   }

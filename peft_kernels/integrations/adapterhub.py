@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_kernels.integrations.blocks import Site, file_key, sites_of
 from peft_kernels.methods import ALIASES, BottleneckConfig
-from peft_kernels.ops.bottleneck_adapter.reference import ACTIVATIONS
+from peft_kernels.ops.common.activations import ACTIVATIONS
 
 WEIGHTS = "adapter.safetensors"
 REMEDY = "load it once with the package adapters and save it with save_adapter(..., use_safetensors=True)"

@@ -21,7 +21,7 @@ from peft_kernels.methods.names import checked
 from peft_kernels.modules import INITS, READS, BottleneckAdapter
 from peft_kernels.ops.bottleneck_adapter.op import DROPOUTS, NORMS
 from peft_kernels.ops.bottleneck_adapter.op import MAX_BOTTLENECK as MAX_R
-from peft_kernels.ops.bottleneck_adapter.reference import ACTIVATIONS
+from peft_kernels.ops.common.activations import ACTIVATIONS
 
 ALIASES = {  # names of transformers' ACT2FN and of AdapterHub for the same functions
     "linear": "identity",

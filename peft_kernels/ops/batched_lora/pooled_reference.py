@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.ops.batched_lora.route import HEADER
-from peft_kernels.ops.common.activations import ACTIVATIONS, NAMES
+from peft_kernels.ops.common.activations import EXACT, NAMES
 
 PAGE = 8  # rank rows of a page
 FIRST_PAGE = 4  # where the page numbers begin in a table row
@@ -47,7 +47,7 @@ def add_(y, x, route, pages_in, pages_out, table, scaling, down_bias) -> None:
             h = x[rows] @ a.mT
             if down_bias_g.numel():
                 h += down_bias_g[slot, :rank]
-            delta = ACTIVATIONS[NAMES[activation]](h) @ b
+            delta = EXACT[NAMES[activation]](h) @ b
             if bias_row >= 0 and gain_row < 0:
                 delta += stored[bias_row].to(accumulator)
             total = y_g[rows].to(accumulator) + s * delta

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from peft_kernels.ops.bottleneck_adapter import reference
 from peft_kernels.ops.bottleneck_adapter.samples import bad_inputs, evaluate, samples
+from peft_kernels.ops.common.activations import ACTIVATIONS
 from peft_kernels.ops.common.projections import (
     FLOATS,
     accumulator,
@@ -96,7 +97,7 @@ def _one_of(name: str, value: str, allowed) -> None:
 
 
 def _check_numbers(x, activation, scaling, norm, eps, dropout_p, dropout_on, seed) -> None:
-    _one_of("activation", activation, reference.ACTIVATIONS)
+    _one_of("activation", activation, ACTIVATIONS)
     _one_of("norm", norm, NORMS)
     _one_of("dropout_on", dropout_on, DROPOUTS)
     require(NAME, math.isfinite(scaling), f"scaling must be finite, got {scaling}")

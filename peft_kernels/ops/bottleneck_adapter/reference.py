@@ -10,7 +10,7 @@ Houlsby et al. 2019 (arXiv:1902.00751), He et al. 2022 (arXiv:2110.04366, table 
 
 from torch import Tensor
 
-from peft_kernels.ops.common.activations import ACTIVATIONS, SLOPES
+from peft_kernels.ops.common.activations import EXACT, SLOPES
 from peft_kernels.ops.common.dropout import drop, scaled_mask
 from peft_kernels.ops.common.projections import accumulator
 
@@ -64,7 +64,7 @@ def forward(
     h = normed @ down_weight.to(dtype).mT  # [M, E]
     if down_bias is not None:
         h += down_bias.to(dtype)
-    u = drop(ACTIVATIONS[activation](h), _mask(dropout_on, "bottleneck", seed, h, dropout_p))
+    u = drop(EXACT[activation](h), _mask(dropout_on, "bottleneck", seed, h, dropout_p))
     t = u @ up_weight.to(dtype).mT  # [M, N]
     if up_bias is not None:
         t += up_bias.to(dtype)
@@ -112,7 +112,7 @@ def backward(
     g = dys.new_ones(len(dys), 1) if gate is None else gate.reshape(-1, 1).to(dtype)
     d = drop(dys, _mask(dropout_on, "output", seed, dys, dropout_p))
     mask = _mask(dropout_on, "bottleneck", seed, h, dropout_p)
-    u = drop(ACTIVATIONS[activation](h), mask)
+    u = drop(EXACT[activation](h), mask)
     v = (d * s) @ B  # [M, E]
     dh = SLOPES[activation](h) * drop(g * v, mask)
     unscaled_B, unscaled_b = d.mT @ (g * u), (g * d).sum(0)  # [N, E], [N]

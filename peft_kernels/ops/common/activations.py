@@ -13,7 +13,7 @@ GELU_TANH = math.sqrt(2 / math.pi), 0.044715  # h / 2 (1 + tanh(first (h + secon
 ACTIVATIONS = {
     "identity": lambda h: h,
     "relu": torch.relu,
-    "gelu": lambda h: h * torch.special.ndtr(h),  # F.gelu makes NaN of infinity where erf is a vector of AVX-512's
+    "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda h: torch.nn.functional.gelu(h, approximate="tanh"),
     "silu": torch.nn.functional.silu,
     "tanh": torch.tanh,
@@ -21,6 +21,8 @@ ACTIVATIONS = {
     "leaky_relu": lambda h: torch.nn.functional.leaky_relu(h, LEAK),
 }
 NAMES = tuple(ACTIVATIONS)
+# For references: on a processor with AVX-512 F.gelu makes NaN of infinity.
+EXACT = ACTIVATIONS | {"gelu": lambda h: h * torch.special.ndtr(h)}
 
 
 def _gelu_slope(h: Tensor) -> Tensor:

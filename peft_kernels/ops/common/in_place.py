@@ -24,9 +24,7 @@ def in_place(name: str, text: str) -> Callable[..., dict[str, Callable]]:
         op = getattr(namespace, name).default
 
         def counting(written, *rest) -> None:
-            increment_version(written)
-            with below_in_place():
-                op(written, *rest)
+            _counted(op, written, *rest)
 
         def refusing(*arguments) -> None:
             if torch.is_grad_enabled() or forward_ad._current_level >= 0:
@@ -46,10 +44,15 @@ def call_in_place(op: Callable, written: Tensor | list[Tensor], *rest) -> None:
     of a small call."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_ad._current_level >= 0:
         op(written, *rest)
-        return
-    increment_version(written)
+    else:
+        _counted(op, written, *rest)
+
+
+def _counted(op: Callable, written: Tensor | list[Tensor], *rest) -> None:
+    """The version is raised behind the operator: what it refuses it has not written to."""
     with below_in_place():
         op(written, *rest)
+    increment_version(written)
 
 
 def _tensors(arguments):

@@ -5,7 +5,7 @@ G projections (index g), L adapters (index i). `op` is the name that a message b
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,6 +49,24 @@ def check_tensor(
 
 def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], words: str) -> None:
     require(op, tuple(tensor.shape) == shape, f"{name} must have shape {words}, got {list(tensor.shape)}")
+
+
+def as_list(op: str, name: str, tensors) -> list:
+    """One tensor, or those of several adapters, as an operator takes them."""
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    text = f"{name} must be a Tensor or a sequence of them, got {type(tensors).__name__}"
+    require(op, isinstance(tensors, Sequence), text, TypeError)
+    return list(tensors)
+
+
+def as_numbers(op: str, name: str, numbers, count: int) -> list[float]:
+    """The same of a number, which stands for all `count` adapters."""
+    if isinstance(numbers, int | float):
+        return [numbers] * count
+    text = f"{name} must be a number or a sequence of them, got {type(numbers).__name__}"
+    require(op, isinstance(numbers, Sequence), text, TypeError)
+    return list(numbers)
 
 
 def check_input(op: str, x: Tensor) -> None:

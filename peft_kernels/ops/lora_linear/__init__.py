@@ -1,5 +1,5 @@
 """lora_linear: y = x W^T + b + s (drop(x) A^T) B^T, the frozen layer and its LoRA adapters in one call; and lora_add,
-the adapters alone, for a frozen layer that is somebody else's kernel."""
+the adapters alone, for a frozen layer that is somebody else's kernel; and what is beside them in files of their own."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.ops.common.in_place import call_in_place
+from peft_kernels.ops.common.projections import as_list, as_numbers
 from peft_kernels.ops.lora_linear import add
 from peft_kernels.ops.lora_linear.dora_linear import dora_linear, dora_norm, dora_scale
 from peft_kernels.ops.lora_linear.embedding import lora_embedding
@@ -178,10 +179,10 @@ def lora_add(
         >>> lora_A, lora_B = torch.randn(8, 64, requires_grad=True), torch.zeros(32, 8, requires_grad=True)
         >>> y = peft_kernels.lora_add(base(x), x, lora_A, lora_B, scaling=2.0)
     """
-    arguments = (residual, x, *_adapters(lora_A, lora_B, lora_bias, scaling, dropout_p), seed)
+    arguments = (residual, x, *_adapters("lora_add", lora_A, lora_B, lora_bias, scaling, dropout_p), seed)
     try:
         return torch.ops.peft_kernels.lora_add.default(*arguments)[0]
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, AttributeError):
         add.check(*arguments)  # says in words what the operator refused
         raise
 
@@ -213,19 +214,18 @@ def lora_add_(
         >>> with torch.no_grad():
         ...     y = peft_kernels.lora_add_(base(x), x, lora_A, lora_B, scaling=2.0)
     """
-    arguments = (residual, x, *_adapters(lora_A, lora_B, lora_bias, scaling, dropout_p), seed)
+    arguments = (residual, x, *_adapters("lora_add_", lora_A, lora_B, lora_bias, scaling, dropout_p), seed)
     try:
         call_in_place(torch.ops.peft_kernels.lora_add_.default, *arguments)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, AttributeError):
         add.check_in_place(*arguments)
         raise
     return residual
 
 
-def _adapters(lora_A, lora_B, lora_bias, scaling, dropout_p) -> tuple[list, ...]:
+def _adapters(op: str, lora_A, lora_B, lora_bias, scaling, dropout_p) -> tuple[list, ...]:
     """One adapter or several as the lists of the operator."""
-    if isinstance(lora_A, Tensor):
-        lora_A, lora_B, lora_bias = [lora_A], [lora_B], [lora_bias]
-    count = len(lora_A)
-    numbers = ([n] * count if isinstance(n, (int, float)) else list(n) for n in (scaling, dropout_p))
-    return list(lora_A), list(lora_B), [None] * count if lora_bias is None else list(lora_bias), *numbers
+    a, b = (as_list(op, *named) for named in (("lora_A", lora_A), ("lora_B", lora_B)))
+    c = [None] * len(a) if lora_bias is None else as_list(op, "lora_bias", lora_bias)
+    numbers = {"scaling": scaling, "dropout_p": dropout_p}
+    return a, b, c, *(as_numbers(op, name, given, len(a)) for name, given in numbers.items())

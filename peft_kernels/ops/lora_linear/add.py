@@ -1,5 +1,5 @@
 """lora_add as torch operators: what LoRA adapters add to the output of a frozen layer that is somebody else's kernel
-(4-bit, 8-bit, a tensor subclass, an embedding...): schema, check, fake, autograd, autocast, cost, registration.
+(4-bit, 8-bit, a tensor subclass...): schema, check, fake, autograd, autocast, cost, registration.
 
 lora_add is differentiable; lora_add_ writes into the residual, for inference, and refuses what needs a gradient.
 Legend: M rows of x and of the residual r, K in_features, N out_features, R rank; L adapters (index i).

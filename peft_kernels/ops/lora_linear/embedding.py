@@ -16,6 +16,8 @@ from peft_kernels.ops.common.projections import (
     MAX_RANK,
     accumulator,
     any_requires_grad,
+    as_list,
+    as_numbers,
     check_shape,
     check_tensor,
     dtype_name,
@@ -44,7 +46,7 @@ def lora_embedding(
     """y = r + sum over the adapters l of s_l A_l[:, ids]^T B_l^T,  r = embedding(ids)
 
     LoRA (arXiv:2106.09685) on a frozen table of embeddings: columns of A are gathered, the residual r is read once and
-    y written once. No transposed copy of A, and nothing of the size of the table but the gradient of A.
+    y written once. A contiguous A is not copied, and nothing has the size of the table but the gradient of A.
 
     Args:
         residual: `[..., N]`, float32, float16, bfloat16 or float64, any strides: what the frozen table gave for ids.
@@ -60,12 +62,14 @@ def lora_embedding(
         y `[..., N]` in the residual's dtype, accumulated in float32 (float64 for float64) and rounded once; on "cuda"
         once per 32 adapters.
 
-    Differentiable in residual, lora_A and lora_B. Kept for the backward: ids and h = s A[:, ids]^T in float32 `[M, r]`.
+    Differentiable in residual, lora_A and lora_B. Kept for the backward: ids, B where A is
+    trained, and h = s A[:, ids]^T in float32 `[M, r]` where B is.
     The gradient of A is dense; every column is a sum over sorted ids, the same in every run.
 
     Raises:
         ValueError: a shape, a rank, a scaling or padding_idx is out of range.
         TypeError: a dtype, a layout or a device does not fit.
+        IndexError: an id is out of range, on "cpu" and "reference".
 
     Example:
         >>> table, ids = torch.nn.Embedding(100, 32), torch.randint(100, (2, 7))
@@ -73,14 +77,13 @@ def lora_embedding(
         >>> y = peft_kernels.lora_embedding(table(ids), ids, lora_A, lora_B, scaling=2.0)
         >>> y.sum().backward()
     """
-    if isinstance(lora_A, Tensor):
-        lora_A, lora_B = [lora_A], [lora_B]
-    scalings = [scaling] * len(lora_A) if isinstance(scaling, int | float) else list(scaling)
-    arguments = (residual, ids, list(lora_A), list(lora_B), scalings, padding_idx)
+    lora_A, lora_B = (as_list(NAME, *named) for named in (("lora_A", lora_A), ("lora_B", lora_B)))
+    arguments = (residual, ids, lora_A, lora_B, as_numbers(NAME, "scaling", scaling, len(lora_A)), padding_idx)
     try:
         return torch.ops.peft_kernels.lora_embedding.default(*arguments)[0]
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, AttributeError, IndexError):
         check(*arguments)  # says in words what the operator refused
+        _check_range(ids, lora_A[0].shape[1])
         raise
 
 
@@ -101,8 +104,16 @@ def check(residual, ids, lora_A, lora_B, scaling, padding_idx, op=NAME, rows="re
     _check_factors(op, rows, residual, lora_A, lora_B)
     for i, s in enumerate(scaling):
         require(op, math.isfinite(s), f"scaling[{i}] must be finite, got {s}")
-    V = lora_A[0].shape[1]
+    V, kind = lora_A[0].shape[1], type(padding_idx).__name__
+    require(op, isinstance(padding_idx, int | None), f"padding_idx must be an int or None, got {kind}", TypeError)
     require(op, padding_idx is None or 0 <= padding_idx < V, f"padding_idx must lie in [0, {V}), got {padding_idx}")
+
+
+def _check_range(ids, V: int) -> None:
+    """Reads the ids: for a call that was refused. On a GPU none is for its ids."""
+    outside = ids[(ids < 0) | (ids >= V)] if ids.is_cpu else ()
+    if len(outside):
+        raise IndexError(f"{NAME}: ids must lie in [0, {V}), got {outside[0].item()}")
 
 
 def _check_factors(op: str, rows: str, residual, lora_A, lora_B) -> None:
@@ -171,7 +182,9 @@ def autograd(namespace):
                 y, h = forward_op(residual, ids, factors[:L], factors[L:], scaling, padding_idx)
             needs = ctx.needs_input_grad[4:]
             if any(needs):
-                ctx.save_for_backward(ids, h if any(needs[L:]) else None, *factors)
+                read = factors[L:] if any(needs[:L]) else ()
+                ctx.save_for_backward(ids, h if any(needs[L:]) else None, *read)
+            ctx.unread = [t.detach() for t in factors]  # A, and B where it is not read, give their shapes alone
             ctx.rest = scaling, padding_idx
             ctx.mark_non_differentiable(h)
             ctx.set_materialize_grads(False)
@@ -183,9 +196,9 @@ def autograd(namespace):
             needs = ctx.needs_input_grad[4:]
             if dy is None or not any(needs):
                 return (None, None, None, dy, *(None for _ in needs))
-            ids, h, *factors = ctx.saved_tensors
-            L = len(factors) // 2
-            out = backward_op(dy, ids, h, factors[:L], factors[L:], *ctx.rest, needs)
+            ids, h, *read = ctx.saved_tensors
+            L = len(needs) // 2
+            out = backward_op(dy, ids, h, ctx.unread[:L], read or ctx.unread[L:], *ctx.rest, needs)
             return (None, None, None, dy, *(grad if need else None for grad, need in zip(out, needs, strict=True)))
 
     def kernel(residual, ids, lora_A, lora_B, scaling, padding_idx):

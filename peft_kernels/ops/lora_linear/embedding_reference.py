@@ -16,7 +16,7 @@ from peft_kernels.ops.common.projections import accumulator
 
 def forward(residual, ids, lora_A, lora_B, scaling, padding_idx):
     dtype, tokens = accumulator(residual.dtype), ids.reshape(-1)
-    low = [s * a.to(dtype)[:, tokens].mT for a, s in zip(lora_A, scaling, strict=True)]  # [M, R_l]
+    low = [s * a.to(dtype).index_select(1, tokens).mT for a, s in zip(lora_A, scaling, strict=True)]  # [M, R_l]
     y = residual.reshape(-1, residual.shape[-1]).to(dtype)
     for h, b in zip(low, lora_B, strict=True):
         y = y + h @ b.to(dtype).mT

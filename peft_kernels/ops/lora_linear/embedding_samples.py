@@ -63,7 +63,7 @@ def _strided(arguments: dict) -> dict:
 
 
 def _transposed(arguments: dict) -> dict:
-    """A stored [V, r], as tied or merged factors may be."""
+    """A stored [V, r], as a table that is looked up is."""
     return {"lora_A": [a.t().contiguous().t() for a in arguments["lora_A"]]}
 
 

@@ -7,18 +7,18 @@ fp32 for all 16- and 32-bit inputs, in fp64 for fp64; every result is rounded on
 
 from torch import Tensor
 
-from peft_kernels.ops.common.activations import ACTIVATIONS, SLOPES
+from peft_kernels.ops.common.activations import EXACT, SLOPES
 from peft_kernels.ops.common.projections import accumulator
 
 
 def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     dtype = accumulator(gate.dtype)
-    return (ACTIVATIONS[activation](gate.to(dtype)) * up.to(dtype)).to(gate.dtype).contiguous()
+    return (EXACT[activation](gate.to(dtype)) * up.to(dtype)).to(gate.dtype).contiguous()
 
 
 def backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up."""
     dtype = accumulator(gate.dtype)
     g, d = gate.to(dtype), dy.to(dtype)
-    dgate, dup = d * up.to(dtype) * SLOPES[activation](g), d * ACTIVATIONS[activation](g)
+    dgate, dup = d * up.to(dtype) * SLOPES[activation](g), d * EXACT[activation](g)
     return dgate.to(gate.dtype).contiguous(), dup.to(gate.dtype).contiguous()
