@@ -138,6 +138,27 @@ def test_autocast_changes_nothing_here():
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+class Scaled(nn.Embedding):
+    """As Gemma's, with any shape of its scale."""
+
+    embed_scale = torch.tensor([[3.0]])
+
+    def forward(self, ids):
+        return super().forward(ids) * self.embed_scale.flatten()[0]
+
+
+class Positions(nn.Embedding):
+    """Rows for all sequences at once."""
+
+    def forward(self, ids):
+        return super().forward(ids[0])
+
+
+class Doubled(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids).double()
+
+
 def test_one_graph_under_compile():
     for layer in (None, Scaled(VOCAB, HIDDEN)):
         model = block(layer)
@@ -151,13 +172,56 @@ def test_one_graph_under_compile():
             assert torch.equal(compiled(ids_of()), tables(model)[0].base_layer(ids_of()))
 
 
-class Scaled(nn.Embedding):
-    """As Gemma's, with any shape of its scale."""
+# -- what a table holds, and what it returns --------------------------------------------------------------------------
 
-    embed_scale = torch.tensor([[3.0]])
 
-    def forward(self, ids):
-        return super().forward(ids) * self.embed_scale.flatten()[0]
+def assert_one_call_like_peft(model: nn.Module, exact: nn.Module) -> None:
+    plain, exact = step(model), step(exact)
+    report = peft_kernels.patch(model, strict=True)
+    with Operators() as operators:
+        assert_as_close_as_peft(step(model), plain, exact)
+    assert [row.reason for row in report.rows] == [""] and report.fused == 1 and not report.fallbacks
+    assert operators.calls == {"lora_embedding": 1, "lora_embedding_backward": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "factors"),
+    [
+        (Positions, torch.float32),
+        (Positions, torch.bfloat16),
+        (Doubled, torch.float32),
+        (Doubled, torch.bfloat16),
+        (nn.Embedding, torch.float64),
+    ],
+)
+def test_rows_that_the_op_does_not_take(kind, factors):
+    """Of fewer dimensions than ids, or of a dtype that the op does not take beside that of the factors."""
+    model = block(kind(VOCAB, HIDDEN, padding_idx=3))
+    model.add_adapter("more", lora_config(target_modules=["layer"], r=3))
+    model.base_model.set_adapter(["default", "more"])
+    (table,) = tables(randomise(model))
+    table.lora_embedding_A.to(factors), table.lora_embedding_B.to(factors)
+    table.base_layer.weight.requires_grad_()
+    assert_one_call_like_peft(model, in_double(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["EmbeddingNF4", "EmbeddingFP4", "Embedding8bit"])
+def test_a_quantised_table(kind, dtype):
+    bnb = pytest.importorskip("bitsandbytes")
+    table = getattr(bnb.nn, kind)(VOCAB, 2 * HIDDEN, dtype=dtype).to("cpu")  # 64 elements share a scale
+    rows = table(torch.arange(VOCAB)).detach()
+    assert rows.dtype == dtype and not table.weight.is_floating_point()
+    assert_one_call_like_peft(block(table), block(nn.Embedding.from_pretrained(rows.float())).double())
+
+
+def test_a_parametrized_table():
+    table = nn.Embedding(VOCAB, HIDDEN)
+    nn.utils.parametrizations.weight_norm(table)
+    model = block(table)
+    for weight in table.parameters():
+        weight.requires_grad_()
+    assert_one_call_like_peft(model, in_double(model))
 
 
 # -- switches ---------------------------------------------------------------------------------------------------------

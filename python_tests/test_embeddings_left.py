@@ -44,7 +44,6 @@ def in_several_dtypes(model):
 LEFT = {
     "dora": ({"use_dora": True}, None, "Dora changes the maths"),
     "rank": ({"r": MAX_RANK + 1}, None, f"rank {MAX_RANK + 1} is above {MAX_RANK}"),
-    "fp64": ({}, lambda model: tables(model)[0].base_layer.double(), "factors in torch.float32 on a base in torch.flo"),
     "dtypes": ({}, in_several_dtypes, "factors of several dtypes in one call"),
     "sizes": ({}, smaller, "tables of several sizes in one call"),
     "padding": ({}, with_base(padding_idx=-1), "padding_idx -1 of the base layer"),
