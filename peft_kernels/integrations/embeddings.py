@@ -64,9 +64,18 @@ def _add_adapter(call: Call, layer: Embedding, name: str, x: Tensor, types) -> s
         return f"x is on {x.device} and lora_embedding_A on {a.device}"
     if a.shape[1] != call.lora_A[0].shape[1]:
         return "tables of several sizes in one call"
+    if a.shape[1] < (rows := _rows(base)):
+        return f"lora_embedding_A has {a.shape[1]} columns and the table {rows} rows"
     if base.padding_idx is not None and not 0 <= base.padding_idx < a.shape[1]:
         return f"padding_idx {base.padding_idx} of the base layer"
     return ""
+
+
+def _rows(base: nn.Module) -> int:
+    """How many ids a table takes. A packed weight does not say; Idefics' have a second table for the last ids."""
+    weight = tensor_of(base, "weight")
+    has_rows = weight is not None and weight.shape[1:] == (base.embedding_dim,)
+    return (weight.shape[0] if has_rows else base.num_embeddings) + getattr(base, "num_additional_embeddings", 0)
 
 
 def _run(call: Call, layer: Embedding, x: Tensor) -> Tensor:
