@@ -159,17 +159,24 @@ class Doubled(nn.Embedding):
         return super().forward(ids).double()
 
 
-def test_one_graph_under_compile():
-    for layer in (None, Scaled(VOCAB, HIDDEN)):
-        model = block(layer)
-        model.add_adapter("more", lora_config(target_modules=["layer"], r=3))
-        model.base_model.set_adapter(["default", "more"])
-        expected = peft_kernels.patch(randomise(model), strict=True) and step(model)
-        compiled = torch.compile(model.base_model.model, backend="aot_eager", fullgraph=True)
-        found = step(model.base_model.model, ids_of()) and compiled(ids_of())
-        assert torch.equal(found, expected["y"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", [nn.Embedding, Scaled, Positions])
+def test_one_graph_under_compile(kind, autocast):
+    torch.compiler.reset()
+    model = block(kind(VOCAB, HIDDEN))
+    model.add_adapter("more", lora_config(target_modules=["layer"], r=3))
+    model.base_model.set_adapter(["default", "more"])
+    peft_kernels.patch(randomise(model), strict=True)
+    eager, base = model.base_model.model, tables(model)[0].base_layer
+    compiled = torch.compile(eager, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        for ids in (ids_of(), ids_of(3, 5), ids_of(4, 11)):
+            expected, found = step(eager, ids), step(compiled, ids)
+            found = {name.removeprefix("_orig_mod."): tensor for name, tensor in found.items()}
+            assert found.keys() == expected.keys() and len(found) == 5
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
         with model.disable_adapter():
-            assert torch.equal(compiled(ids_of()), tables(model)[0].base_layer(ids_of()))
+            assert torch.equal(compiled(ids_of()), base(ids_of()))
 
 
 # -- what a table holds, and what it returns --------------------------------------------------------------------------
