@@ -138,19 +138,6 @@ def test_autocast_changes_nothing_here():
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_one_graph_under_compile():
-    for layer in (None, Scaled(VOCAB, HIDDEN)):
-        model = block(layer)
-        model.add_adapter("more", lora_config(target_modules=["layer"], r=3))
-        model.base_model.set_adapter(["default", "more"])
-        expected = peft_kernels.patch(randomise(model), strict=True) and step(model)
-        compiled = torch.compile(model.base_model.model, backend="aot_eager", fullgraph=True)
-        found = step(model.base_model.model, ids_of()) and compiled(ids_of())
-        assert torch.equal(found, expected["y"])
-        with model.disable_adapter():
-            assert torch.equal(compiled(ids_of()), tables(model)[0].base_layer(ids_of()))
-
-
 class Scaled(nn.Embedding):
     """As Gemma's, with any shape of its scale."""
 
@@ -158,6 +145,90 @@ class Scaled(nn.Embedding):
 
     def forward(self, ids):
         return super().forward(ids) * self.embed_scale.flatten()[0]
+
+
+class Positions(nn.Embedding):
+    """Rows for all sequences at once."""
+
+    def forward(self, ids):
+        return super().forward(ids[0])
+
+
+class Doubled(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids).double()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", [nn.Embedding, Scaled, Positions])
+def test_one_graph_under_compile(kind, autocast):
+    torch.compiler.reset()
+    model = block(kind(VOCAB, HIDDEN))
+    model.add_adapter("more", lora_config(target_modules=["layer"], r=3))
+    model.base_model.set_adapter(["default", "more"])
+    peft_kernels.patch(randomise(model), strict=True)
+    eager, base = model.base_model.model, tables(model)[0].base_layer
+    compiled = torch.compile(eager, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        for ids in (ids_of(), ids_of(3, 5), ids_of(4, 11)):
+            expected, found = step(eager, ids), step(compiled, ids)
+            found = {name.removeprefix("_orig_mod."): tensor for name, tensor in found.items()}
+            assert found.keys() == expected.keys() and len(found) == 5
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+        with model.disable_adapter():
+            assert torch.equal(compiled(ids_of()), base(ids_of()))
+
+
+# -- what a table holds, and what it returns --------------------------------------------------------------------------
+
+
+def assert_one_call_like_peft(model: nn.Module, exact: nn.Module) -> None:
+    plain, exact = step(model), step(exact)
+    report = peft_kernels.patch(model, strict=True)
+    with Operators() as operators:
+        assert_as_close_as_peft(step(model), plain, exact)
+    assert [row.reason for row in report.rows] == [""] and report.fused == 1 and not report.fallbacks
+    assert operators.calls == {"lora_embedding": 1, "lora_embedding_backward": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "factors"),
+    [
+        (Positions, torch.float32),
+        (Positions, torch.bfloat16),
+        (Doubled, torch.float32),
+        (Doubled, torch.bfloat16),
+        (nn.Embedding, torch.float64),
+    ],
+)
+def test_rows_that_the_op_does_not_take(kind, factors):
+    """Of fewer dimensions than ids, or of a dtype that the op does not take beside that of the factors."""
+    model = block(kind(VOCAB, HIDDEN, padding_idx=3))
+    model.add_adapter("more", lora_config(target_modules=["layer"], r=3))
+    model.base_model.set_adapter(["default", "more"])
+    (table,) = tables(randomise(model))
+    table.lora_embedding_A.to(factors), table.lora_embedding_B.to(factors)
+    table.base_layer.weight.requires_grad_()
+    assert_one_call_like_peft(model, in_double(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["EmbeddingNF4", "EmbeddingFP4", "Embedding8bit"])
+def test_a_quantised_table(kind, dtype):
+    bnb = pytest.importorskip("bitsandbytes")
+    table = getattr(bnb.nn, kind)(VOCAB, 2 * HIDDEN, dtype=dtype).to("cpu")  # 64 elements share a scale
+    rows = table(torch.arange(VOCAB)).detach()
+    assert rows.dtype == dtype and not table.weight.is_floating_point()
+    assert_one_call_like_peft(block(table), block(nn.Embedding.from_pretrained(rows.float())).double())
+
+
+def test_a_parametrized_table():
+    table = nn.Embedding(VOCAB, HIDDEN)
+    nn.utils.parametrizations.weight_norm(table)
+    model = block(table)
+    for weight in table.parameters():
+        weight.requires_grad_()
+    assert_one_call_like_peft(model, in_double(model))
 
 
 # -- switches ---------------------------------------------------------------------------------------------------------

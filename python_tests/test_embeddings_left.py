@@ -6,6 +6,7 @@ from embedding_models import block, ids_of, step, tables
 from models import HIDDEN, VOCAB, lora_config, randomise
 from peft.tuners import lora
 from torch import nn
+from transformers.models.idefics.modeling_idefics import IdeficsDecoupledEmbedding
 
 import peft_kernels
 from peft_kernels.integrations.embeddings import FusedEmbedding
@@ -33,6 +34,12 @@ def smaller(model):
     randomise(model)
 
 
+def resized(model):
+    """Tokens came after the adapters."""
+    base = tables(model)[0].base_layer
+    base.weight = nn.Parameter(torch.cat([base.weight.detach(), torch.ones(5, HIDDEN)]), requires_grad=False)
+
+
 def in_several_dtypes(model):
     model.add_adapter("more", lora_config(target_modules=["layer"]))
     model.base_model.set_adapter(["default", "more"])
@@ -44,9 +51,9 @@ def in_several_dtypes(model):
 LEFT = {
     "dora": ({"use_dora": True}, None, "Dora changes the maths"),
     "rank": ({"r": MAX_RANK + 1}, None, f"rank {MAX_RANK + 1} is above {MAX_RANK}"),
-    "fp64": ({}, lambda model: tables(model)[0].base_layer.double(), "factors in torch.float32 on a base in torch.flo"),
     "dtypes": ({}, in_several_dtypes, "factors of several dtypes in one call"),
     "sizes": ({}, smaller, "tables of several sizes in one call"),
+    "resized": ({}, resized, f"lora_embedding_A has {VOCAB} columns and the table {VOCAB + 5} rows"),
     "padding": ({}, with_base(padding_idx=-1), "padding_idx -1 of the base layer"),
     "tensor-parallel": ({}, shifted, "tensor parallel: PEFT changes ids and rows"),
 }
@@ -111,3 +118,23 @@ def test_a_device_without_a_kernel_keeps_pefts_layer(monkeypatch):
     monkeypatch.setitem(WITHOUT_KERNEL["lora_embedding"], "cpu", "nothing here")
     assert [row.reason for row in peft_kernels.patch(model).left] == ["nothing here"]
     assert not isinstance(tables(model)[0], FusedEmbedding)
+
+
+@pytest.mark.parametrize("two", [False, True], ids=["of-4-bits", "with-a-second-table"])
+def test_ids_that_lora_embedding_A_has_no_column_for(two):
+    """PEFT refuses them; an op on a GPU would add nothing for them."""
+    if two:
+        model = block(IdeficsDecoupledEmbedding(VOCAB, 2, HIDDEN))
+    else:
+        bnb = pytest.importorskip("bitsandbytes")
+        model = block(bnb.nn.EmbeddingNF4(VOCAB, 2 * HIDDEN).to("cpu"))
+        tables(model)[0].base_layer = bnb.nn.EmbeddingNF4(VOCAB + 2, 2 * HIDDEN).to("cpu")
+    plain = model(ids_of())
+    report = peft_kernels.patch(model)
+    reason = f"lora_embedding_A has {VOCAB} columns and the table {VOCAB + 2} rows"
+    assert [row.reason for row in report.rows] == [reason]
+    assert torch.equal(model(ids_of()), plain)
+    assert tables(model)[0].base_layer(torch.tensor([VOCAB + 1])).shape[0] == 1
+    with pytest.raises(IndexError):
+        model(torch.tensor([VOCAB + 1]))
+    assert report.fallbacks == {reason: 2} and report.fused == 0

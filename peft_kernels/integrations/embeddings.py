@@ -4,20 +4,22 @@ The base layer is called as a module, once. c is what it multiplies its rows by,
 BART); PEFT multiplies the adapters' part by it too. A Python number goes into s. A tensor goes into B [N, R], and no
 device is waited for: the number that transformers keeps beside it is another one once the model was cast to 16 bits and
 back. lora_dropout drops nothing here, in PEFT neither.
+
+What the table holds is its own affair (4 bits, a parametrization): only its rows are seen. Where they are none that the
+op takes (of another dtype, without all dimensions of ids), the op is given zeros, and its output is added to them.
 """
 
 import torch
 from peft.tuners.lora import Embedding, variants
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from peft_kernels.integrations.gathering import (
+    DTYPES,
     PLAIN,
     UNMERGES,
     WITHOUT_KERNEL,
     Call,
     add_factors,
-    describe_type,
     tensor_of,
 )
 from peft_kernels.integrations.peft import add_active, forward_over_base
@@ -27,13 +29,10 @@ MIXED = "rows with adapters of their own on an embedding"
 NO_DROPOUT = nn.Identity()
 
 
-def unfit_table(base: nn.Module, x: Tensor, types=PLAIN) -> str:
+def unfit_table(base: nn.Module, x: Tensor) -> str:
     """Why adapters on a table of embeddings can be in no call, or nothing. x: on the device of the call."""
-    device, weight = x.device.type, tensor_of(base, "weight")
-    if device in WITHOUT_KERNEL["lora_embedding"]:
-        return WITHOUT_KERNEL["lora_embedding"][device]
-    if weight is None or (isinstance(weight, DTensor) and DTensor not in types):
-        return describe_type(weight)
+    if reason := WITHOUT_KERNEL["lora_embedding"].get(x.device.type):
+        return reason
     if base.max_norm is not None:
         return "max_norm of the base layer, which PEFT applies to lora_embedding_A as well"
     if base.scale_grad_by_freq or base.sparse:
@@ -44,7 +43,7 @@ def unfit_table(base: nn.Module, x: Tensor, types=PLAIN) -> str:
 
 def add_table(call: Call, layer: Embedding, x: Tensor, types=PLAIN) -> str:
     """Adds the active adapters of a layer to a call without projections; returns why that cannot be, or nothing."""
-    if reason := unfit_table(layer.get_base_layer(), x, types):
+    if reason := unfit_table(layer.get_base_layer(), x):
         return reason
     if layer._disable_adapters or layer.merged_adapters:
         return UNMERGES if layer._disable_adapters and layer.merged_adapters else ""
@@ -59,16 +58,24 @@ def _add_adapter(call: Call, layer: Embedding, name: str, x: Tensor, types) -> s
         return "tensor parallel: PEFT changes ids and rows"
     base, modules = layer.get_base_layer(), layer._modules
     a, b = (tensor_of(modules[factor], name) for factor in ("lora_embedding_A", "lora_embedding_B"))
-    weight, rank, scaling = tensor_of(base, "weight"), layer.r[name], layer.scaling[name]
-    if reason := add_factors(call, base, NO_DROPOUT, a, b, None, rank, scaling, weight, types):
+    if reason := add_factors(call, base, NO_DROPOUT, a, b, None, layer.r[name], layer.scaling[name], a, types):
         return reason
     if a.device != x.device:
         return f"x is on {x.device} and lora_embedding_A on {a.device}"
     if a.shape[1] != call.lora_A[0].shape[1]:
         return "tables of several sizes in one call"
+    if a.shape[1] < (rows := _rows(base)):
+        return f"lora_embedding_A has {a.shape[1]} columns and the table {rows} rows"
     if base.padding_idx is not None and not 0 <= base.padding_idx < a.shape[1]:
         return f"padding_idx {base.padding_idx} of the base layer"
     return ""
+
+
+def _rows(base: nn.Module) -> int:
+    """How many ids a table takes. A packed weight does not say; Idefics' have a second table for the last ids."""
+    weight = tensor_of(base, "weight")
+    has_rows = weight is not None and weight.shape[1:] == (base.embedding_dim,)
+    return (weight.shape[0] if has_rows else base.num_embeddings) + getattr(base, "num_additional_embeddings", 0)
 
 
 def _run(call: Call, layer: Embedding, x: Tensor) -> Tensor:
@@ -78,7 +85,11 @@ def _run(call: Call, layer: Embedding, x: Tensor) -> Tensor:
         lora_B = [b * scale.reshape(()).to(b.dtype) for b in lora_B]
     elif isinstance(scale, int | float):
         scaling = [s * scale for s in scaling]
-    return LORA_EMBEDDING(y, x, call.lora_A, lora_B, scaling, base.padding_idx)[0]
+    arguments = x, call.lora_A, lora_B, scaling, base.padding_idx
+    shape, dtype = (*x.shape, lora_B[0].shape[0]), lora_B[0].dtype
+    if type(y) in PLAIN and y.shape == shape and (y.dtype, dtype) in DTYPES:
+        return LORA_EMBEDDING(y, *arguments)[0]
+    return (y + LORA_EMBEDDING(x.new_zeros(shape, dtype=dtype), *arguments)[0]).to(y.dtype)
 
 
 class FusedEmbedding(Embedding):

@@ -226,7 +226,7 @@ def _obstacle(layer: BaseTunerLayer, foreign: bool) -> str:
     if foreign:
         return WITHOUT_KERNEL["lora_add"].get(stand_in(layer).device.type, "")
     if isinstance(layer, Embedding):
-        return unfit_table(layer.get_base_layer(), _input_of(base), SHARDABLE)
+        return unfit_table(layer.get_base_layer(), _input_of(base))
     reason = add_base(Call(), base, _input_of(base), SHARDABLE)
     return "" if reason == HOOKED_BASE else reason
 
