@@ -138,3 +138,22 @@ def test_ids_that_lora_embedding_A_has_no_column_for(two):
     with pytest.raises(IndexError):
         model(torch.tensor([VOCAB + 1]))
     assert report.fallbacks == {reason: 2} and report.fused == 0
+
+
+def test_factors_may_be_flattened_while_a_model_is_patched():
+    """As FSDP1's and ZeRO-3's are between forwards; in a forward they have their shape."""
+    model = block()
+    plain, factors = model(ids_of()), [d["default"] for d in factors_of(tables(model)[0])]
+    shapes = [factor.shape for factor in factors]
+    for factor in factors:
+        factor.data = factor.data.flatten()
+    report = peft_kernels.patch(model)
+    assert "flattened" in report.rows[0].reason
+    for factor, shape in zip(factors, shapes, strict=True):
+        factor.data = factor.data.view(shape)
+    torch.testing.assert_close(model(ids_of()), plain)
+    assert report.fused == 1 and not report.fallbacks
+
+
+def factors_of(layer):
+    return layer.lora_embedding_A, layer.lora_embedding_B

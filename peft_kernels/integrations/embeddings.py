@@ -62,6 +62,8 @@ def _add_adapter(call: Call, layer: Embedding, name: str, x: Tensor, types) -> s
         return reason
     if a.device != x.device:
         return f"x is on {x.device} and lora_embedding_A on {a.device}"
+    if a.dim() != 2 or b.dim() != 2:
+        return "lora_embedding_A or B is flattened: its shards are not gathered"
     if a.shape[1] != call.lora_A[0].shape[1]:
         return "tables of several sizes in one call"
     if a.shape[1] < (rows := _rows(base)):
