@@ -34,14 +34,8 @@ ARMS = ("peft", "patched", "recomputed")
 LEAST_ROUNDS = {"cpu": 15, "gpu": 50, "full": 50, "quick": 3}
 SECONDS = {"cpu": 5.0, "gpu": 0.5, "full": 0.5, "quick": 0.1}
 FOREIGN = ("peft",)
-CALLED = (
-    "lora_linear",
-    "lora_add",
-    "dora_norm",
-    "dora_scale",
-    "gated_product",
-    "lora_embedding",
-)  # by the patched layers
+# By the patched layers.
+CALLED = ("lora_linear", "lora_add", "lora_embedding", "dora_norm", "dora_scale", "gated_product")
 
 
 @dataclass(frozen=True)

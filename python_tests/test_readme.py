@@ -116,9 +116,9 @@ def test_many_adapters_in_one_batch():
 
 
 def assert_near(found, expected):
-    """As near as sums of as many terms as anything here has are in fp32, whatever their order."""
+    """As near as the oracle wants sums of as many terms as anything here has, in fp32 and whatever their order."""
     terms = 64
-    assert (found - expected).abs().max() <= terms * torch.finfo(torch.float32).eps * expected.abs().max()
+    assert (found - expected).abs().max() <= terms**0.5 * torch.finfo(torch.float32).eps * expected.abs().max()
 
 
 def test_the_ops():

@@ -18,7 +18,8 @@ inline std::vector<Tensor> without_columns(const std::vector<Tensor>& lora_A) {
   return ranks;
 }
 
-// One adapter's share of a call; what a phase does not use stays null. `alive` keeps contiguous copies.
+// One adapter's share of a call; what a phase does not use stays null. A contiguous copy of
+// an A lives as long as what is done with the share.
 class LoraEmbeddingShares {
  public:
   LoraEmbeddingShares(const Tensor& ids, const std::vector<Tensor>& lora_A, std::optional<int64_t> padding_idx)
