@@ -58,9 +58,10 @@ std::vector<Tensor> backward(const Tensor& dy, const Tensor& ids, const Optional
   LoraEmbeddingShares(ids, lora_A, padding_idx).each_scatter(needs, gradients, [&](size_t, Problem& share) {
     share.ds = ds->const_data_ptr();
     const int64_t count = lora_embedding::pieces(share.M);
-    const Tensor pieces = call.scratch({count, share.R});
-    share.pieces = pieces.mutable_data_ptr();
+    OptionalTensor pieces;  // of a run that is in one there are none
     if (count > 1) {
+      pieces = call.scratch({count, share.R});
+      share.pieces = pieces->mutable_data_ptr();
       call.launched("pieces", lora_embedding::sum_pieces(share, call.type == Dtype::kFloat64, call.on.stream()));
     }
     call.launched("scatter", lora_embedding::scatter(share, call.type == Dtype::kFloat64, call.on.stream()));
