@@ -7,38 +7,16 @@
 // order of its parts for 64 ranks at a time and enters mma.sync as three bf16 parts, which hold all its bits; fp16
 // pages enter as two. Rows are padded to 16 and ranks to 16 with zeros. fp32 sums, in the order of r. The launch
 // overlaps the shrink: B^T and the tables are read before it waits.
-#include "batched_lora/pool_tile.h"
-#include "common/mma.h"
-#include "common/parts.h"
-#include "common/warp.h"
+#include "batched_lora/pool_expand_tile.h"
 
 namespace pk::batched_lora {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps;
-constexpr int kWarpCols = 64, kCols = kWarps * kWarpCols, kTiles = kWarpCols / 8;
-constexpr int kStep = 16, kPitch = tile_pitch(kCols);             // ranks of a stage
 constexpr int kLowRanks = 64, kLowPitch = tile_pitch(kLowRanks);  // of h at a time
-constexpr int kLowParts = 3;
-constexpr int kDeltaPitch = kCols + 8;  // of the sums, on their way to whole vectors of y
-constexpr int kManyBlocks = 512;        // with fewer of them, more stages are in flight
+constexpr int kDeltaPitch = kCols + 8;                            // of the sums, on their way to whole vectors of y
+constexpr int kManyBlocks = 512;                                  // with fewer of them, more stages are in flight
 
 using Low = uint16_t[kLowParts][kTileMost][kLowPitch];
-
-// Ranks [kStep stage, ...) of B^T into a stage of the ring, zeros past the rank and N.
-template <class T>
-__device__ __forceinline__ void fill(T* to, const Slice& slice, const PoolTile& tile, int stage, int64_t n) {
-  const int32_t* const numbers = tile.entry + kTablePages + slice.T;
-  const T* const from = static_cast<const T*>(slice.pages_out);
-#pragma unroll
-  for (int i = 0; i < kStep / kWarps; ++i) {
-    const int row = warp_index() + kWarps * i, r = stage * kStep + row;
-    const bool inside = r < tile.rank && n < slice.N;
-    const int64_t number = inside ? numbers[r / kPage] : 0;
-    cp_async<16>(to + row * kPitch + lane_index() * 8,
-                 inside ? from + (number * kPage + r % kPage) * slice.N + n : from, inside ? 16 : 0);
-  }
-}
 
 // u of ranks [rank, rank + 64), as bf16 parts. h: of the tile's first row and the slice's first rank. Two rows at a
 // time, and eight parts of each: a tile of few rows waits for memory once.
@@ -71,47 +49,12 @@ __device__ __forceinline__ void load_low(Low& low, const Pool& call, const Slice
   }
 }
 
-// sums += h B^T of 16 ranks for the warp's columns; `low` points to the ranks' first column of the first part.
-template <class T>
-__device__ __forceinline__ void multiply(float (&sums)[kTiles][4], const uint16_t* low, const T* factor) {
-  constexpr int kParts = kBf16Parts<T>;
-  const int lane = lane_index();
-  uint32_t left[kLowParts][4];
+__device__ __forceinline__ void load_left(Left& left, const Low& low, int rank) {
 #pragma unroll
-  for (int p = 0; p < kLowParts; ++p) {
-    ldmatrix(left[p], low + (p * kTileMost + lane % 16) * kLowPitch + lane / 16 * 8);
-  }
-#pragma unroll
-  for (int j = 0; j < kTiles; j += 2) {
-    uint32_t pairs[4], right[2][kParts][2];
-    ldmatrix_trans(pairs, factor + lane % 16 * kPitch + 8 * j + lane / 16 * 8);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      uint32_t parts[kParts];
-      as_bf16(parts, pairs[e], T{});
-#pragma unroll
-      for (int q = 0; q < kParts; ++q) right[e / 2][q][e % 2] = parts[q];
-    }
-#pragma unroll
-    for (int i = 0; i < 2 * kLowParts * kParts; ++i) {
-      mma_m16n8k16<bf16>(sums[j + i % 2], left[i / 2 % kLowParts], right[i % 2][i / 2 / kLowParts]);
-    }
-  }
+  for (int p = 0; p < kLowParts; ++p) ldmatrix(left[p], &low[p][lane_index() % 16][rank + lane_index() / 16 * 8]);
 }
 
-// The tile of y on its way through shared memory: a thread brings, changes and stores 8 neighbours of every fourth row.
-template <class T>
-__device__ __forceinline__ T* output(const Slice& slice, const PoolTile& tile, int row, int64_t n) {
-  return static_cast<T*>(slice.y) + tile.order[row] * slice.y_stride + n;
-}
-
-template <class T>
-__device__ __forceinline__ void load_outputs(T* to, const Slice& slice, const PoolTile& tile, int64_t n) {
-  for (int row = warp_index(); row < tile.rows; row += kWarps) {
-    if (n < slice.N) cp_async<16>(to + row * kCols + lane_index() * 8, output<T>(slice, tile, row, n));
-  }
-}
-
+// A thread changes and stores 8 neighbours of every fourth row of y.
 template <class T>
 __device__ __forceinline__ void add_outputs(const T* y, const float* sums, const Slice& slice, const PoolTile& tile,
                                             int64_t n, const uint4& bias, const uint4& gain, float scaling) {
@@ -169,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, kStages > 3               ? 2
   const float scaling = static_cast<const float*>(slice.scaling)[tile.slot];
 
   wait_for_previous_launch();
-  load_outputs(y, slice, tile, n);
+  load_outputs<kCols>(y, slice, tile, n);
   const float* const h =
       static_cast<const float*>(call.h) + tile.first * h_column(call, call.slices) + h_column(call, g);
   float sums[kTiles][4] = {};
@@ -185,7 +128,9 @@ __global__ void __launch_bounds__(kThreads, kStages > 3               ? 2
     const int filled = used == 0 ? kStages - 1 : used - 1;
     if (i + kStages - 1 < stages) fill(ring + filled * kStage, slice, tile, i + kStages - 1, n);
     cp_async_commit();
-    multiply(sums, &low[0][0][i * kStep % kLowRanks], ring + used * kStage + warp * kWarpCols);
+    Left left;
+    load_left(left, low, i * kStep % kLowRanks);
+    multiply(sums, left, ring + used * kStage + warp * kWarpCols);
     used = used + 1 == kStages ? 0 : used + 1;
   }
   cp_async_wait<0>();
@@ -225,12 +170,7 @@ cudaError_t launch_expand(const Pool& call, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t pool_expand(Dtype x, Dtype pages, const Pool& call, cudaStream_t stream) {
-  bool fits = x == pages && (x == Dtype::kBFloat16 || x == Dtype::kFloat16);
-  for (int g = 0; fits && g < call.slices; ++g) {
-    const Slice& slice = call.slice[g];
-    fits = slice.N % 8 == 0 && vector_rows(slice.pages_out, slice.N, 2) && vector_rows(slice.y, slice.y_stride, 2);
-  }
-  if (!fits) return pool_expand_plain(x, pages, call, stream);
+  if (!narrow(x, pages) || !vectors_out(call)) return pool_expand_plain(x, pages, call, stream);
   if (no_tiles(call)) return cudaSuccess;
   return x == Dtype::kFloat16 ? launch_expand<fp16>(call, stream) : launch_expand<bf16>(call, stream);
 }

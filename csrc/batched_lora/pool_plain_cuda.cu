@@ -13,7 +13,6 @@
 namespace pk::batched_lora {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kLowRanks = 32;  // of h at a time
 
 template <class T>

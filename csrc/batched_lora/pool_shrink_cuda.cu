@@ -6,38 +6,20 @@
 // neighbours, which serve as columns 2t, 2t + 1, 2t + 8, 2t + 9 of two k16 steps, in x and A alike. The rows of a tile
 // are padded to 16 with zeros, K to whole chunks, the rank to whole pages: nothing of that is read. fp32 sums; the
 // warps are added in order, then the chunks.
-#include "batched_lora/pool_tile.h"
-#include "common/mma.h"
+#include "batched_lora/pool_shrink_tile.h"
 #include "common/warp.h"
 
 namespace pk::batched_lora {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps;
-constexpr int kPages = 2;                                      // at a time
-constexpr int kWarpCols = kChunk / kWarps;                     // of a chunk
-constexpr int kSteps = kWarpCols / 32;                         // vectors of a lane in a row
-constexpr int64_t kFewTiles = 1024;                            // with fewer of them, h is held in parts
 constexpr int64_t kMostInParts = 1 << 24, kMostParts = 65535;  // elements of h; blocks along y
-
-using Vectors = uint4[kSteps];
 
 // The lane's vectors of one row, from column k + col on; zeros past K or where the row is not wanted.
 template <class T>
 __device__ __forceinline__ void load_row(Vectors& to, const T* row, int64_t k, int64_t K, bool wanted) {
 #pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
+  for (int s = 0; s < kVectors; ++s) {
     to[s] = wanted && k + 32 * s < K ? __ldg(reinterpret_cast<const uint4*>(row + k + 32 * s)) : uint4{};
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void multiply(float (&d)[4], const Vectors (&x)[2], const Vectors& factor) {
-#pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    const uint4 top = x[0][s], low = x[1][s];
-    mma_m16n8k16<T>(d, {top.x, low.x, top.y, low.y}, {factor[s].x, factor[s].y});
-    mma_m16n8k16<T>(d, {top.z, low.z, top.w, low.w}, {factor[s].z, factor[s].w});
   }
 }
 
@@ -45,7 +27,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     batched_lora_forward_pool_shrink_kernel(const __grid_constant__ Pool call, int lanes) {
   let_next_launch_start();
-  __shared__ float sums[kWarps][kPages][kTileMost][kPage];
+  __shared__ WarpSums sums;
   const int g = static_cast<int>(blockIdx.z) / lanes, turn = static_cast<int>(blockIdx.z) % lanes;
   const Slice& slice = call.slice[g];
   const PoolTile tile = pool_tile(call, slice, blockIdx.x);
@@ -67,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, 4)
                 end = chunks * (blockIdx.y + 1) / call.parts;
 #pragma unroll 1
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    const int64_t k = chunk * kChunk + warp * kWarpCols + lane % 4 * 8;
+    const int64_t k = first_column(chunk, warp, lane);
     Vectors left[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) load_row(left[i], x[i], k, call.K, lane / 4 + 8 * i < tile.rows);
@@ -86,16 +68,12 @@ __global__ void __launch_bounds__(kThreads, 4)
         const bool mine = m < tile.rows && (page + p) * kPage + r < tile.rank;
         if (chunk > begin && mine) before[p] = h[(page + p) * kPage];
         multiply<T>(d[p], left, right[p]);
-        float* const sum = &sums[warp][p][lane / 4][lane % 4 * 2];
-        *reinterpret_cast<float2*>(sum) = {d[p][0], d[p][1]};
-        *reinterpret_cast<float2*>(sum + 8 * kPage) = {d[p][2], d[p][3]};
+        store_sums(sums, warp, lane, p, d[p]);
       }
       __syncthreads();
 #pragma unroll
       for (int p = 0; p < kPages; ++p) {
-        float sum = sums[0][p][m][r];
-#pragma unroll
-        for (int w = 1; w < kWarps; ++w) sum += sums[w][p][m][r];
+        const float sum = add_sums(sums, p, m, r);
         if (m < tile.rows && (page + p) * kPage + r < tile.rank) h[(page + p) * kPage] = before[p] + sum;
       }
       __syncthreads();
@@ -114,16 +92,12 @@ cudaError_t launch_shrink(const Pool& call, cudaStream_t stream) {
 
 int h_parts(const Pool& call) {
   const int64_t chunks = ceil_div(call.K, kChunk);
-  const bool few = tile_capacity(call.M, call.slots) * call.slices < kFewTiles;
-  return few && chunks <= kMostParts && chunks * call.M * h_columns(call) <= kMostInParts ? static_cast<int>(chunks)
-                                                                                          : 1;
+  const bool fits = chunks <= kMostParts && chunks * call.M * h_columns(call) <= kMostInParts;
+  return few_tiles(call) && fits ? static_cast<int>(chunks) : 1;
 }
 
 cudaError_t pool_shrink(Dtype x, Dtype pages, const Pool& call, cudaStream_t stream) {
-  const bool narrow = x == pages && (x == Dtype::kBFloat16 || x == Dtype::kFloat16);
-  const bool vectors =
-      call.K % 8 == 0 && vector_rows(call.x, call.x_stride, 2) && vector_rows(call.pages_in, call.K, 2);
-  if (!narrow || !vectors) return pool_shrink_plain(x, pages, call, stream);
+  if (!narrow(x, pages) || !vectors_in(call)) return pool_shrink_plain(x, pages, call, stream);
   if (no_tiles(call)) return cudaSuccess;
   return x == Dtype::kFloat16 ? launch_shrink<fp16>(call, stream) : launch_shrink<bf16>(call, stream);
 }

@@ -3,11 +3,13 @@
 
 #include "batched_lora/batched_lora_cuda.h"
 #include "common/activation.h"
+#include "common/cp_async.h"
 #include "common/launch.h"
 
 namespace pk::batched_lora {
 
 constexpr int kTileMost = static_cast<int>(kTile), kPage = static_cast<int>(kPageRows);
+constexpr int kWarps = 4, kThreads = 32 * kWarps;  // of a block
 
 // Up to 16 rows of one slot in one slice. rank = 0: there is nothing to do.
 struct PoolTile {
@@ -16,6 +18,7 @@ struct PoolTile {
   const int32_t* order;  // numbers of its rows
   const int32_t* entry;  // of the table
   int64_t slot;
+  bool used;  // or else rows, first and slot say nothing
 };
 
 __device__ __forceinline__ PoolTile pool_tile(const Pool& call, const Slice& slice, int64_t index) {
@@ -25,7 +28,7 @@ __device__ __forceinline__ PoolTile pool_tile(const Pool& call, const Slice& sli
   const bool used = index < header[kTilesUsed] && header[kRouteRows] == call.M && header[kRouteAdapters] == call.slots;
   const int64_t slot = tile[kTileAdapter], first = tile[kTileFirst];
   const int32_t* const entry = slice.table + (used ? slot : 0) * (kTablePages + 2 * slice.T);
-  return {used ? entry[kTableRank] : 0, tile[kTileRows], first, order + (used ? first : 0), entry, slot};
+  return {used ? entry[kTableRank] : 0, tile[kTileRows], first, order + (used ? first : 0), entry, slot, used};
 }
 
 // Whether h enters the second product as it is.
@@ -70,6 +73,30 @@ inline int64_t most_pages(const Pool& call) {
   int64_t pages = 0;
   for (int g = 0; g < call.slices; ++g) pages = call.slice[g].T > pages ? call.slice[g].T : pages;
   return pages;
+}
+
+// With few tiles K is cut: h is held in parts, or a cluster takes a tile.
+inline bool few_tiles(const Pool& call) {
+  constexpr int64_t kFewTiles = 1024;
+  return tile_capacity(call.M, call.slots) * call.slices < kFewTiles;
+}
+
+// What the tensor cores' kernels take: pages of x's dtype, of 16 bits, and rows of whole, aligned vectors.
+inline bool narrow(Dtype x, Dtype pages) {
+  return x == pages && (x == Dtype::kBFloat16 || x == Dtype::kFloat16);
+}
+
+inline bool vectors_in(const Pool& call) {
+  return call.K % 8 == 0 && vector_rows(call.x, call.x_stride, 2) && vector_rows(call.pages_in, call.K, 2);
+}
+
+inline bool vectors_out(const Pool& call) {
+  bool fit = true;
+  for (int g = 0; fit && g < call.slices; ++g) {
+    const Slice& slice = call.slice[g];
+    fit = slice.N % 8 == 0 && vector_rows(slice.pages_out, slice.N, 2) && vector_rows(slice.y, slice.y_stride, 2);
+  }
+  return fit;
 }
 
 // Nothing to launch: a grid has at least one block.
