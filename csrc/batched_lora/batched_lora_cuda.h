@@ -61,6 +61,13 @@ int h_parts(const Pool& call);
 cudaError_t pool_shrink(Dtype x, Dtype pages, const Pool& call, cudaStream_t stream);
 cudaError_t pool_expand(Dtype x, Dtype pages, const Pool& call, cudaStream_t stream);  // behind the shrink
 
+// Both in one launch, with the same bits, where the device has sm_90 and has_cluster_kernel says so: for what the
+// tensor cores' kernels take, few tiles, and ranks and chunks whose sums fit shared memory; call.h and call.parts are
+// not used. x may lie where a y lies if both have the same rows and there is one slice; has_cluster_kernel refuses the
+// rest.
+bool has_cluster_kernel(Dtype x, Dtype pages, const Pool& call);
+cudaError_t pool_cluster(Dtype x, const Pool& call, cudaStream_t stream);
+
 // The same on the plain cores, for every pair.
 cudaError_t pool_shrink_plain(Dtype x, Dtype pages, const Pool& call, cudaStream_t stream);
 cudaError_t pool_expand_plain(Dtype x, Dtype pages, const Pool& call, cudaStream_t stream);
