@@ -32,15 +32,8 @@ Tensor route(const Tensor& adapter_ids, int64_t adapters) {
   return out;
 }
 
-// As many slices from `first` on as travel in one launch. h is scratch of a size that shapes give, on the current
-// stream: let go at the end of the call, it is not used again before the kernels are done.
-struct Turn {
-  Pool pool;
-  Tensor h;
-};
-
-Turn shrink(const PoolArguments& a, size_t first, Device device, cudaStream_t stream) {
-  const Dtype type = *dtype_of(dtype_code(a.x)), pages = *dtype_of(dtype_code(a.pages_in));
+// As many slices from `first` on as travel in one launch, without h.
+Pool pool_of(const PoolArguments& a, size_t first) {
   Pool pool{a.x.size(0),
             a.x.size(1),
             a.table[0].size(0),
@@ -64,12 +57,33 @@ Turn shrink(const PoolArguments& a, size_t first, Device device, cudaStream_t st
                                  a.scaling[g].const_data_ptr(),
                                  down_biases(a.down_bias[g])};
   }
+  return pool;
+}
+
+// h is scratch of a size that shapes give, on the current stream: let go at the end of the call, it is not used again
+// before the kernels are done.
+struct Turn {
+  Pool pool;
+  Tensor h;
+};
+
+Turn shrink(const PoolArguments& a, size_t first, Dtype type, Dtype pages, Device device, cudaStream_t stream) {
+  Pool pool = pool_of(a, first);
   pool.parts = h_parts(pool);
   const int32_t wide = type == Dtype::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
   const Tensor h = empty({pool.parts, pool.M, h_columns(pool)}, wide, device);
   pool.h = h.mutable_data_ptr();
   launched("batched_lora_", "pool_shrink", device, pool_shrink(type, pages, pool, stream));
   return {pool, h};
+}
+
+// Whether one launch did it all.
+bool in_one_launch(const PoolArguments& a, Dtype type, Dtype pages, Device device, const OnDevice& on) {
+  if (!sm90_wanted(on) || a.y.size() > batched_lora::kMostSlices) return false;
+  const Pool pool = pool_of(a, 0);
+  if (!has_cluster_kernel(type, pages, pool)) return false;
+  launched("batched_lora_", "pool_cluster", device, pool_cluster(type, pool, on.stream()));
+  return true;
 }
 
 void add_pooled(const std::vector<Tensor>& y, const Tensor& x, const Tensor& route, const Tensor& pages_in,
@@ -80,11 +94,12 @@ void add_pooled(const std::vector<Tensor>& y, const Tensor& x, const Tensor& rou
   if (x.size(0) == 0) return;
   const Device device = device_of(x);
   const OnDevice on(device);
+  const Dtype type = *dtype_of(dtype_code(x)), pages = *dtype_of(dtype_code(pages_in));
+  if (in_one_launch(arguments, type, pages, device, on)) return;
   std::vector<Turn> turns;  // no y is written before all have read x, which may lie where it lies
   for (size_t g = 0; g < y.size(); g += batched_lora::kMostSlices) {
-    turns.push_back(shrink(arguments, g, device, on.stream()));
+    turns.push_back(shrink(arguments, g, type, pages, device, on.stream()));
   }
-  const Dtype type = *dtype_of(dtype_code(x)), pages = *dtype_of(dtype_code(pages_in));
   for (const Turn& turn : turns) {
     launched("batched_lora_", "pool_expand", device, pool_expand(type, pages, turn.pool, on.stream()));
   }
