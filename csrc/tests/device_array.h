@@ -53,7 +53,7 @@ inline bool device_present() {
   int count = 0;
   return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
 }
-inline bool sm90_present() {  // a device that runs machine code for sm_90a
+inline bool sm90_present() {  // what the kernels of *_sm90.cu need
   int major = 0, minor = 0;
   return device_present() && cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) == cudaSuccess &&
          cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0) == cudaSuccess && major == 9 &&
