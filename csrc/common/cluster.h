@@ -5,7 +5,12 @@
 // last. Kernels with clusters have no static shared memory.
 #pragma once
 
+#include <type_traits>
+
 #include "common/launch.h"
+#ifndef __CUDACC__
+#include "emulator/sm90.h"
+#endif
 
 namespace pk {
 
@@ -47,6 +52,29 @@ __device__ __forceinline__ T* of_block(T* mine, int rank) {
   return reinterpret_cast<T*>(address);
 }
 
+#else
+
+inline int cluster_rank() {
+  return emulator::cluster_rank();
+}
+inline int cluster_blocks() {
+  return emulator::cluster_blocks();
+}
+inline void cluster_arrive(EMULATOR_SITE) {
+  emulator::cluster_arrive(site);
+}
+inline void cluster_wait(EMULATOR_SITE) {
+  emulator::cluster_wait(site);
+}
+inline void cluster_sync(EMULATOR_SITE) {
+  emulator::cluster_arrive(site);
+  emulator::cluster_wait(site);
+}
+template <class T>
+inline T* of_block(T* mine, int rank, EMULATOR_SITE) {
+  return static_cast<T*>(emulator::of_block(const_cast<std::remove_cv_t<T>*>(mine), rank, site));
+}
+
 #endif
 
 }  // namespace pk
@@ -62,5 +90,12 @@ __device__ __forceinline__ T* of_block(T* mine, int rank) {
 // arguments...): grid.x is a multiple of the blocks; with 1 block it launches a kernel of sm_90 without clusters.
 #define PK_LAUNCH_CLUSTER(kernel, cluster_blocks, overlapped, ...) \
   ::pk::launch(overlapped, cluster_blocks, kernel, __VA_ARGS__)
+
+#else
+
+#define PK_SWIZZLED_SHARED(T, name) \
+  T* const name = static_cast<T*>(emulator::dynamic_shared(1024, emulator::Site::here()))
+#define PK_LAUNCH_CLUSTER(kernel, cluster_blocks, overlapped, ...) \
+  emulator::launch(#kernel, overlapped, cluster_blocks, kernel, __VA_ARGS__)
 
 #endif

@@ -100,9 +100,10 @@ __device__ __forceinline__ void let_next_launch_start() {
 
 #include "emulator/emulator.h"
 
-#define PK_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(emulator::dynamic_shared(emulator::Site::here()))
-#define PK_LAUNCH(kernel, ...) emulator::launch(#kernel, false, kernel, __VA_ARGS__)
-#define PK_LAUNCH_OVERLAPPED(kernel, ...) emulator::launch(#kernel, true, kernel, __VA_ARGS__)
+#define PK_DYNAMIC_SHARED(T, name) \
+  T* const name = static_cast<T*>(emulator::dynamic_shared(128, emulator::Site::here()))
+#define PK_LAUNCH(kernel, ...) emulator::launch(#kernel, false, 0, kernel, __VA_ARGS__)
+#define PK_LAUNCH_OVERLAPPED(kernel, ...) emulator::launch(#kernel, true, 0, kernel, __VA_ARGS__)
 
 namespace pk {
 

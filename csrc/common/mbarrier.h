@@ -8,6 +8,9 @@
 #pragma once
 
 #include "common/launch.h"
+#ifndef __CUDACC__
+#include "emulator/sm90.h"
+#endif
 
 namespace pk {
 
@@ -47,6 +50,24 @@ __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, int parity) {
       "}" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
+}
+
+#else
+
+__forceinline__ void mbarrier_init(Mbarrier* barrier, int arrivals, EMULATOR_SITE) {
+  emulator::mbarrier_init(barrier, arrivals, site);
+}
+inline void mbarrier_init_fence() {
+  emulator::mbarrier_init_fence();
+}
+__forceinline__ void mbarrier_arrive(Mbarrier* barrier, EMULATOR_SITE) {
+  emulator::mbarrier_arrive(barrier, 0, site);
+}
+__forceinline__ void mbarrier_arrive_expect(Mbarrier* barrier, int bytes, EMULATOR_SITE) {
+  emulator::mbarrier_arrive(barrier, bytes, site);
+}
+__forceinline__ void mbarrier_wait(Mbarrier* barrier, int parity, EMULATOR_SITE) {
+  emulator::mbarrier_wait(barrier, parity, site);
 }
 
 #endif

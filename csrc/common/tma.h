@@ -77,6 +77,23 @@ __device__ __forceinline__ void async_proxy_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+#else
+
+using emulator::make_tensor_map;
+
+__forceinline__ void tma_load(void* shared, const TensorMap* map, Mbarrier* barrier, int col, int row, EMULATOR_SITE) {
+  emulator::tensor_load(shared, map, barrier, col, row, site);
+}
+inline void tma_prefetch(const TensorMap* map, EMULATOR_SITE) {
+  emulator::check_tensor_map(map, site);
+}
+__forceinline__ void bulk_load(void* shared, const void* global, int bytes, Mbarrier* barrier, EMULATOR_SITE) {
+  emulator::bulk_load(shared, global, bytes, barrier, site);
+}
+inline void async_proxy_fence() {
+  emulator::async_proxy_fence();
+}
+
 #endif
 
 }  // namespace pk

@@ -13,6 +13,9 @@
 
 #include "common/dtype.h"
 #include "common/launch.h"
+#ifndef __CUDACC__
+#include "emulator/sm90.h"
+#endif
 
 namespace pk {
 
@@ -152,6 +155,55 @@ __device__ __forceinline__ void give_registers() {
 // A __syncthreads() of `threads` threads, whole warps, that name the same id, 1 ... 15 (0 is __syncthreads' own).
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+#else
+
+template <Major kMajor>
+inline uint64_t wgmma_operand(const void* tile, int tile_rows = 0, EMULATOR_SITE) {
+  return wgmma_descriptor<kMajor>(emulator::shared_address(tile, site), tile_rows);
+}
+inline void wgmma_fence(EMULATOR_SITE) {
+  emulator::product_fence(site);
+}
+template <int kCount>
+inline void wgmma_fence(float (&)[kCount], EMULATOR_SITE) {
+  emulator::product_fence(site);
+}
+inline void wgmma_commit(EMULATOR_SITE) {
+  emulator::product_commit(site);
+}
+template <int kLeft>
+inline void wgmma_wait(EMULATOR_SITE) {
+  emulator::product_wait(kLeft, site);
+}
+template <int kLeft, int kCount>
+inline void wgmma_wait(float (&)[kCount], EMULATOR_SITE) {
+  emulator::product_wait(kLeft, site);
+}
+template <int kCount>
+inline void pin_registers(float (&)[kCount]) {}
+
+template <class T, int kN, Major kB>
+__forceinline__ void wgmma_m64k16(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate = true, EMULATOR_SITE) {
+  static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>, "a 16-bit type");
+  static_assert(kN == 128 || kN == 256, "a width that is spelled here");
+  const auto format = std::is_same_v<T, bf16> ? emulator::Format::kBFloat16 : emulator::Format::kFloat16;
+  emulator::start_product(format, kN, kB == Major::kOutput, d, a, b, accumulate, site);
+}
+
+template <int kRegisters>
+inline void take_registers(EMULATOR_SITE) {
+  static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0, "a count that setmaxnreg has");
+  emulator::set_registers(kRegisters, true, site);
+}
+template <int kRegisters>
+inline void give_registers(EMULATOR_SITE) {
+  static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0, "a count that setmaxnreg has");
+  emulator::set_registers(kRegisters, false, site);
+}
+inline void named_barrier(int id, int threads, EMULATOR_SITE) {
+  emulator::named_barrier(id, threads, site);
 }
 
 #endif
