@@ -158,7 +158,6 @@ __device__ __forceinline__ void consume(const Plan& plan, const Stages<kCols>& s
     return TilePlace{place.row + warp_row, place.col};
   };
   if (masked) mask.make_rest(plan.keep, seed, place_of_warp(blockIdx.x));
-  if (plan.out.biases) wait_for_previous_launch();
 #pragma unroll 1
   for (int tile = blockIdx.x; tile < tiles; tile += blocks) {
     const TilePlace next = place_of_warp(tile + blocks);  // of no meaning behind the last
@@ -190,6 +189,7 @@ __device__ __forceinline__ void consume(const Plan& plan, const Stages<kCols>& s
     }
     wgmma_wait<0>(sums);
     release();
+    if (plan.out.biases) wait_for_previous_launch();
     store<T, kCols>(sums, plan.out, piece, place_of_warp(tile));
     if (masked && tile + blocks < tiles) mask.make_rest(plan.keep, seed, next);
   }
