@@ -202,8 +202,9 @@ std::vector<Tensor> lora_add_backward_cuda(const Tensor& dy, const OptionalTenso
 
 // y = residual + h B^T + biases, of a call without weights; y may be the residual's memory.
 void lora_expand_cuda(CudaCall& call, const Tensor& y, const Rows& residual, const Tensor& h);
-// The base products of `gemm`, which wants only the operands of the adapters `which`, their low values (h or ds),
-// biases and `blocks` yet, in one launch behind that of those operands. False where that is not made for this call.
+// Launches `gemm`, of which out, I, J, the direction and the members are given, with the adapters `which` in its
+// contraction: their operands are written before, from `low` (h or ds), and the biases, `bias` among them (or null).
+// False, and nothing is launched, where that is not made for this call.
 bool lora_concat_cuda(const CudaCall& call, lora_linear::ConcatGemm gemm, const std::vector<size_t>& which,
                       const Tensor& low, const void* bias);
 // dB of such a call, with `needs` and `gradients` in lora_add's order, and ds [M, R] where a dA is needed, which the

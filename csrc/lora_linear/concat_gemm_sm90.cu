@@ -160,7 +160,8 @@ __device__ __forceinline__ void consume(const Plan& plan, const Stages<kCols>& s
   if (masked) mask.make_rest(plan.keep, seed, place_of_warp(blockIdx.x));
 #pragma unroll 1
   for (int tile = blockIdx.x; tile < tiles; tile += blocks) {
-    const TilePlace next = place_of_warp(tile + blocks);  // of no meaning behind the last
+    const bool masks_next = masked && tile + blocks < tiles;
+    const TilePlace next = masks_next ? place_of_warp(tile + blocks) : TilePlace{};
     bool accumulate = false;
 #pragma unroll 1
     for (int s = 0; s < plan.segments; ++s) {
@@ -177,7 +178,7 @@ __device__ __forceinline__ void consume(const Plan& plan, const Stages<kCols>& s
           multiply<T, kMajor, kCols>(sums, left, right, steps, accumulate);
         }
         accumulate = true;
-        if (masked && mask.made < mask.kWords && tile + blocks < tiles) mask.make_word(plan.keep, seed, next);
+        if (masks_next && mask.made < mask.kWords) mask.make_word(plan.keep, seed, next);
         wgmma_wait<1>();
         release();
         read = ring.stage;
@@ -191,7 +192,7 @@ __device__ __forceinline__ void consume(const Plan& plan, const Stages<kCols>& s
     release();
     if (plan.out.biases) wait_for_previous_launch();
     store<T, kCols>(sums, plan.out, piece, place_of_warp(tile));
-    if (masked && tile + blocks < tiles) mask.make_rest(plan.keep, seed, next);
+    if (masks_next) mask.make_rest(plan.keep, seed, next);
   }
 }
 

@@ -2,6 +2,7 @@
 //   shrink:  h_l = s_l drop_l(x) A_l^T                              x read once for all adapters
 //   expand:  y = sum_l h_l B_l^T + bias, and a library GEMM adds x W^T on top (beta = 1)
 //   few rows (M <= kFewRows) instead of expand: y = [x | h] [W | B]^T + bias, W streamed once
+//   concat (sm_90) instead of expand and the library GEMM, one GEMM over both; for dx as well
 // and the backward
 //   dy pass: ds_l = s_l dy B_l and dB_l = dy^T h_l                  dy read once
 //   expand:  dx = sum_l mask_l * (ds_l A_l) / (1 - p), and a library GEMM adds dy W on top
