@@ -26,6 +26,8 @@ BUDGET = {
     "lora_linear_forward_expand_kernel": 128,
     "lora_linear_backward_dy_pass_kernel": 224,
     "lora_linear_backward_x_pass_kernel": 128,
+    "lora_linear_forward_concat_operands_sm90_kernel": 40,
+    "lora_linear_forward_concat_gemm_sm90_kernel": 168,  # as launched; setmaxnreg deals them out anew
     "lora_linear_product_kernel": 80,
     "lora_linear_*sum_kernel": 64,
     "lora_dropout_mask_kernel": 64,
@@ -54,6 +56,7 @@ MEANT = {
     "forward_shrink": "HMMA LDSM",
     "forward_few_rows": "HMMA",
     "forward_expand": "HMMA LDSM",
+    "forward_concat_gemm_sm90": "HGMMA UTMALDG SYNCS USETMAXREG",
     "backward_dy_pass": "HMMA LDSM",
     "backward_x_pass": "HMMA LDSM",
     "pool_shrink": "HMMA",

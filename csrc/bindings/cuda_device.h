@@ -39,6 +39,7 @@ class OnDevice {
  public:
   explicit OnDevice(Device) {}
   cudaStream_t stream() const { return nullptr; }
+  int multiprocessors() const { return 2; }  // so that a block of a small grid has several units of work in turn
 };
 
 inline bool sm90_wanted(const OnDevice&) {
@@ -70,6 +71,10 @@ class OnDevice {
   }
   cudaStream_t stream() const { return stream_; }
   int index() const { return index_; }
+  int multiprocessors() const {
+    int count = 0;
+    return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_) == cudaSuccess ? count : 1;
+  }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;

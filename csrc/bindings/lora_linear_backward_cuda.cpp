@@ -142,11 +142,9 @@ void run_x_pass(const Backward& b) {
   });
 }
 
-void run_tensor_cores(const Backward& b) {
+// dx = the adapters' part.
+void run_expand(const Backward& b) {
   const CudaCall& call = b.call;
-  for (size_t g = 0; g < b.dy.size(); ++g) run_dy_pass(b, g);
-  run_x_pass(b);
-  if (!b.needs[0]) return;
   call.in_launches(call.all(), Factor::kA, [&](const Adapters& chosen, size_t first) {
     const Expand expand{b.gradient(0),
                         call.M,
@@ -160,6 +158,36 @@ void run_tensor_cores(const Backward& b) {
                         chosen};
     call.launched("expand", lora_linear::expand(call.type, call.factors, expand, call.on.stream()));
   });
+}
+
+// All of dx by one GEMM over the members' contractions, one after the other, and the adapters'. Its sums can be masked
+// once: where an adapter drops and is not alone, expand goes before. False where dx has the adapters' part alone yet.
+bool run_dx(const Backward& b) {
+  const CudaCall& call = b.call;
+  lora_linear::ConcatGemm gemm{};
+  bool wanted = sm90_wanted(call.on) && !b.weight.empty() && b.weight.size() <= lora_linear::kMostConcatMembers;
+  for (size_t g = 0; wanted && g < b.weight.size(); ++g) {
+    const Tensor& weight = b.weight[g];
+    wanted = weight.stride(1) == 1;
+    gemm.member[gemm.members++] = {b.dy[g].data(), weight.const_data_ptr(), b.dy[g].stride, weight.stride(0), b.N(g)};
+  }
+  gemm.out = b.gradient(0);
+  gemm.I = call.M;
+  gemm.J = call.K;
+  gemm.across = true;
+  const bool alone = call.adapters.size() == 1;
+  const bool drops = std::any_of(call.adapters.begin(), call.adapters.end(), [](const auto& a) { return a.drops(); });
+  if (wanted && (alone || !drops) && lora_concat_cuda(call, gemm, call.all(), *b.ds, nullptr)) return true;
+  run_expand(b);
+  gemm.accumulate = true;
+  return wanted && lora_concat_cuda(call, gemm, {}, *b.ds, nullptr);
+}
+
+// True where dx has the base products too.
+bool run_tensor_cores(const Backward& b) {
+  for (size_t g = 0; g < b.dy.size(); ++g) run_dy_pass(b, g);
+  run_x_pass(b);
+  return b.needs[0] && run_dx(b);
 }
 
 void run_plain(const Backward& b) {
@@ -195,8 +223,8 @@ void run_plain(const Backward& b) {
   if (!in_place) call.add_parts(dx, 0, call.K, 1, b.gradient(0), call.type, call.K, call.M, call.K);
 }
 
-// Gradients of biases, and all that is a library GEMM.
-void run_rest(const Backward& b) {
+// Gradients of biases, and all that is a library GEMM; dx may be complete.
+void run_rest(const Backward& b, bool has_dx) {
   const CudaCall& call = b.call;
   const auto column_sum = [&](size_t g, double scale, size_t index, Dtype type) {
     if (!b.needs[index]) return;
@@ -211,7 +239,7 @@ void run_rest(const Backward& b) {
     column_sum(g, 1, b.at.bias(g), call.type);
     const Tensor& weight = b.weight[g];
     const int64_t N = b.N(g), stride = b.dy[g].stride;
-    if (b.needs[0]) {
+    if (b.needs[0] && !has_dx) {
       cuda_gemm(matrix(b.gradients[0], call.M, call.K, call.K, 1), matrix(b.dy[g].tensor, call.M, N, stride, 1),
                 matrix(weight, N, call.K, weight.stride(0), weight.stride(1)), true);
     }
@@ -233,12 +261,13 @@ OptionalTensor run(CudaCall& call, const std::vector<Rows>& dy, const OptionalTe
   bool any_ds = false;
   for (size_t l = 0; l < call.adapters.size(); ++l) any_ds = any_ds || b.needs_ds(l);
   if (any_ds) b.ds = call.scratch({call.M, call.R});
+  bool has_dx = false;
   if (call.tensor_cores) {
-    run_tensor_cores(b);
+    has_dx = run_tensor_cores(b);
   } else {
     run_plain(b);
   }
-  run_rest(b);
+  run_rest(b, has_dx);
   return b.ds;
 }
 

@@ -100,6 +100,20 @@ void run_expand(const Forward& f, size_t g) {
   });
 }
 
+// Expand and the base product in one GEMM, where it is asked for and made for this call.
+bool run_concat(const Forward& f, size_t g) {
+  const CudaCall& call = f.call;
+  const Tensor& weight = f.weight[g];
+  if (!sm90_wanted(call.on) || call.of_member[g].empty() || weight.stride(1) != 1) return false;
+  lora_linear::ConcatGemm gemm{};
+  gemm.out = f.y[g].mutable_data_ptr();
+  gemm.I = call.M;
+  gemm.J = f.N(g);
+  gemm.members = 1;
+  gemm.member[0] = {f.x.data(), weight.const_data_ptr(), f.x.stride, weight.stride(0), call.K};
+  return lora_concat_cuda(call, gemm, call.of_member[g], f.h, f.bias[g] ? f.bias[g]->const_data_ptr() : nullptr);
+}
+
 // y = `low` (null: nothing) + bias + sum_l s_l bias_l, rounded once; true if there was anything to write.
 bool add_biases(const Forward& f, size_t g, const Tensor* low) {
   CudaCall& call = f.call;
@@ -177,6 +191,7 @@ void run(const Forward& f) {
   }
   const Tensor x = matrix(f.x.tensor, call.M, call.K, f.x.stride, 1);
   for (size_t g = 0; g < f.weight.size(); ++g) {
+    if (call.tensor_cores && run_concat(f, g)) continue;
     bool written = true;
     if (!call.tensor_cores) {
       written = run_expand_plain(f, g);

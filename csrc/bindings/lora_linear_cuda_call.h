@@ -202,6 +202,11 @@ std::vector<Tensor> lora_add_backward_cuda(const Tensor& dy, const OptionalTenso
 
 // y = residual + h B^T + biases, of a call without weights; y may be the residual's memory.
 void lora_expand_cuda(CudaCall& call, const Tensor& y, const Rows& residual, const Tensor& h);
+// Launches `gemm`, of which out, I, J, the direction and the members are given, with the adapters `which` in its
+// contraction: their operands are written before, from `low` (h or ds), and the biases, `bias` among them (or null).
+// False, and nothing is launched, where that is not made for this call.
+bool lora_concat_cuda(const CudaCall& call, lora_linear::ConcatGemm gemm, const std::vector<size_t>& which,
+                      const Tensor& low, const void* bias);
 // dB of such a call, with `needs` and `gradients` in lora_add's order, and ds [M, R] where a dA is needed, which the
 // caller makes of it. M >= 1.
 OptionalTensor lora_expand_backward_cuda(CudaCall& call, const Rows& dy, const OptionalTensor& h,

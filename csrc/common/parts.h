@@ -49,6 +49,24 @@ __device__ __forceinline__ uint32_t pack(T first, T second) {
   return first.bits | static_cast<uint32_t>(second.bits) << 16;
 }
 
+// The same of two fp32, each rounded.
+template <class T>
+__device__ __forceinline__ uint32_t round_pair(float first, float second);
+template <>
+__device__ __forceinline__ uint32_t round_pair<bf16>(float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+template <>
+__device__ __forceinline__ uint32_t round_pair<fp16>(float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+
 // value = parts[0] + parts[1] + ..., each the rounded rest of those before it. Three bf16 hold all 24 bits of an fp32,
 // two hold 16; two fp16 hold 22, where neither over- nor underflows. Infinities and NaNs are in parts[0] alone.
 template <class T, int kParts>

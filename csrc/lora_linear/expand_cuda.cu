@@ -183,23 +183,6 @@ __device__ __forceinline__ float bias_of(const Expand& call, int64_t n) {
   return sum;
 }
 
-template <class T>
-__device__ __forceinline__ uint32_t round_pair(float first, float second);
-template <>
-__device__ __forceinline__ uint32_t round_pair<bf16>(float first, float second) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof bits);
-  return bits;
-}
-template <>
-__device__ __forceinline__ uint32_t round_pair<fp16>(float first, float second) {
-  const __half2 pair = __floats2half2_rn(first, second);
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof bits);
-  return bits;
-}
-
 // sum += a matrix, which begins at the lane's first element; rows and cols are what is left of it from there.
 template <class T>
 __device__ __forceinline__ void add_rows(float (&sum)[2][4][4], const T* from, int64_t ld, int rows, int cols) {

@@ -2,6 +2,7 @@
 //   shrink:  h_l = s_l drop_l(x) A_l^T                              x read once for all adapters
 //   expand:  y = sum_l h_l B_l^T + bias, and a library GEMM adds x W^T on top (beta = 1)
 //   few rows (M <= kFewRows) instead of expand: y = [x | h] [W | B]^T + bias, W streamed once
+//   concat (sm_90) instead of expand and the library GEMM, one GEMM over both; for dx as well
 // and the backward
 //   dy pass: ds_l = s_l dy B_l and dB_l = dy^T h_l                  dy read once
 //   expand:  dx = sum_l mask_l * (ds_l A_l) / (1 - p), and a library GEMM adds dy W on top
@@ -122,6 +123,48 @@ struct FewRows {
 };
 bool has_few_rows_kernel(Dtype x, Dtype factors, const FewRows& call);  // 16-byte aligned rows, K a multiple of 8, ...
 cudaError_t few_rows(Dtype x, Dtype factors, const FewRows& call, cudaStream_t stream);
+
+// On sm_90 one GEMM takes the place of expand and the library's: its contraction runs over the base operands and goes
+// on over those of the adapters, which concat_operands writes, in bf16, since the parts of an fp32 are. P columns of
+// them give sum_l low_l F_l as exactly as expand does; see there for low and F_l.
+struct ConcatOperands {
+  const float* low;  // [I][R]
+  int64_t I, J, R;
+  bool across;
+  const void* bias;  // [J] of x's dtype, or null
+  Adapters adapters;
+  void* left;     // [I][concat_stride(P)]
+  void* right;    // [J][concat_stride(P)]; across: [P][J]
+  float* biases;  // [J]: bias + sum_l s_l bias_l; null: not wanted
+};
+int64_t concat_columns(Dtype factors, const Adapters& adapters);  // P
+constexpr int64_t concat_stride(int64_t columns) {                // of whole 16 bytes
+  return (columns + 7) / 8 * 8;
+}
+cudaError_t concat_operands(Dtype x, Dtype factors, const ConcatOperands& call, cudaStream_t stream);
+
+// out[i, j] = (accumulate ? out[i, j] : 0) + sum_s sum_c left_s[i, c] right_s(c, j) + biases[j], over the members and
+// `adapters` (bf16; 0 columns: none), whose sum is multiplied by `keep`'s mask over out first; right_s(c, j) is
+// right[c * right_stride + j] across (dx: W [N, K]), else right[j * right_stride + c] (y). With adapters it stands
+// right behind concat_operands, which it overlaps. Needs has_concat_gemm().
+constexpr int kMostConcatMembers = 4;
+struct ConcatSegment {
+  const void *left, *right;
+  int64_t left_stride, right_stride, columns;
+};
+struct ConcatGemm {
+  void* out;  // [I, J] contiguous, of x's dtype
+  int64_t I, J;
+  bool across, accumulate;
+  int members;
+  ConcatSegment member[kMostConcatMembers], adapters;
+  const float* biases;  // or null
+  Keep keep;            // across only
+  const uint64_t* seed;
+  int blocks;  // at most, which share the tiles: as many as the device has multiprocessors
+};
+bool has_concat_gemm(Dtype x, const ConcatGemm& call);  // I >= 128, J a multiple of 8, 16-byte aligned rows, ...
+cudaError_t concat_gemm(Dtype x, const ConcatGemm& call, cudaStream_t stream);
 
 // One member's pass over dy. For its adapters l:
 //   ds [column_blocks][M][R]: parts of s_l dy B_l in columns rank0_l ..., to be summed;   null: not wanted

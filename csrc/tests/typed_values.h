@@ -27,6 +27,8 @@ inline void write(void* data, Dtype type, int64_t at, double value) {
     uint32_t word;
     memcpy(&word, &narrow, 4);
     bits = static_cast<uint16_t>(word >> 16);
+  } else if (type == Dtype::kFloat16 && std::isnan(value)) {
+    bits = 0x7E00;
   } else if (type == Dtype::kFloat16 && value != 0) {
     int exponent;
     const double fraction = std::frexp(std::fabs(value), &exponent);  // in [1/2, 1)

@@ -1,0 +1,307 @@
+// A base product whose contraction goes on over the adapters' operands (concat_operands_sm90.cu):
+//   out[i, j] = (out[i, j] +) sum over segments s, c: left_s[i, c] right_s(c, j)  + biases[j]
+// left_s [I, C_s]; right_s [J, C_s] (y: W, and B's parts) or [C_s, J] (dx: W, and A's parts); T, those of the adapters
+// bf16. With dropout, in dx, the adapters' segment comes first, the sums are masked, and the base segments follow.
+// fp32 accumulation (wgmma), rounded once to T.
+// Grid: at most call.blocks blocks; block b has the tiles b, b + gridDim.x ... of 128 x kCols, numbered so that tiles
+// of the same time share rows and columns in the L2. 384 threads: one of the first warp group has TMA fill a ring of
+// stages of 64 columns of the contraction, while the stores of a tile run as well; the other two groups multiply 64
+// rows each. Every stage has two mbarriers: `full` counts the bytes of its tiles, `empty` the eight warps that have
+// read them. With adapters the launch overlaps concat_operands, and waits for it where it reads its results.
+#include "common/cluster.h"
+#include "common/tma.h"
+#include "common/wgmma.h"
+#include "lora_linear/concat_tile.h"
+
+namespace pk::lora_linear {
+
+namespace {
+
+constexpr int kRows = 128, kDepth = kSwizzledColumns, kStep = 16;  // of a tile; of a stage; of a wgmma
+constexpr int kGroup = 128, kThreads = 3 * kGroup, kReaders = 8;   // threads of a warp group; warps that multiply
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;   // 128 (40 + 2 * 232) <= 65536
+constexpr int kTallestGroup = 16;                                  // tiles one above the other that follow each other
+
+template <int kCols>
+struct Shape {
+  static constexpr int kStages = kCols == 256 ? 4 : 6;
+  static constexpr int kLeftBytes = kRows * kDepth * 2, kStageBytes = kLeftBytes + kCols * kDepth * 2;
+  static constexpr int kPieces = kStages * kStageBytes, kBarriers = kPieces + kReaders * kPiece * 2;  // in bytes
+  static constexpr int kShared = kBarriers + 2 * kStages * static_cast<int>(sizeof(Mbarrier));
+  static_assert(kShared <= static_cast<int>(kMostSharedSm90), "what a block may have");
+};
+
+struct Segment {
+  TensorMap left, right;
+  int columns;
+};
+
+struct Plan {
+  Segment segment[kMostConcatMembers + 1];
+  int segments, adapters;  // `adapters` is the adapters' one, or -1
+  int row_tiles, col_tiles;
+  ConcatOut out;
+  bool masked;
+  Keep keep;
+  const uint64_t* seed;
+};
+
+// Tiles go down kTallestGroup rows of tiles, then one to the right.
+template <int kCols>
+__device__ __forceinline__ TilePlace place_of(const Plan& plan, int tile) {
+  const int of_group = kTallestGroup * plan.col_tiles, first = tile / of_group * kTallestGroup, rest = tile % of_group;
+  const int height = plan.row_tiles - first < kTallestGroup ? plan.row_tiles - first : kTallestGroup;
+  return {(first + rest % height) * kRows, rest / height * kCols};
+}
+
+// The ring of stages, as one side of it goes round: `parity` is that of the phase in which a stage is filled.
+template <int kStages>
+struct Ring {
+  int stage = 0, parity = 0;
+
+  __device__ __forceinline__ void next() {
+    if (++stage < kStages) return;
+    stage = 0;
+    parity ^= 1;
+  }
+};
+
+template <int kCols>
+struct Stages {
+  unsigned char* const memory;
+  Mbarrier *const full, *const empty;
+
+  __device__ __forceinline__ explicit Stages(unsigned char* shared)
+      : memory(shared),
+        full(reinterpret_cast<Mbarrier*>(shared + Shape<kCols>::kBarriers)),
+        empty(full + Shape<kCols>::kStages) {}
+  __device__ __forceinline__ unsigned char* left(int stage) const { return memory + stage * Shape<kCols>::kStageBytes; }
+  __device__ __forceinline__ unsigned char* right(int stage) const { return left(stage) + Shape<kCols>::kLeftBytes; }
+};
+
+// One thread. What lies outside of the operands comes as zeros.
+template <Major kMajor, int kCols>
+__device__ __forceinline__ void fill(const Plan& plan, const Stages<kCols>& stages) {
+  using S = Shape<kCols>;
+  Ring<S::kStages> ring;
+  for (int s = 0; s < plan.segments; ++s) {
+    tma_prefetch(&plan.segment[s].left);
+    tma_prefetch(&plan.segment[s].right);
+  }
+  for (int tile = blockIdx.x; tile < plan.row_tiles * plan.col_tiles; tile += gridDim.x) {
+    const TilePlace place = place_of<kCols>(plan, tile);
+#pragma unroll 1
+    for (int s = 0; s < plan.segments; ++s) {
+      const Segment& segment = plan.segment[s];
+      if (s == plan.adapters) wait_for_previous_launch();  // of concat_operands
+#pragma unroll 1
+      for (int c = 0; c < segment.columns; c += kDepth, ring.next()) {
+        Mbarrier* const full = stages.full + ring.stage;
+        unsigned char* const right = stages.right(ring.stage);
+        mbarrier_wait(stages.empty + ring.stage, ring.parity ^ 1);
+        mbarrier_arrive_expect(full, S::kStageBytes);
+        tma_load(stages.left(ring.stage), &segment.left, full, c, place.row);
+        if constexpr (kMajor == Major::kContraction) {
+          tma_load(right, &segment.right, full, c, place.col);
+        } else {
+#pragma unroll
+          for (int j = 0; j < kCols; j += kSwizzledColumns) {
+            tma_load(right + j * kDepth * 2, &segment.right, full, place.col + j, c);
+          }
+        }
+      }
+    }
+  }
+}
+
+// sums (+)= left right over `steps` times 16 columns of a stage. Groups of products: one of a whole stage, whose fence
+// and commit stand beside them in one basic block (else ptxas adds groups of its own), or one of each step.
+template <class T, Major kMajor, int kCols>
+__device__ __forceinline__ void multiply(float (&sums)[kCols / 2], uint64_t left, uint64_t right, int steps,
+                                         bool accumulate) {
+  const auto step = [&](int k) {
+    wgmma_m64k16<T, kCols, kMajor>(sums, wgmma_step<Major::kContraction>(left, k), wgmma_step<kMajor>(right, k),
+                                   accumulate || k > 0);
+  };
+  if (steps == kDepth / kStep) {
+    wgmma_fence(sums);
+#pragma unroll
+    for (int k = 0; k < kDepth / kStep; ++k) step(k);
+    wgmma_commit();
+  } else {
+#pragma unroll 1
+    for (int k = 0; k < steps; ++k) {
+      wgmma_fence(sums);
+      step(k);
+      wgmma_commit();
+    }
+  }
+}
+
+// A warp group: rows 64 group ... 64 group + 63 of every tile.
+template <class T, Major kMajor, int kCols>
+__device__ __forceinline__ void consume(const Plan& plan, const Stages<kCols>& stages, T* piece, int group) {
+  const int warp_row = 64 * group + warp_index() % 4 * 16;
+  const int tiles = plan.row_tiles * plan.col_tiles, blocks = static_cast<int>(gridDim.x);
+  const bool masked = kMajor == Major::kOutput && plan.masked;
+  const uint64_t seed = masked ? *plan.seed : 0;
+  float sums[kCols / 2];
+  TileMask<kCols> mask;
+  Ring<Shape<kCols>::kStages> ring;
+  int read = -1;  // the stage that the products in flight read
+  const auto release = [&] {
+    if (read >= 0 && lane_index() == 0) mbarrier_arrive(stages.empty + read);
+    read = -1;
+  };
+  const auto place_of_warp = [&](int tile) {
+    const TilePlace place = place_of<kCols>(plan, tile);
+    return TilePlace{place.row + warp_row, place.col};
+  };
+  if (masked) mask.make_rest(plan.keep, seed, place_of_warp(blockIdx.x));
+#pragma unroll 1
+  for (int tile = blockIdx.x; tile < tiles; tile += blocks) {
+    const bool masks_next = masked && tile + blocks < tiles;
+    const TilePlace next = masks_next ? place_of_warp(tile + blocks) : TilePlace{};
+    bool accumulate = false;
+#pragma unroll 1
+    for (int s = 0; s < plan.segments; ++s) {
+      const int columns = plan.segment[s].columns;
+#pragma unroll 1
+      for (int c = 0; c < columns; c += kDepth, ring.next()) {
+        const int steps = columns - c < kDepth ? (columns - c + kStep - 1) / kStep : kDepth / kStep;
+        mbarrier_wait(stages.full + ring.stage, ring.parity);
+        const uint64_t left = wgmma_operand<Major::kContraction>(stages.left(ring.stage) + group * 64 * kDepth * 2);
+        const uint64_t right = wgmma_operand<kMajor>(stages.right(ring.stage), kDepth);
+        if (std::is_same_v<T, bf16> || s == plan.adapters) {
+          multiply<bf16, kMajor, kCols>(sums, left, right, steps, accumulate);
+        } else {
+          multiply<T, kMajor, kCols>(sums, left, right, steps, accumulate);
+        }
+        accumulate = true;
+        if (masks_next && mask.made < mask.kWords) mask.make_word(plan.keep, seed, next);
+        wgmma_wait<1>();
+        release();
+        read = ring.stage;
+      }
+      if (masked && s == 0) {
+        wgmma_wait<0>(sums);
+        mask.apply(sums, plan.keep.scale);
+      }
+    }
+    wgmma_wait<0>(sums);
+    release();
+    if (plan.out.biases) wait_for_previous_launch();
+    store<T, kCols>(sums, plan.out, piece, place_of_warp(tile));
+    if (masks_next) mask.make_rest(plan.keep, seed, next);
+  }
+}
+
+template <class T, Major kMajor, int kCols>
+__global__ void __launch_bounds__(kThreads, 1)
+    lora_linear_forward_concat_gemm_sm90_kernel(const __grid_constant__ Plan plan) {
+  PK_SWIZZLED_SHARED(unsigned char, shared);
+  const Stages<kCols> stages(shared);
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < Shape<kCols>::kStages; ++stage) {
+      mbarrier_init(stages.full + stage, 1);
+      mbarrier_init(stages.empty + stage, kReaders);
+    }
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  const int group = threadIdx.x / kGroup - 1;
+  if (group < 0) {
+    give_registers<kProducerRegisters>();
+    if (threadIdx.x == 0) fill<kMajor, kCols>(plan, stages);
+  } else {
+    take_registers<kConsumerRegisters>();
+    T* const pieces = reinterpret_cast<T*>(shared + Shape<kCols>::kPieces);
+    consume<T, kMajor, kCols>(plan, stages, pieces + (warp_index() - kGroup / 32) * kPiece, group);
+  }
+}
+
+cudaError_t make_segment(Segment& to, const ConcatSegment& from, const ConcatGemm& call, int cols) {
+  to.columns = static_cast<int>(from.columns);
+  const cudaError_t error = make_tensor_map(&to.left, from.left, call.I, from.columns, from.left_stride, kRows, kDepth);
+  if (error != cudaSuccess) return error;
+  if (call.across) {
+    return make_tensor_map(&to.right, from.right, from.columns, call.J, from.right_stride, kDepth, kSwizzledColumns);
+  }
+  return make_tensor_map(&to.right, from.right, call.J, from.columns, from.right_stride, cols, kDepth);
+}
+
+template <class T, Major kMajor, int kCols>
+cudaError_t run(const ConcatGemm& call, cudaStream_t stream) {
+  Plan plan = {};
+  const bool masked = call.keep.threshold != kKeepAll, has_adapters = call.adapters.columns > 0;
+  cudaError_t error = cudaSuccess;
+  const auto add = [&](const ConcatSegment& from) {
+    if (error == cudaSuccess) error = make_segment(plan.segment[plan.segments++], from, call, kCols);
+  };
+  plan.adapters = !has_adapters ? -1 : masked ? 0 : call.members;
+  if (plan.adapters == 0) add(call.adapters);
+  for (int g = 0; g < call.members; ++g) add(call.member[g]);
+  if (plan.adapters > 0) add(call.adapters);
+  if (error != cudaSuccess) return error;
+  plan.out = {call.out, call.biases, static_cast<int>(call.I), static_cast<int>(call.J), call.accumulate};
+  plan.row_tiles = (plan.out.I + kRows - 1) / kRows;
+  plan.col_tiles = (plan.out.J + kCols - 1) / kCols;
+  plan.masked = masked && has_adapters;
+  plan.keep = call.keep;
+  plan.seed = call.seed;
+  const int tiles = plan.row_tiles * plan.col_tiles;
+  const dim3 grid(static_cast<unsigned>(tiles < call.blocks ? tiles : call.blocks)), block(kThreads);
+  return PK_LAUNCH_CLUSTER((lora_linear_forward_concat_gemm_sm90_kernel<T, kMajor, kCols>), 1, has_adapters, grid,
+                           block, static_cast<size_t>(Shape<kCols>::kShared), stream, plan);
+}
+
+// Narrow tiles read more of every operand, a tenth is allowed for it; but the last tiles may leave fewer blocks idle.
+bool narrow_is_better(const ConcatGemm& call) {
+  const auto turns = [&](int64_t cols) {
+    return ((call.I + kRows - 1) / kRows * ((call.J + cols - 1) / cols) + call.blocks - 1) / call.blocks;
+  };
+  return 11 * turns(128) < 20 * turns(256);
+}
+
+template <class T, Major kMajor>
+cudaError_t run_width(const ConcatGemm& call, cudaStream_t stream) {
+  return narrow_is_better(call) ? run<T, kMajor, 128>(call, stream) : run<T, kMajor, 256>(call, stream);
+}
+
+template <class T>
+cudaError_t run_direction(const ConcatGemm& call, cudaStream_t stream) {
+  return call.across ? run_width<T, Major::kOutput>(call, stream) : run_width<T, Major::kContraction>(call, stream);
+}
+
+// Rows that lie apart, as TMA takes them.
+bool has_aligned_rows(const void* data, int64_t stride, int64_t columns) {
+  constexpr int64_t kMostStride = int64_t{1} << 38;  // elements; 2^40 bytes are too many
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0 && stride >= columns && stride < kMostStride;
+}
+
+}  // namespace
+
+bool has_concat_gemm(Dtype x, const ConcatGemm& call) {
+  constexpr int64_t kLeastRows = 128, kMost = INT32_MAX / 4;
+  if (x != Dtype::kBFloat16 && x != Dtype::kFloat16) return false;
+  if (call.members < 1 || call.members > kMostConcatMembers || call.blocks < 1) return false;
+  if (call.I < kLeastRows || call.I > kMost || call.J < 8 || call.J > kMost || call.J % 8 != 0) return false;
+  if ((call.I / kRows + 1) * (call.J / 128 + 1) > kMost) return false;
+  for (int g = 0; g < call.members; ++g) {
+    const ConcatSegment& member = call.member[g];
+    const int64_t right_columns = call.across ? call.J : member.columns;
+    if (member.columns < 1 || member.columns > kMost ||
+        !has_aligned_rows(member.left, member.left_stride, member.columns) ||
+        !has_aligned_rows(member.right, member.right_stride, right_columns)) {
+      return false;
+    }
+  }
+  return call.adapters.columns <= kMost && reinterpret_cast<uintptr_t>(call.out) % 16 == 0;
+}
+
+cudaError_t concat_gemm(Dtype x, const ConcatGemm& call, cudaStream_t stream) {
+  if (!has_concat_gemm(x, call) || (call.keep.threshold != kKeepAll && !call.across)) return cudaErrorInvalidValue;
+  return x == Dtype::kFloat16 ? run_direction<fp16>(call, stream) : run_direction<bf16>(call, stream);
+}
+
+}  // namespace pk::lora_linear
