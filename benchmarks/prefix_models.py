@@ -173,8 +173,8 @@ def build(cell: Cell, device: torch.device, kinds: tuple[str, ...]) -> tuple[lis
 
 def time_cell(cell: Cell, kinds: tuple[str, ...], run: Run) -> list[Row]:
     """All arms of a cell."""
-    times, absent = runs.timed(build, cell, kinds, FOREIGN, run, ARMS)
-    return runs.rows_of(Row, partial(labels, cell), times, absent, lambda arm, columns: {}, run)
+    found = runs.timed(build, cell, kinds, FOREIGN, run, ARMS)
+    return runs.rows_of(Row, partial(labels, cell), found, lambda arm, columns: {}, run)
 
 
 def labels(cell: Cell, arm: str, backend: str) -> dict[str, str | int]:

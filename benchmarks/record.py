@@ -29,6 +29,7 @@ class Origin:
     driver: str  # of a GPU
     threads: int
     instruction_set: str  # that our CPU kernels use
+    sm90: str  # what PEFT_KERNELS_SM90 said: "1" lets the kernels of compute capability 9.0 run that are off by default
     torch: str
     triton: str
     cuda: str  # that torch was built for
@@ -84,7 +85,10 @@ def no_numbers(kind: type[Origin]) -> dict[str, float]:
 
 FIELDS = tuple(columns(Row))
 # Columns that came later, and what they say of a CSV without them: those were all of CPUs.
-_LATER = {"timing": "eager", "not_timed": "", "driver": "", "triton": "", "cuda": "", "instruction_set": ""}
+_LATER = {
+    "timing": "eager", "not_timed": "", "driver": "", "triton": "", "cuda": "", "instruction_set": "", "sm90": "",
+    "copies": "1", "added_us": "nan",
+}  # fmt: skip
 
 
 def _version(distribution: str) -> str:
@@ -131,6 +135,7 @@ def provenance(device: torch.device) -> dict[str, str | int]:
         "driver": _driver() if on_gpu else "",
         "threads": torch.get_num_threads(),
         "instruction_set": "" if on_gpu or backends.operator_library() is None else backends.instruction_set(),
+        "sm90": os.environ.get("PEFT_KERNELS_SM90", ""),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": torch.version.cuda or "",

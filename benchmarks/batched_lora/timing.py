@@ -52,14 +52,14 @@ class Run(runs.Run):
 @torch.no_grad()
 def time_cell(cell: Cell, kinds: tuple[str, ...], run: Run) -> list[Row]:
     """All arms of a cell, and a row that says why for each contender that could not be timed."""
-    times, absent = runs.timed(contenders.build, cell, kinds, FOREIGN, run)
+    found = runs.timed(contenders.build, cell, kinds, FOREIGN, run)
 
     def more(arm, columns):
         gbs = arm.cost.bytes / columns["ms_p50"] * 1e-6
         rate = {"gbs": gbs, "tflops": arm.cost.flops / columns["ms_p50"] * 1e-9}
         return rate | {"read_gbs": run.bytes_per_s * 1e-9, "read_share": gbs * 1e9 / run.bytes_per_s}
 
-    return runs.rows_of(Row, partial(labels, cell), times, absent, more, run)
+    return runs.rows_of(Row, partial(labels, cell), found, more, run)
 
 
 def labels(cell: Cell, arm: str, backend: str) -> dict[str, str | int]:
