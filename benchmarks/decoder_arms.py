@@ -1,7 +1,7 @@
 """The arms of the benchmark of whole decoder layers: decoder.py says what each is.
 
-Weights and tokens are random; the words are few, so that what is timed is the layers. All arms share the base's weights:
-a step reads more of them than any cache holds.
+Weights and tokens are random; the words are few, so that what is timed is the layers. All arms share the base's
+weights: a step reads more of them than any cache holds.
 """
 
 import contextlib

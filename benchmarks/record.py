@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import peft_kernels
+from benchmarks import gate
 from peft_kernels import backends
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,18 +173,29 @@ def one_by_one(
     kind: type[Origin],
     say: Callable[[str], None],
     out: Path | None,
-) -> None:
-    """Times cells, each of them said, and written where that is asked for, when it is finished."""
-    writer = Writer(out, kind) if out else None
+) -> int:
+    """Times cells, each of them said, and written where that is asked for, when it is finished; how many failed.
+
+    A cell that fails is said and has no rows; the others are not lost with it. A wrong result ends the run.
+    """
+    writer, failed = Writer(out, kind) if out else None, 0
     for cell in cells:
         start = time.perf_counter()
-        rows = time_cell(cell)
+        try:
+            rows = time_cell(cell)
+        except gate.RedGateError:
+            raise
+        except Exception as error:
+            failed += 1
+            say(f"{cell.title}: failed: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
+            continue
         say(described(cell, rows, time.perf_counter() - start))
         if writer:
             writer.write(rows)
     if writer:
         writer.close()
         say(f"written: {out}")
+    return failed
 
 
 def _text(value) -> str:

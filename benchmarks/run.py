@@ -208,7 +208,8 @@ def main(
             help="lora_linear; batched_lora: one batch, many adapters; train_many: a model's adapters trained in one "
             "batch; bottleneck_adapter: a feed-forward block with adapters; prefix_attention: attention over a prefix; "
             "prefix_models: whole models with one; lora_variants: DoRA, quantised bases, an MLP that recomputes, "
-            "embeddings; decoder: the layers of a Llama-3-8B, trained and decoding; seam: the price of the call alone; limits: what the device can do"
+            "embeddings; decoder: the layers of a Llama-3-8B, trained and decoding; seam: the price of the call alone; "
+            "limits: what the device can do"
         ),
     ] = "lora_linear",
     grid: Annotated[
@@ -279,13 +280,16 @@ def time_by_module(
     seconds: float,
     out: Path | None,
 ) -> None:
-    """Ops that are timed by a module of their own: the gate, then cell by cell."""
+    """Ops that are timed by a module of their own: the gate, then cell by cell.
+
+    Exits with 1 where cells failed, which does not stop the next ones.
+    """
     seconds = timing.SECONDS[grid] if seconds < 0 else seconds
     try:
         ran = timing.refuse_wrong_results(cells, device)
         console.print(f"gate: {ran} samples right; {len(cells)} cells")
         run = timing.Run.here(device, rounds or timing.LEAST_ROUNDS[grid], seconds)
-        record.one_by_one(
+        failed = record.one_by_one(
             cells,
             lambda cell: timing.time_cell(cell, wanted, run),
             timing.described,
@@ -294,8 +298,11 @@ def time_by_module(
             out,
         )
     except gate.RedGateError as red:
-        console.print(f"[red]refused:[/red] {red}")
+        console.print(f"[red]refused:[/red] {escape(str(red))}")
         raise typer.Exit(2) from None
+    if failed:
+        console.print(f"[red]{failed} of {len(cells)} cells failed[/red]")
+        raise typer.Exit(1)
 
 
 def show_limits(device: torch.device, rounds: int, out: Path | None) -> None:

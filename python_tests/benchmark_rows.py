@@ -50,7 +50,8 @@ def mixed_rows(ratio=1.1, share=0.9, not_timed=""):
     times = dict.fromkeys(("ms_p20", "ms_p50", "ms_p80", "gbs", "tflops"), 1.5)
     return [
         timing.Row(
-            **timing.labels(cell, arm, "cpu"), timing="eager", rounds=15, **times, ratio_p20=ratio, ratio_p50=ratio, ratio_p80=ratio,
+            **timing.labels(cell, arm, "cpu"), timing="eager", rounds=15, **times,
+            ratio_p20=ratio, ratio_p50=ratio, ratio_p80=ratio,
             aa_spread=0.02, read_gbs=20.0, read_share=share, not_timed=not_timed, **origin,
         )
         for cell in cells.cells("cpu")
@@ -63,7 +64,8 @@ def rows_of(module, arms, **more):
     origin, times = record.provenance(torch.device("cpu")), dict.fromkeys(("ms_p20", "ms_p50", "ms_p80"), 1.5)
     return [
         module.Row(
-            **module.labels(cell, arm, backend), timing="eager", rounds=15, **times, ratio_p20=ratio, ratio_p50=ratio, ratio_p80=ratio,
+            **module.labels(cell, arm, backend), timing="eager", rounds=15, **times,
+            ratio_p20=ratio, ratio_p50=ratio, ratio_p80=ratio,
             aa_spread=0.02, not_timed="", **more, **origin,
         )
         for cell in module.cells("cpu")
