@@ -234,17 +234,7 @@ def main(
 ) -> None:
     """Times OP on GRID: the two frozen arms, and the chosen arms in every variant of the adapter."""
     target = torch.device(device)
-    known_arms, every_arm = shapes.ARMS, shapes.kinds(target.type)
-    if op in ARMS_OF:
-        known_arms = every_arm = ARMS_OF[op]
-    wanted = tuple(arm for arm in arms.split(",") if arm) or every_arm
-    for value, known, option in (
-        (op, OPS, "--op"),
-        (grid, shapes.GRIDS, "--grid"),
-        *((a, known_arms, "--arms") for a in wanted),
-    ):
-        if value not in known:
-            raise typer.BadParameter(f"must be one of {', '.join(known)}, got '{value}'", param_hint=option)
+    wanted = chosen_arms(op, grid, arms, target)
     if op == "limits":
         return show_limits(target, rounds or 50, out)
     warnings.filterwarnings("ignore", module="peft|transformers|bitsandbytes")
@@ -252,11 +242,7 @@ def main(
         if op in OF_MODELS and (absent := runs.absent()):
             raise typer.BadParameter(f"{op} needs {absent}, which is not installed", param_hint="--op")
         timing, cells_of = CELLS_OF[op]
-        cells = cells_of(grid, model)
-        if layers and op not in OF_LAYERS:
-            raise typer.BadParameter(f"is for {' and '.join(OF_LAYERS)}, and this is {op}", param_hint="--layers")
-        if layers:
-            cells = [dataclasses.replace(cell, layers=layers) for cell in cells]
+        cells = with_layers(op, cells_of(grid, model), layers)
         return time_by_module(timing, cells, wanted, grid, target, rounds, seconds, out)
     cells = shapes.cells(op, grid, model)
     refuse_wrong_results(cells, wanted, target)
@@ -268,6 +254,29 @@ def main(
         console.print(f"{_name(dtype)}: {rates}")
     console.print(asked.describe(cells, wanted, peaks))
     time_cells(cells, wanted, Run(target, asked, peaks, record.provenance(target)), out)
+
+
+def chosen_arms(op: str, grid: str, arms: str, device: torch.device) -> tuple[str, ...]:
+    """What --arms names, or all. Raises typer.BadParameter where one of the options is none that there is."""
+    known_arms, every_arm = shapes.ARMS, shapes.kinds(device.type)
+    if op in ARMS_OF:
+        known_arms = every_arm = ARMS_OF[op]
+    wanted = tuple(arm for arm in arms.split(",") if arm) or every_arm
+    for value, known, option in (
+        (op, OPS, "--op"),
+        (grid, shapes.GRIDS, "--grid"),
+        *((a, known_arms, "--arms") for a in wanted),
+    ):
+        if value not in known:
+            raise typer.BadParameter(f"must be one of {', '.join(known)}, got '{value}'", param_hint=option)
+    return wanted
+
+
+def with_layers(op: str, cells: list, layers: int) -> list:
+    """The cells with so many layers, if any are asked for."""
+    if layers and op not in OF_LAYERS:
+        raise typer.BadParameter(f"is for {' and '.join(OF_LAYERS)}, and this is {op}", param_hint="--layers")
+    return [dataclasses.replace(cell, layers=layers) for cell in cells] if layers else cells
 
 
 def time_by_module(

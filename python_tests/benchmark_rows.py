@@ -52,7 +52,7 @@ def mixed_rows(ratio=1.1, share=0.9, not_timed=""):
         timing.Row(
             **timing.labels(cell, arm, "cpu"), timing="eager", rounds=15, **times,
             ratio_p20=ratio, ratio_p50=ratio, ratio_p80=ratio,
-            aa_spread=0.02, read_gbs=20.0, read_share=share, not_timed=not_timed, **origin,
+            aa_spread=0.02, added_us=3.5, read_gbs=20.0, read_share=share, not_timed=not_timed, **origin,
         )
         for cell in cells.cells("cpu")
         for arm in ("base", "base_again", "peft", "op", "op alone")
