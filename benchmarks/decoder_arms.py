@@ -200,6 +200,7 @@ class Decoding:
         pool = peft_kernels.attach_pool(model, adapters=cell.adapters)
         sites = {name: site for name, site in pool.sites.items() if name.endswith(LINEARS)}
         adapters = {f"a{i}": {name: self._factors(site) for name, site in sites.items()} for i in range(cell.adapters)}
+        pool.reserve(cell.adapters, cell.r, sites)
         for name, factors in adapters.items():
             pool.add(name, factors)
         runner = peft_kernels.Runner(model)

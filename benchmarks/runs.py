@@ -125,7 +125,7 @@ def _eager_clock(device: torch.device) -> Callable[[Arm], float]:
             mark()
 
         flush()
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize()
         return cuda_clock.eager(body)[0]
 
     return step

@@ -18,10 +18,12 @@ from benchmarks import (
     limits,
     measure,
     plan,
+    prefix_attention,
     record,
     report,
     roofline,
     run,
+    runs,
     shapes,
     targets,
 )
@@ -149,6 +151,32 @@ def test_an_arm_that_waits_for_the_device_is_never_captured(log):
     assert (kept, failed) == ([], {arm: "RuntimeError: called a synchronizing CUDA operation"})
     assert "capture" not in log
     assert log[-1] == "synchronising: default"
+
+
+def test_modules_time_eagerly_with_the_same_clock(log):
+    step = runs._eager_clock(CPU)
+    assert step(runs.Arm("frozen", "torch", lambda: log.append("run"))) == 2.0
+    assert log == ["flush 1024", "synchronize", "event", "run", "event", "synchronize"]
+
+
+@pytest.mark.parametrize("captures,timing", [(True, "graph"), (False, "eager")])
+def test_where_the_base_cannot_be_captured_all_are_timed_eagerly(captures, timing, monkeypatch):
+    def clock(device, timing):
+        def step(arm):
+            if timing == "graph" and not captures:
+                raise RuntimeError("called a synchronizing CUDA operation")
+            return 1.0
+
+        return step
+
+    def build(cell, device, kinds):
+        return [runs.Arm(name, "torch", lambda: torch.ones(1)) for name in ("none", "none_again", "op")], {}
+
+    monkeypatch.setattr(runs, "clock", clock)
+    how = runs.Run(torch.device("cuda"), 2, 0.0, {})
+    found = runs.timed(build, prefix_attention.cells("quick")[0], (), (), how)
+    assert found.timing == timing and [arm.name for arm in found.times] == ["none", "none_again", "op"]
+    assert runs.timed(build, prefix_attention.cells("quick")[0], (), (), how, timing="eager").timing == "eager"
 
 
 # -- limits -----------------------------------------------------------------------------------------------------------
