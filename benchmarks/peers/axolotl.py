@@ -4,6 +4,7 @@ LoRA_O is one projection; LoRA_QKV and LoRA_MLP are those of a layer of a Llama.
 """
 
 import logging
+from functools import cache
 from unittest.mock import MagicMock
 
 from torch.nn.functional import dropout
@@ -20,6 +21,7 @@ _STAND_INS = {
 }
 
 
+@cache
 def _module():
     return import_isolated("axolotl.kernels.lora", _STAND_INS, required=("triton",))
 

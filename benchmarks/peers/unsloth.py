@@ -4,6 +4,7 @@ LoRA_W is one projection; LoRA_QKV and LoRA_MLP are those of a layer of a Llama.
 """
 
 import logging
+from functools import cache
 
 import torch
 from packaging.version import Version
@@ -37,6 +38,7 @@ def _stand_ins(device: torch.device) -> dict[str, dict]:
     }
 
 
+@cache
 def _module(device: torch.device):
     return import_isolated("unsloth.kernels.fast_lora", _stand_ins(device), required=("triton", "transformers"))
 
