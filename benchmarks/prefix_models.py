@@ -139,8 +139,10 @@ class Problem:
         return torch.no_grad()(decode)
 
     def mask(self, length: int) -> Tensor | None:
-        """All ones, as generate passes it; on a GPU none, which says the same: transformers would wait for what it holds,
-        and no graph could be captured."""
+        """All ones, as generate passes it; on a GPU none, which says the same.
+
+        transformers would wait there for what it holds, and no graph could be captured.
+        """
         if self.device.type == "cuda":
             return None
         return torch.ones(self.cell.B, length, dtype=torch.int64, device=self.device)

@@ -260,8 +260,11 @@ def _engine(module: ModuleType, name: str, problem: Problem) -> list[Arm]:
     found = _serving(module, problem.device)
     if isinstance(found, str):
         raise NotHere(found)
-    if problem.cell.dtype.itemsize != 2:
+    cell = problem.cell
+    if cell.dtype.itemsize != 2:
         raise NotHere("its kernels are for 16 bits")
+    if problem.device.type == "cuda" and (cell.popularity, cell.r, cell.M <= 256) != ("distinct", "16", True):
+        raise NotHere("compiled anew for every shape, it is timed for at most 256 rows of distinct adapters of r = 16")
     batch = batch_of(problem.factors, problem.ids, SCALING)
     add, x, weight = found[name](batch), problem.x, torch.cat(problem.weight)
     y = functional.linear(x, weight)
