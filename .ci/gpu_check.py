@@ -1,8 +1,9 @@
 """`make gpu-check`: builds, tests, sanitizes and times the project where there is an NVIDIA GPU. Offline, with the
-Python that runs this file and its packages; no virtual environment. What runs stands in STAGES, a line per command.
+Python that runs this file and its packages; no virtual environment. What runs stands in gpu_stages.py.
 
-    make gpu-check PYTHON=python3                    everything, within 540 seconds
-    make gpu-check ARGS="--stage cpp --stage bench"  some stages, in the table's order; --list names them
+    make gpu-check PYTHON=python3                    everything, within 540 seconds for each group of stages
+    make gpu-check ARGS="--stage check"              a group: check, ops or models; each takes at most ten minutes
+    make gpu-check ARGS="--stage cpp --stage limits" some stages, in the table's order; --list names them
 
 Under $OUT (build/gpu-check without it): log.txt (what every command printed), summary.txt, summary.json and the
 benchmarks' CSV files. A stage that fails or runs out of time does not stop the next ones.
@@ -24,9 +25,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+from gpu_stages import STAGES, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA_BIN = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
@@ -37,91 +40,6 @@ ARCHS = {8: "80", 9: "90a", 10: "100", 12: "120"}  # the machine code that serve
 
 class NothingToCheckError(Exception):
     """This machine lacks what every stage needs; the message says what."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Commands that pass together: each with exit code 0, all within `limit` seconds.
-
-    Words in braces are filled in from the machine; " && " joins steps of one command; a command that names {each} is
-    run once for every file that the pattern `each` matches; `workers` commands run side by side. `least` seconds are
-    kept for the stage while those before it run.
-    """
-
-    name: str
-    limit: float
-    what: str
-    commands: tuple[str, ...]
-    each: str = ""
-    workers: int = 1
-    least: float = 0
-    environment: dict[str, str] = field(default_factory=dict)  # beside what every stage has
-
-
-CONFIGURE = "{cmake} -S . -B {native} {generator} -DCMAKE_BUILD_TYPE=Release -DPK_CUDA=1 -DPK_CUDA_ARCHS={arch}-real"
-STAGES = (
-    Stage(
-        "build",
-        240,
-        "the library in place and the C++ tests, for this GPU alone",
-        (
-            "{python} setup.py -q build_ext --inplace",
-            CONFIGURE + " && {cmake} --build {native} --target gpu_check --parallel {cores}",
-        ),
-        workers=2,
-        least=90,
-    ),
-    Stage(
-        "primitives",
-        30,
-        "emulator == GPU: the same expected values in both",
-        (
-            "{native}/test_emulator_plain",
-            "{native}/test_emulator_sm90_plain",
-            "{native}/test_primitives_cuda_plain",
-            "{native}/test_primitives_sm90_cuda_plain",
-            "{native}/test_primitives_cuda_gpu",  # that of sm_90 is in the next stage, where it is for this GPU
-        ),
-        least=10,
-    ),
-    Stage("cpp", 90, "the C++ tests on the GPU", ("{each}",), each="{native}/test_*_cuda_gpu", least=30),
-    Stage(
-        "python",
-        200,
-        "every sample of the registry on every backend",
-        (
-            "{python} -m pytest -q --timeout=150 -p no:cacheprovider {xdist} -m 'not slow' python_tests/test_ops.py"
-            " python_tests/test_cuda.py python_tests/test_cuda_pool.py python_tests/test_cuda_bottleneck.py"
-            " python_tests/test_cuda_prefix.py python_tests/test_cuda_dora.py python_tests/test_peft.py"
-            " python_tests/test_patching.py",
-        ),
-        least=90,
-    ),
-    Stage(
-        "sanitizer",
-        120,
-        "compute-sanitizer over the C++ tests",
-        tuple(
-            f"{{sanitizer}} --tool {tool} --error-exitcode 9 {{each}}"
-            for tool in ("memcheck", "racecheck", "initcheck", "synccheck")
-        ),
-        each="{native}/test_*_cuda_gpu",
-        workers=4,
-        least=40,
-    ),
-    Stage(
-        "bench",
-        300,
-        "the limits of this GPU, then lora_linear beside the frozen linear and its peers",
-        (
-            "{python} benchmarks/run.py --op limits --device cuda --out {out}/limits_cuda.csv",
-            "{python} benchmarks/run.py --op lora_linear --device cuda --grid gpu --graphs"
-            " --out {out}/lora_linear_cuda.csv",
-        ),
-        least=150,
-        environment={"PEFT_KERNELS_BACKEND": "cuda"},  # the arm `patched` is to be what is measured, not the definition
-    ),
-)
 
 
 @dataclass
@@ -244,6 +162,11 @@ def commit() -> str:
     return revision + ("-dirty" if ask("git", "status", "--porcelain", "--untracked-files=no") else "")
 
 
+def _cuda_tests() -> list[Path]:
+    """The tests that need a GPU; what nvcc makes of the code is looked at without one."""
+    return [path for path in ROOT.glob("python_tests/test_cuda*.py") if path.name != "test_cuda_code.py"]
+
+
 def words_for(facts: dict[str, str], out: Path) -> dict[str, str]:
     """What stands for the words in braces, as a shell would want it: some are two words, and paths may have spaces."""
     return {
@@ -255,6 +178,7 @@ def words_for(facts: dict[str, str], out: Path) -> dict[str, str]:
         "cmake": shlex.quote(find_tool("cmake")),
         "generator": "-G Ninja" if shutil.which("ninja") else "",
         "sanitizer": shlex.quote(find_tool("compute-sanitizer")),
+        "cuda_tests": shlex.join(sorted(str(p.relative_to(ROOT)) for p in _cuda_tests())),
         "xdist": f"-n {min(8, os.cpu_count() or 1)}" if importlib.util.find_spec("xdist") else "",
     }
 
@@ -275,7 +199,7 @@ def commands_of(stage: Stage, words: dict[str, str]) -> list[Run]:
     """The stage's commands with all words filled in; none where {each} stands for no file. Programs of kernels that are
     for sm_90a alone are left out on another GPU."""
     files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(stage.each.format(**words))) if stage.each else []
-    files = [file for file in files if words["arch"] == "90a" or "_sm90_" not in file]
+    files = [name for name in files if words["arch"] == "90a" or "_sm90_" not in name]
     runs = []
     for command in stage.commands:
         for each in files if "{each}" in command else [""]:
@@ -324,10 +248,12 @@ def write_summary(out: Path, facts: dict[str, str], outcomes: list[Outcome]) -> 
 
 def parse(arguments: list[str], stages: tuple[Stage, ...]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make gpu-check", description=__doc__.split("\n\n")[0])
-    names = [stage.name for stage in stages]
-    parser.add_argument("--stage", action="append", choices=names, help="only this stage; may be given again")
+    names = dict.fromkeys([*(stage.group for stage in stages), *(stage.name for stage in stages)])
+    parser.add_argument(
+        "--stage", action="append", choices=[*names], help="only this stage or group of stages; may be given again"
+    )
     parser.add_argument("--list", action="store_true", help="name the stages, run nothing")
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all stages together (%(default)g)")
+    parser.add_argument("--budget", type=float, help=f"seconds for all stages together ({BUDGET:g} for each group)")
     parser.add_argument("--prebuilt", action="store_true", help="keep peft_kernels/_ops.abi3.so where it is there")
     return parser.parse_args(arguments)
 
@@ -354,7 +280,7 @@ def main(
     asked, began = parse(arguments, stages), time.monotonic()
     if asked.list:
         for stage in stages:
-            print(f"{stage.name:12s} {stage.limit:4.0f} s at most  {stage.what}")
+            print(f"{stage.group:6s}  {stage.name:23s} {stage.limit:4.0f} s at most  {stage.what}")
         return 0
     try:
         facts = machine()
@@ -366,12 +292,16 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     (out / "log.txt").write_text("")
     words = words_for(facts, out)
-    chosen = [stage for stage in stages if not asked.stage or stage.name in asked.stage]
+    chosen = [s for s in stages if not asked.stage or s.name in asked.stage or s.group in asked.stage]
+    for stage in [s for s in chosen if s.capability not in ("", facts["capability"])]:
+        print(f"{stage.name}: left out, it is for compute capability {stage.capability}")
+        chosen.remove(stage)
+    budget = asked.budget or BUDGET * len({stage.group for stage in chosen})
     if asked.prebuilt and (ROOT / "peft_kernels/_ops.abi3.so").exists():
         chosen = [without_library(stage) for stage in chosen]
     outcomes: list[Outcome] = []
     for i, stage in enumerate(chosen):
-        seconds = seconds_for(stage, chosen[i + 1 :], asked.budget - (time.monotonic() - began))
+        seconds = seconds_for(stage, chosen[i + 1 :], budget - (time.monotonic() - began))
         print(f"{stage.name}: {stage.what} (at most {max(seconds, 0):.0f} s)", flush=True)
         outcomes.append(run_stage(stage, words, environment_for(facts, words), seconds, out / "log.txt"))
         print(f"  {outcomes[-1].result}, {outcomes[-1].seconds:.1f} s: {outcomes[-1].detail}", flush=True)

@@ -68,12 +68,12 @@ def _star(dtype: torch.dtype, blocks: list, Ms: tuple[int, ...], directions: tup
 def time_cell(cell: Cell, kinds: tuple[str, ...], run: Run) -> list[Row]:
     """All arms of a cell, and a row that says why for each that could not be timed."""
     added = 2 * cell.E / (3 * cell.f)  # [E, d] and [d, E] beside three times [f, d]
-    times, absent = runs.timed(build, cell, kinds, FOREIGN, run, ALIKE)
+    found = runs.timed(build, cell, kinds, FOREIGN, run, ALIKE)
 
     def more(arm, columns):
         return {"flop_ratio": 1 + added * (arm.name not in ("ffn", "ffn_again"))}
 
-    return runs.rows_of(Row, partial(labels, cell), times, absent, more, run)
+    return runs.rows_of(Row, partial(labels, cell), found, more, run)
 
 
 def labels(cell: Cell, arm: str, backend: str) -> dict[str, str | int]:

@@ -1,9 +1,10 @@
 """What the device can do, measured: the facts that decide how an adapter is best added to a frozen linear.
 
 copy            bytes per second, read plus written, of a copy that no cache holds
-gemm K+e        y [M, N] = x [M, K+e] W^T, for e = 0, 16, 64: does a K loop that runs over [x | h] lose alignment?
+gemm K+e        y [M, N] = x [M, K+e] W^T, for e = 0 and EXTRAS: does a K loop that runs over [x | h] lose alignment?
 gemm beta=1     y += x W^T in place: is the read of y hidden behind the product?
-shrink          h [M, r] = x A^T: bytes of x per second through a product that is mostly reading
+shrink          h [M, r] = x A^T: bytes per second through a product that is mostly reading
+expand          y += h B^T in place: likewise, of one that is mostly writing what it has read
 launch          the time that one more kernel of next to no work costs, in a CUDA graph (on a CPU: one more operator)
 
 All are taken in the same rounds, in an order that turns, with a cold L2 on a GPU; ratios are within a round.
@@ -19,6 +20,7 @@ from benchmarks import cuda_clock, record
 from benchmarks import measure as rounds_of
 
 RANK = 16
+EXTRAS = (1, 4, 8, 16, 64)  # in bf16 rows are aligned to 2, 8, 16, 32 and 128 bytes
 LAUNCHES = 50
 
 
@@ -33,7 +35,7 @@ class Sizes:
 
 def sizes(device: torch.device) -> Sizes:
     if device.type == "cuda":
-        return Sizes(1 << 30, (8192, 16), 4096, 4096, torch.bfloat16)
+        return Sizes(1 << 30, (8192, 64, 16), 4096, 4096, torch.bfloat16)
     return Sizes(1 << 26, (256, 16), 1024, 1024, torch.float32)
 
 
@@ -92,7 +94,7 @@ def _products(device: torch.device, size: Sizes, M: int) -> list[Fact]:
 
     found = []
     y = random(M, size.N)
-    for extra in (0, RANK, 64):
+    for extra in (0, *EXTRAS):
         K = size.K + extra
         x, weight = random(M, K), random(size.N, K)
         name = f"gemm K+{extra}" if extra else "gemm"
@@ -102,7 +104,7 @@ def _products(device: torch.device, size: Sizes, M: int) -> list[Fact]:
             return torch.mm(x, weight.t(), out=y)
 
         found.append(Fact(name, f"{M} x {K} x {size.N}", product, work, "TFLOP/s", "gemm" if extra else ""))
-    x, weight, a = random(M, size.K), random(size.N, size.K), random(RANK, size.K)
+    x, weight, a, b = random(M, size.K), random(size.N, size.K), random(RANK, size.K), random(size.N, RANK)
     total, h = random(M, size.N), random(M, RANK)
     shape = f"{M} x {size.K} x"
     found.append(
@@ -113,6 +115,9 @@ def _products(device: torch.device, size: Sizes, M: int) -> list[Fact]:
     )  # fmt: skip
     shrink_bytes = size.dtype.itemsize * (x.numel() + a.numel() + h.numel())
     found.append(Fact("shrink", f"{shape} {RANK}", lambda: torch.mm(x, a.t(), out=h), shrink_bytes, "GB/s", "gemm"))
+    expand_bytes = size.dtype.itemsize * (2 * total.numel() + b.numel() + h.numel())
+    shape = f"{M} x {RANK} x {size.N}"
+    found.append(Fact("expand", shape, lambda: torch.addmm(total, h, b.t(), out=total), expand_bytes, "GB/s", "gemm"))
     return found
 
 

@@ -198,16 +198,16 @@ def time_cell(cell: Cell, kinds: tuple[str, ...], run: Run) -> list[Row]:
     kinds = tuple(kind for kind in kinds if kind != "recomputed" or cell.variant == "mlp")  # else nothing is
     alike = ARMS if cell.p == "0" else ()  # PEFT draws other masks
     try:
-        times, absent = runs.timed(build, cell, kinds, FOREIGN, run, alike)
+        found = runs.timed(build, cell, kinds, FOREIGN, run, alike)
     except NotHere as reason:
-        nothing = record.no_numbers(Row) | {"rounds": 0, "not_timed": str(reason)}
+        nothing = record.no_numbers(Row) | {"timing": "eager", "rounds": 0, "not_timed": str(reason)}
         return [Row(**labels(cell, kind, ""), **nothing, **run.origin) for kind in kinds]
 
     def more(arm, columns):
         training = cell.direction == "training"
         return {"saved_bytes": memory.saved_bytes(arm.forward, arm.model.parameters()) if training else 0.0}
 
-    return runs.rows_of(Row, partial(labels, cell), times, absent, more, run)
+    return runs.rows_of(Row, partial(labels, cell), found, more, run)
 
 
 def labels(cell: Cell, arm: str, backend: str) -> dict[str, str | int]:

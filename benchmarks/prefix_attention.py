@@ -97,12 +97,12 @@ def _prefill(dtype, heads, shapes) -> list[Cell]:
 def time_cell(cell: Cell, kinds: tuple[str, ...], run: Run) -> list[Row]:
     """All arms of a cell, and a row that says why for each that could not be timed."""
     pairs = cell.S * cell.T - cell.S * (cell.S - 1) // 2
-    times, absent = runs.timed(build, cell, kinds, FOREIGN, run, ARMS)
+    found = runs.timed(build, cell, kinds, FOREIGN, run, ARMS)
 
     def more(arm, columns):
         return {"flop_ratio": 1 + cell.S * cell.P / pairs * (arm.name not in ("none", "none_again"))}
 
-    return runs.rows_of(Row, partial(labels, cell), times, absent, more, run)
+    return runs.rows_of(Row, partial(labels, cell), found, more, run)
 
 
 def labels(cell: Cell, arm: str, backend: str) -> dict[str, str | int]:

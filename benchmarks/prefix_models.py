@@ -119,22 +119,33 @@ class Problem:
         """
         if self.cell.step == "training":
             return lambda: self.trained(model(input_ids=self.tokens, labels=self.tokens, use_cache=False), parameters)
-        ones = torch.ones_like(self.tokens)
         if self.cell.step == "prefill":
+            ones = self.mask(self.cell.S)
             return torch.no_grad()(
                 lambda: model(input_ids=self.tokens, attention_mask=ones, use_cache=True, logits_to_keep=1).logits
             )
         with torch.no_grad():
             cache = model(input_ids=self.context, use_cache=True).past_key_values
-        length = cache.get_seq_length()
-        mask = torch.ones(self.cell.B, length + 1, dtype=torch.int64, device=self.device)
+        mask = self.mask(cache.get_seq_length() + 1)
+        # put back after each step: a graph reads them at their addresses, where they have to stay alive
+        kept = [(layer.keys, layer.values) for layer in cache.layers]
 
         def decode():
             found = inner(input_ids=self.tokens, attention_mask=mask, past_key_values=cache).logits
-            cache.crop(-1)
+            for layer, tensors in zip(cache.layers, kept, strict=True):
+                layer.keys, layer.values = tensors
             return found
 
         return torch.no_grad()(decode)
+
+    def mask(self, length: int) -> Tensor | None:
+        """All ones, as generate passes it; on a GPU none, which says the same.
+
+        transformers would wait there for what it holds, and no graph could be captured.
+        """
+        if self.device.type == "cuda":
+            return None
+        return torch.ones(self.cell.B, length, dtype=torch.int64, device=self.device)
 
     def trained(self, output, parameters: list[Tensor]) -> Tensor:
         torch.autograd.grad(output.loss, parameters)
@@ -173,8 +184,8 @@ def build(cell: Cell, device: torch.device, kinds: tuple[str, ...]) -> tuple[lis
 
 def time_cell(cell: Cell, kinds: tuple[str, ...], run: Run) -> list[Row]:
     """All arms of a cell."""
-    times, absent = runs.timed(build, cell, kinds, FOREIGN, run, ARMS)
-    return runs.rows_of(Row, partial(labels, cell), times, absent, lambda arm, columns: {}, run)
+    found = runs.timed(build, cell, kinds, FOREIGN, run, ARMS)
+    return runs.rows_of(Row, partial(labels, cell), found, lambda arm, columns: {}, run)
 
 
 def labels(cell: Cell, arm: str, backend: str) -> dict[str, str | int]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import peft_kernels
+from benchmarks import gate
 from peft_kernels import backends
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,7 @@ class Origin:
     driver: str  # of a GPU
     threads: int
     instruction_set: str  # that our CPU kernels use
+    sm90: str  # what PEFT_KERNELS_SM90 said: "1" lets the kernels of compute capability 9.0 run that are off by default
     torch: str
     triton: str
     cuda: str  # that torch was built for
@@ -84,7 +86,10 @@ def no_numbers(kind: type[Origin]) -> dict[str, float]:
 
 FIELDS = tuple(columns(Row))
 # Columns that came later, and what they say of a CSV without them: those were all of CPUs.
-_LATER = {"timing": "eager", "not_timed": "", "driver": "", "triton": "", "cuda": "", "instruction_set": ""}
+_LATER = {
+    "timing": "eager", "not_timed": "", "driver": "", "triton": "", "cuda": "", "instruction_set": "", "sm90": "",
+    "copies": "1", "added_us": "nan",
+}  # fmt: skip
 
 
 def _version(distribution: str) -> str:
@@ -131,6 +136,7 @@ def provenance(device: torch.device) -> dict[str, str | int]:
         "driver": _driver() if on_gpu else "",
         "threads": torch.get_num_threads(),
         "instruction_set": "" if on_gpu or backends.operator_library() is None else backends.instruction_set(),
+        "sm90": os.environ.get("PEFT_KERNELS_SM90", ""),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": torch.version.cuda or "",
@@ -167,18 +173,29 @@ def one_by_one(
     kind: type[Origin],
     say: Callable[[str], None],
     out: Path | None,
-) -> None:
-    """Times cells, each of them said, and written where that is asked for, when it is finished."""
-    writer = Writer(out, kind) if out else None
+) -> int:
+    """Times cells, each of them said, and written where that is asked for, when it is finished; how many failed.
+
+    A cell that fails is said and has no rows; the others are not lost with it. A wrong result ends the run.
+    """
+    writer, failed = Writer(out, kind) if out else None, 0
     for cell in cells:
         start = time.perf_counter()
-        rows = time_cell(cell)
+        try:
+            rows = time_cell(cell)
+        except gate.RedGateError:
+            raise
+        except Exception as error:
+            failed += 1
+            say(f"{cell.title}: failed: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
+            continue
         say(described(cell, rows, time.perf_counter() - start))
         if writer:
             writer.write(rows)
     if writer:
         writer.close()
         say(f"written: {out}")
+    return failed
 
 
 def _text(value) -> str:

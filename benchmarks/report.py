@@ -18,6 +18,7 @@ import typer
 from benchmarks import (
     bottleneck,
     cuda_tables,
+    decoder,
     lora_variants,
     plots,
     prefix_attention,
@@ -66,18 +67,54 @@ def markdown(rows: list[Row], path: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def cuda_markdown(rows: list[Row], path: Path) -> str:
+# What a GPU's CSVs are of: the op, whose file is OP_cuda.csv, and its rows. With PEFT_KERNELS_SM90=1: OP_cuda_sm90.csv.
+CUDA = {tables.OP: Row, mixed_tables.NAME: mixed.Row, decoder.NAME: decoder.Row}
+
+
+def cuda_rows(results: Path, ending: str) -> dict[str, list]:
+    """By op, what its CSV in a folder holds; nothing where there is none."""
+    paths = {op: results / f"{op}_{ending}.csv" for op in CUDA}
+    return {op: record.read(path, CUDA[op]) if path.exists() else [] for op, path in paths.items()}
+
+
+def cuda_verdicts(rows: dict[str, list]) -> list[tuple[bool | None, str, str, str]]:
+    """(met, title, limit, measured) for every target of a GPU; met is None where it was not measured."""
+    return [
+        *targets.cuda_verdicts(rows[tables.OP]),
+        *targets.pool_verdicts(rows[mixed_tables.NAME]),
+        *targets.decoding_verdicts(rows[decoder.NAME]),
+    ]
+
+
+def cuda_markdown(default: dict[str, list], sm90: dict[str, list]) -> str:
     """All that stands between the README's markers for the GPU; without rows, that nothing was measured."""
-    command = f"python benchmarks/run.py --device cuda --grid gpu --graphs --out benchmarks/results/{path.name}"
-    parts = [f"Not measured yet; on a machine with a GPU, `{command}` measures it."]
-    if rows:
-        parts = ["Time over the frozen `nn.Linear` of the same rounds, medians. " + origin(rows, path)]
+    parts = [] if default[tables.OP] else ["Not measured yet; on a machine with a GPU, `make gpu-check` measures it."]
+    for ending, rows in (("cuda", default), ("cuda_sm90", sm90)):
+        if any(rows.values()):
+            parts += ["With PEFT_KERNELS_SM90=1:"] if ending == "cuda_sm90" else []
+            parts += _cuda_tables(rows, ending)
+        if ending == "cuda" or any(rows.values()):
+            parts.append(cuda_tables.target_table(cuda_verdicts(rows)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cuda_tables(rows: dict[str, list], ending: str) -> list[str]:
+    linear, pool, layers = (rows[op] for op in CUDA)
+    from_where = {op: origin(found, Path(f"{op}_{ending}.csv")) for op, found in rows.items() if found}
+    parts = []
+    if linear:
+        parts.append("Time over the frozen `nn.Linear` of the same rounds, medians. " + from_where[tables.OP])
         for direction, timing in cuda_tables.VIEWS:
-            table = cuda_tables.view(rows, direction, timing)
+            table = cuda_tables.view(linear, direction, timing)
             parts += [f"{direction}, {cuda_tables.TITLES[timing]}:", table] if table else []
-        reasons = cuda_tables.not_timed(rows)
+        reasons = cuda_tables.not_timed(linear)
         parts += ["Not timed:", "\n".join(f"* {line}" for line in reasons)] if reasons else []
-    return "\n\n".join([*parts, cuda_tables.target_table(targets.cuda_verdicts(rows))]) + "\n"
+    if pool:
+        title = "Microseconds that adapters of rows add to a layer, from a CUDA graph with a cold L2, medians."
+        parts += [f"{title} {from_where[mixed_tables.NAME]}", mixed_tables.added_table(pool)]
+    if layers:
+        parts.append(decoder.markdown(layers, from_where[decoder.NAME]).strip())
+    return parts
 
 
 def module_markdown(tables_of: ModuleType, rows: list[record.Origin], path: Path) -> str:
@@ -119,11 +156,11 @@ def main(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where the README differs")] = False,
 ) -> None:
     """Puts the tables of the CSVs into README, plots beside lora_linear's, and says which targets are met."""
-    csv, cuda = (results / f"{tables.OP}_{device}.csv" for device in ("cpu", "cuda"))
-    rows, cuda_rows = record.read(csv), record.read(cuda) if cuda.exists() else []
+    csv = results / f"{tables.OP}_cpu.csv"
+    rows, default, sm90 = record.read(csv), cuda_rows(results, "cuda"), cuda_rows(results, "cuda_sm90")
     before = readme.read_text()
     after = replaced(before, markdown(rows, csv))
-    after = replaced(after, cuda_markdown(cuda_rows, cuda), f"{tables.OP}:cuda")
+    after = replaced(after, cuda_markdown(default, sm90), f"{tables.OP}:cuda")
     found = []
     for module, kind in MODULES:
         path = results / f"{module.NAME}_cpu.csv"
@@ -133,8 +170,9 @@ def main(
             found += module.verdicts(measured)
     for met, sentence in [*targets.verdicts(rows), *found]:
         typer.echo(f"{OUTCOMES[met]}  {sentence}")
-    for met, title, limit, measured in targets.cuda_verdicts(cuda_rows):
-        typer.echo(f"{OUTCOMES[met]}  GPU, {title}: at most {limit}" + (f", {measured}" if measured else ""))
+    for where, found in (("GPU", default), ("GPU, PEFT_KERNELS_SM90=1", sm90)):
+        for met, title, limit, measured in cuda_verdicts(found):
+            typer.echo(f"{OUTCOMES[met]}  {where}, {title}: at most {limit}" + (f", {measured}" if measured else ""))
     if check:
         typer.echo("README agrees with the CSVs" if before == after else f"{readme.name} differs from its CSVs")
         raise typer.Exit(before != after)

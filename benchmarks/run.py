@@ -8,12 +8,14 @@
     python benchmarks/run.py --op prefix_attention --grid cpu --out benchmarks/results/prefix_attention_cpu.csv
     python benchmarks/run.py --op prefix_models --grid cpu --out benchmarks/results/prefix_models_cpu.csv
     python benchmarks/run.py --op lora_variants --grid cpu --out benchmarks/results/lora_variants_cpu.csv
+    python benchmarks/run.py --op decoder --device cuda --grid gpu --layers 8 --out build/decoder_cuda.csv
     python benchmarks/run.py --op limits --device cuda --out build/limits_cuda.csv
 
 Nothing is timed while a backend fails its samples, or an arm of ours computes something else than the others of its
 cell: the run is refused with exit code 2.
 """
 
+import dataclasses
 import sys
 import time
 import warnings
@@ -33,6 +35,7 @@ from benchmarks import arms as contenders
 from benchmarks import (
     bottleneck,
     cuda_clock,
+    decoder,
     gate,
     limits,
     lora_variants,
@@ -53,9 +56,10 @@ from peft_kernels import memory, registry
 
 OPS = (
     "lora_linear", "seam", "batched_lora", "train_many", "bottleneck_adapter", "prefix_attention", "prefix_models",
-    "lora_variants", "limits",
+    "lora_variants", "decoder", "limits",
 )  # fmt: skip
-OF_MODELS = ("train_many", "prefix_models", "lora_variants")
+OF_MODELS = ("train_many", "prefix_models", "lora_variants", "decoder")
+OF_LAYERS = ("train_many", "decoder")
 ARMS_OF = {
     "batched_lora": mixed_arms.ARMS,
     "train_many": train_many.ARMS,
@@ -63,6 +67,7 @@ ARMS_OF = {
     "prefix_attention": prefix_attention.ARMS,
     "prefix_models": prefix_models.ARMS,
     "lora_variants": lora_variants.ARMS,
+    "decoder": decoder.ARMS,
 }  # those that are not shapes.ARMS
 CELLS_OF = {  # those that are timed by a module of their own
     "batched_lora": (mixed, mixed_cells.cells),
@@ -71,6 +76,7 @@ CELLS_OF = {  # those that are timed by a module of their own
     "prefix_attention": (prefix_attention, prefix_attention.cells),
     "prefix_models": (prefix_models, prefix_models.cells),
     "lora_variants": (lora_variants, lora_variants.cells),
+    "decoder": (decoder, decoder.cells),
 }
 LEAST_ROUNDS = {"cpu": 15, "gpu": 50, "full": 50, "quick": 5}
 SECONDS = {"cpu": 30.0, "gpu": 1.0, "full": 0.5, "quick": 0.3}
@@ -202,7 +208,8 @@ def main(
             help="lora_linear; batched_lora: one batch, many adapters; train_many: a model's adapters trained in one "
             "batch; bottleneck_adapter: a feed-forward block with adapters; prefix_attention: attention over a prefix; "
             "prefix_models: whole models with one; lora_variants: DoRA, quantised bases, an MLP that recomputes, "
-            "embeddings; seam: the price of the call alone; limits: what the device can do"
+            "embeddings; decoder: the layers of a Llama-3-8B, trained and decoding; seam: the price of the call alone; "
+            "limits: what the device can do"
         ),
     ] = "lora_linear",
     grid: Annotated[
@@ -223,20 +230,11 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     model: Annotated[str, typer.Option(help="Restricts grid full to one model of shapes.MODELS")] = "",
     graphs: Annotated[bool, typer.Option(help="On cuda: time replayed CUDA graphs too, not only eager steps")] = False,
+    layers: Annotated[int, typer.Option(help=f"Of {' and '.join(OF_LAYERS)}: so many, not the grid's own")] = 0,
 ) -> None:
     """Times OP on GRID: the two frozen arms, and the chosen arms in every variant of the adapter."""
     target = torch.device(device)
-    known_arms, every_arm = shapes.ARMS, shapes.kinds(target.type)
-    if op in ARMS_OF:
-        known_arms = every_arm = ARMS_OF[op]
-    wanted = tuple(arm for arm in arms.split(",") if arm) or every_arm
-    for value, known, option in (
-        (op, OPS, "--op"),
-        (grid, shapes.GRIDS, "--grid"),
-        *((a, known_arms, "--arms") for a in wanted),
-    ):
-        if value not in known:
-            raise typer.BadParameter(f"must be one of {', '.join(known)}, got '{value}'", param_hint=option)
+    wanted = chosen_arms(op, grid, arms, target)
     if op == "limits":
         return show_limits(target, rounds or 50, out)
     warnings.filterwarnings("ignore", module="peft|transformers|bitsandbytes")
@@ -244,7 +242,8 @@ def main(
         if op in OF_MODELS and (absent := runs.absent()):
             raise typer.BadParameter(f"{op} needs {absent}, which is not installed", param_hint="--op")
         timing, cells_of = CELLS_OF[op]
-        return time_by_module(timing, cells_of(grid, model), wanted, grid, target, rounds, seconds, out)
+        cells = with_layers(op, cells_of(grid, model), layers)
+        return time_by_module(timing, cells, wanted, grid, target, rounds, seconds, out)
     cells = shapes.cells(op, grid, model)
     refuse_wrong_results(cells, wanted, target)
     peaks = {dtype: roofline.measure(target, dtype) for dtype in dict.fromkeys(cell.dtype for cell in cells)}
@@ -257,6 +256,29 @@ def main(
     time_cells(cells, wanted, Run(target, asked, peaks, record.provenance(target)), out)
 
 
+def chosen_arms(op: str, grid: str, arms: str, device: torch.device) -> tuple[str, ...]:
+    """What --arms names, or all. Raises typer.BadParameter where one of the options is none that there is."""
+    known_arms, every_arm = shapes.ARMS, shapes.kinds(device.type)
+    if op in ARMS_OF:
+        known_arms = every_arm = ARMS_OF[op]
+    wanted = tuple(arm for arm in arms.split(",") if arm) or every_arm
+    for value, known, option in (
+        (op, OPS, "--op"),
+        (grid, shapes.GRIDS, "--grid"),
+        *((a, known_arms, "--arms") for a in wanted),
+    ):
+        if value not in known:
+            raise typer.BadParameter(f"must be one of {', '.join(known)}, got '{value}'", param_hint=option)
+    return wanted
+
+
+def with_layers(op: str, cells: list, layers: int) -> list:
+    """The cells with so many layers, if any are asked for."""
+    if layers and op not in OF_LAYERS:
+        raise typer.BadParameter(f"is for {' and '.join(OF_LAYERS)}, and this is {op}", param_hint="--layers")
+    return [dataclasses.replace(cell, layers=layers) for cell in cells] if layers else cells
+
+
 def time_by_module(
     timing: ModuleType,
     cells: list,
@@ -267,13 +289,16 @@ def time_by_module(
     seconds: float,
     out: Path | None,
 ) -> None:
-    """Ops that are timed by a module of their own: the gate, then cell by cell."""
+    """Ops that are timed by a module of their own: the gate, then cell by cell.
+
+    Exits with 1 where cells failed, which does not stop the next ones.
+    """
     seconds = timing.SECONDS[grid] if seconds < 0 else seconds
     try:
         ran = timing.refuse_wrong_results(cells, device)
         console.print(f"gate: {ran} samples right; {len(cells)} cells")
         run = timing.Run.here(device, rounds or timing.LEAST_ROUNDS[grid], seconds)
-        record.one_by_one(
+        failed = record.one_by_one(
             cells,
             lambda cell: timing.time_cell(cell, wanted, run),
             timing.described,
@@ -282,8 +307,11 @@ def time_by_module(
             out,
         )
     except gate.RedGateError as red:
-        console.print(f"[red]refused:[/red] {red}")
+        console.print(f"[red]refused:[/red] {escape(str(red))}")
         raise typer.Exit(2) from None
+    if failed:
+        console.print(f"[red]{failed} of {len(cells)} cells failed[/red]")
+        raise typer.Exit(1)
 
 
 def show_limits(device: torch.device, rounds: int, out: Path | None) -> None:

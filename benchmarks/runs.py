@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import gate, limits, measure, record
+from benchmarks import cuda_clock, gate, limits, measure, record
 from peft_kernels import backends
 
 _DEFAULT_CACHE = 32 << 20  # where the system does not say
@@ -44,6 +44,7 @@ class Row(record.Origin):
     arm: str
     backend: str
     dtype: str
+    timing: str  # "eager", or "graph": replayed from a CUDA graph
     rounds: int
     ms_p20: float
     ms_p50: float
@@ -98,10 +99,10 @@ def last_cache() -> int:
     return max((int(text[:-1]) << {"K": 10, "M": 20}[text[-1]] for text in texts), default=_DEFAULT_CACHE)
 
 
-def clock(device: torch.device) -> Callable[[Arm], float]:
-    """ms of one step of an arm that finds nothing in a cache."""
+def clock(device: torch.device, timing: str) -> Callable[[Arm], float]:
+    """ms of one step of an arm that finds nothing in a cache; `timing` as in Row."""
     if device.type == "cuda":
-        return limits.clock(device)
+        return limits.clock(device) if timing == "graph" else _eager_clock(device)
     other = torch.ones(2 * last_cache() // 4)
 
     def wall(arm: Arm) -> float:
@@ -113,36 +114,74 @@ def clock(device: torch.device) -> Callable[[Arm], float]:
     return wall
 
 
+def _eager_clock(device: torch.device) -> Callable[[Arm], float]:
+    """ms from an idle device to the last kernel: what Python costs counts."""
+    flush = cuda_clock.l2_flush(device)
+
+    def step(arm: Arm) -> float:
+        def body(mark):
+            mark()
+            arm.run()
+            mark()
+
+        flush()
+        torch.cuda.synchronize()
+        return cuda_clock.eager(body)[0]
+
+    return step
+
+
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-def timed(
-    build: Callable, cell, kinds: tuple[str, ...], foreign: tuple[str, ...], run: Run, alike: tuple[str, ...] = ()
-) -> tuple[dict, list]:
-    """The times of the arms that `build` makes; and (arm, backend, reason) for each that has none.
+class Timed(NamedTuple):
+    """The times of the arms, how they were taken (as in Row), and (arm, backend, reason) for each that has none."""
 
-    Only those of `foreign` backends may fail. The arms named `alike` must compute the same: a foreign one that differs
-    from the last of them is not timed, and one of ours raises gate.RedGateError.
+    times: dict
+    timing: str
+    absent: list[tuple[str, str, str]]
+
+
+def timed(
+    build: Callable,
+    cell,
+    kinds: tuple[str, ...],
+    foreign: tuple[str, ...],
+    run: Run,
+    alike: tuple[str, ...] = (),
+    timing: str = "graph",
+    depth: int = 1,
+) -> Timed:
+    """Builds the arms of a cell and times them: all from CUDA graphs, or all eagerly where the base cannot be captured.
+
+    Only those of `foreign` backends may fail. The arms named `alike` must compute the same, as `differing` has it: a
+    foreign one that differs from the last of them is not timed, and one of ours raises gate.RedGateError.
     """
     torch.manual_seed(0)
     torch.compiler.reset()
     arms, left_out = build(cell, run.device, kinds)
-    step = clock(run.device)
+    timing = timing if run.device.type == "cuda" else "eager"
+    step = clock(run.device, timing)
+    if timing == "graph" and measure.runnable(arms[:1], step, (arms[0].backend,))[1]:
+        step, timing = clock(run.device, "eager"), "eager"
     able, failed = measure.runnable(arms, step, foreign)
-    for arm, reason in differing([arm for arm in able if arm.name in alike], cell.dtype).items():
+    for arm, reason in differing([arm for arm in able if arm.name in alike], cell.dtype, depth).items():
         if arm.backend not in foreign:
             raise gate.RedGateError(f"{cell.title}: {arm.name} {arm.backend} {reason}")
         failed[arm] = reason
     able = [arm for arm in able if arm not in failed]
     absent = [(name, "", reason) for name, reason in left_out.items()]
     absent += [(arm.name, arm.backend, reason) for arm, reason in failed.items()]
-    return measure.interleave(able, step, run.rounds, run.seconds), absent
+    return Timed(measure.interleave(able, step, run.rounds, run.seconds), timing, absent)
 
 
-def differing(arms: list, dtype: torch.dtype) -> dict:
-    """The arms that do not compute what the last one does, to a few roundings of the largest value; and by how much."""
+def differing(arms: list, dtype: torch.dtype, depth: int = 1) -> dict:
+    """The arms that do not compute what the last one does, to a few roundings of the largest value; and by how much.
+
+    Roundings of `depth` layers, one behind another, add up as a random walk does.
+    """
     found = [tree_leaves(arm.run()) for arm in arms]
-    allowed, wrong = 8 * torch.finfo(dtype).eps + _LONG_SUMS, {}
+    allowed, wrong = 8 * torch.finfo(dtype).eps * depth**0.5 + _LONG_SUMS, {}
     for arm, ys in zip(arms[:-1], found[:-1], strict=True):
         shares = [_distance(y, expected) for y, expected in zip(ys, found[-1], strict=True)]
         if not all(share <= allowed for share in shares):  # NaN is never small
@@ -159,8 +198,7 @@ def _distance(y: Tensor, expected: Tensor) -> float:
 def rows_of(
     kind: type[record.Origin],
     labels: Callable[[str, str], dict],
-    times: dict,
-    absent: list[tuple[str, str, str]],
+    found: Timed,
     more: Callable[[object, dict], dict],
     run: Run,
 ) -> list:
@@ -168,14 +206,15 @@ def rows_of(
 
     labels(arm, backend) names what was timed; more(arm, columns) is what a row has beside measure.compared's columns.
     """
-    base, again = list(times)[:2]
+    base, again = list(found.times)[:2]
+    given = {"timing": found.timing, **run.origin}
     rows = [
-        kind(**labels(arm.name, arm.backend), **columns, **more(arm, columns), not_timed="", **run.origin)
-        for arm, columns in measure.compared(times, base, again)
+        kind(**labels(arm.name, arm.backend), **columns, **more(arm, columns), not_timed="", **given)
+        for arm, columns in measure.compared(found.times, base, again)
     ]
     nothing = record.no_numbers(kind)
-    for name, backend, reason in absent:
-        rows.append(kind(**labels(name, backend), rounds=0, **nothing, not_timed=reason, **run.origin))
+    for name, backend, reason in found.absent:
+        rows.append(kind(**labels(name, backend), rounds=0, **nothing, not_timed=reason, **given))
     return rows
 
 

@@ -1,7 +1,8 @@
 """What the grids are to reach, as data.
 
 CPU: geometric means of forward+backward over the frozen linear, on two cores. GPU: the operator of the cuda backend,
-replayed from a CUDA graph, on an H200; and the bytes that it keeps for the backward.
+replayed from a CUDA graph, on a Hopper GPU; the bytes that it keeps for the backward; what a pool of adapters adds to a
+layer and to a decoding step of a model.
 """
 
 import math
@@ -45,6 +46,42 @@ class CudaTarget:
 CUDA_TARGETS = (
     CudaTarget("forward+backward, M = 8192, 4096 x 4096, r = 16, dropout 0.1", BOTH, (8192,), "0.1", 1.16),
     CudaTarget("forward, M = 1 and 16, 4096 x 4096, r = 16, no dropout", "forward", (1, 16), "0", 1.5),
+    CudaTarget("likewise, M = 8192, with kernels made for Hopper", BOTH, (8192,), "0.1", 1.05),
+    CudaTarget("likewise, M = 1 and 16, with kernels made for Hopper", "forward", (1, 16), "0", 1.05),
+)
+
+
+@dataclass(frozen=True)
+class PoolTarget:
+    """Of batched_lora_ at K = N = 4096, r = 16, for 64 rows of so many adapters, from a graph: what is added to the
+    base layer, in microseconds, or that over what the arm `than` adds."""
+
+    title: str
+    adapters: int
+    limit: float
+    than: str = ""
+
+
+_ROWS = 64
+POOL_TARGETS = (
+    PoolTarget("batched_lora_, 64 rows of 64 adapters, 4096 x 4096, r = 16: us added to the layer", 64, 5.4),
+    PoolTarget("batched_lora_, 64 rows of 1 adapter, likewise", 1, 3.0),
+    PoolTarget("batched_lora_, 64 adapters: us added, over those of SGLang's triton_v2", 64, 1 / 1.5, "sglang_v2"),
+)
+
+
+@dataclass(frozen=True)
+class DecodingTarget:
+    """The largest ratio of a decoding step through a pool to that of the base, in bf16 from a graph."""
+
+    title: str
+    rows: int
+    adapters: int
+    limit: float
+
+
+DECODING_TARGETS = (
+    DecodingTarget("a decoding step of 8B-sized layers, 64 rows of 16 adapters: over the base", 64, 16, 1.18),
 )
 
 # for the tables: (wider adapters, p) -> both limits in words
@@ -97,6 +134,41 @@ def cuda_verdicts(rows: list[Row]) -> list[tuple[bool | None, str, str, str]]:
             met, measured = worst <= target.limit, f"{worst:.3f}"
         found.append((met, target.title, f"{target.limit:.2f}", measured))
     return [*found, _saved_verdict(ours)]
+
+
+def pool_verdicts(rows: list) -> list[tuple[bool | None, str, str, str]]:
+    """As cuda_verdicts, from the rows of batched_lora on a GPU."""
+    place = ("bfloat16", "graph", _ROWS, 4096, "4096", "16")
+    found = []
+    for target in POOL_TARGETS:
+        here = [r for r in rows if (r.dtype, r.timing, r.M, r.K, r.N, r.r) == place and not r.not_timed]
+        here = [r for r in here if r.present == r.adapters == target.adapters]
+        ours = _least([r.added_us for r in here if (r.arm, r.backend) == ("op", "cuda")])
+        beside = _least([r.added_us for r in here if r.arm == target.than]) if target.than else 1.0
+        value = ours / beside
+        met = None if math.isnan(value) else value <= target.limit
+        found.append((met, target.title, f"{target.limit:.2f}", "" if met is None else f"{value:.2f}"))
+    return found
+
+
+def decoding_verdicts(rows: list) -> list[tuple[bool | None, str, str, str]]:
+    """As cuda_verdicts, from the rows of decoder on a GPU."""
+    found = []
+    for target in DECODING_TARGETS:
+        place = ("pool", "cuda", "bfloat16", "graph", "decoding", 4096, target.rows, target.adapters)
+        ratios = [
+            r.ratio_p50 for r in rows
+            if (r.arm, r.backend, r.dtype, r.timing, r.step, r.hidden, r.B, r.adapters) == place and not r.not_timed
+        ]  # fmt: skip
+        value = _least(ratios)
+        met = None if math.isnan(value) else value <= target.limit
+        found.append((met, target.title, f"{target.limit:.2f}", "" if met is None else f"{value:.3f}"))
+    return found
+
+
+def _least(values: list[float]) -> float:
+    """NaN of nothing."""
+    return min(values, default=math.nan)
 
 
 def _place(row: Row) -> tuple:

@@ -178,11 +178,12 @@ def time_cell(cell: Cell, kinds: tuple[str, ...], run: Run) -> list[Row]:
     times = measure.interleave(arms, lambda arm: arm.run(), run.rounds, run.seconds)
     tokens = cell.adapters * cell.rows * cell.tokens
     absent = [(name, "peft", reason) for name, reason in left_out.items()]
+    found = runs.Timed(times, "eager", absent)
 
     def more(arm, columns):
         return {"tokens_per_s": 1e3 * tokens / columns["ms_p50"]}
 
-    return runs.rows_of(Row, partial(labels, cell), times, absent, more, run)
+    return runs.rows_of(Row, partial(labels, cell), found, more, run)
 
 
 def labels(cell: Cell, arm: str, backend: str) -> dict[str, str | int]:

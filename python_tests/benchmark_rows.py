@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from benchmarks import bottleneck, lora_variants, prefix_attention, prefix_models, record, train_many
+from benchmarks import bottleneck, decoder, lora_variants, prefix_attention, prefix_models, record, train_many
 from benchmarks.batched_lora import cells, timing
 
 
@@ -14,7 +14,7 @@ def made_up(arm, M=16, ratio=1.0, dtype="float32", adapter="", p="", direction="
         op="lora_linear", arm=arm, backend="cpu", dtype=dtype, adapter_dtype=adapter, M=M, K=64, N=64, r="16", p=p,
         direction=direction, timing="eager", rounds=15, **numbers, ratio_p20=ratio, ratio_p50=ratio, ratio_p80=ratio,
         aa_spread=0.02, peak_share=0.5, saved_bytes=100, not_timed="", device="a processor", driver="",
-        threads=2, instruction_set="avx2", torch="2", triton="3", cuda="", transformers="5", peft="0",
+        threads=2, instruction_set="avx2", sm90="", torch="2", triton="3", cuda="", transformers="5", peft="0",
         peft_kernels="0", commit="0123456789abcdef-dirty", date="2026-01-02T03:04:05+00:00",
     )  # fmt: skip
     return dataclasses.replace(row, **changes)
@@ -50,8 +50,9 @@ def mixed_rows(ratio=1.1, share=0.9, not_timed=""):
     times = dict.fromkeys(("ms_p20", "ms_p50", "ms_p80", "gbs", "tflops"), 1.5)
     return [
         timing.Row(
-            **timing.labels(cell, arm, "cpu"), rounds=15, **times, ratio_p20=ratio, ratio_p50=ratio, ratio_p80=ratio,
-            aa_spread=0.02, read_gbs=20.0, read_share=share, not_timed=not_timed, **origin,
+            **timing.labels(cell, arm, "cpu"), timing="eager", rounds=15, **times,
+            ratio_p20=ratio, ratio_p50=ratio, ratio_p80=ratio,
+            aa_spread=0.02, added_us=3.5, read_gbs=20.0, read_share=share, not_timed=not_timed, **origin,
         )
         for cell in cells.cells("cpu")
         for arm in ("base", "base_again", "peft", "op", "op alone")
@@ -63,7 +64,8 @@ def rows_of(module, arms, **more):
     origin, times = record.provenance(torch.device("cpu")), dict.fromkeys(("ms_p20", "ms_p50", "ms_p80"), 1.5)
     return [
         module.Row(
-            **module.labels(cell, arm, backend), rounds=15, **times, ratio_p20=ratio, ratio_p50=ratio, ratio_p80=ratio,
+            **module.labels(cell, arm, backend), timing="eager", rounds=15, **times,
+            ratio_p20=ratio, ratio_p50=ratio, ratio_p80=ratio,
             aa_spread=0.02, not_timed="", **more, **origin,
         )
         for cell in module.cells("cpu")
@@ -101,10 +103,18 @@ def variant_rows(ratio=1.2, recomputed=2e3):
     ]  # fmt: skip
 
 
+def decoder_rows(ratio=1.1, decoding=1.15):
+    """Of every arm, whichever step it is for; on a GPU all would stand in one CSV."""
+    arms = {"frozen": 1.0, "frozen_again": 1.0, "peft": 2.0, "patched": ratio, "pool": decoding}
+    more = {"adapter_dtype": "float32", "tokens_per_s": 2e4, "memory_bytes": 3e9, "memory": decoder.PEAK}
+    return rows_of(decoder, [(arm, "cpu", r) for arm, r in arms.items()], **more)
+
+
 MADE_UP = {
     "bottleneck_adapter": bottleneck_rows,
     "prefix_attention": prefix_rows,
     "prefix_models": model_rows,
     "train_many": trained_rows,
     "lora_variants": variant_rows,
+    "decoder": decoder_rows,
 }

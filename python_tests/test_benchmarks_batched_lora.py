@@ -15,6 +15,7 @@ from peft_kernels import backends, registry, testing
 
 CPU = torch.device("cpu")
 ORIGIN = record.provenance(CPU)
+ENGINES = {"sglang_v2", "sglang_csgmv", "vllm"}
 SMALL = cells.Cell(torch.float32, "square", 24, (40, 16), 12, 4, "distinct", "mixed")
 
 
@@ -92,7 +93,67 @@ def test_every_contender_computes_the_same(popularity):
     for arm in computing:  # "... alone" adds to a y that is the base's before the first run
         for y, same in zip(arm.run(), expected, strict=True):
             torch.testing.assert_close(y, same)
-    assert left_out.keys() == (set() if popularity == "identical" else {"merged"})
+    assert left_out.keys() - ENGINES == (set() if popularity == "identical" else {"merged"})
+
+
+def plain_engine(module, device):
+    """A serving engine's kernels, in plain PyTorch: they say what a Batch means."""
+
+    def make(batch):
+        def add(x, base):
+            y = base()
+            for row, slot in enumerate(batch.slots.tolist()):
+                r = int(batch.ranks[slot])
+                for s, (start, end) in enumerate(zip(batch.offsets, batch.offsets[1:], strict=False)):
+                    h = batch.lora_A[slot, s * r : (s + 1) * r] @ x[row]
+                    y[row, start:end] += (slot >= 0) * batch.scalings[slot] * (batch.lora_B[slot, start:end, :r] @ h)
+            return y
+
+        return add
+
+    return dict.fromkeys(module.NAMES, make)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("popularity", ["distinct", "half none"])
+def test_serving_engines_get_the_same_batch(popularity, monkeypatch):
+    monkeypatch.setattr(arms, "_serving", plain_engine)
+    cell = varied(popularity=popularity, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    made, left_out = arms.build(cell, CPU, ("sglang_v2", "vllm", "op"))
+    names = [arm.name for arm in made[2:]]
+    assert names == ["sglang_v2", "sglang_v2 alone", "vllm", "vllm alone", "op", "op alone"] and not left_out
+    whole = [arm for arm in made if arm.name in arms.COMPUTING]
+    assert not runs.differing(whole, cell.dtype)
+    monkeypatch.setattr(arms, "SCALING", 3.0)
+    torch.manual_seed(0)
+    other = [arm for arm in arms.build(cell, CPU, ("vllm",))[0] if arm.name == "vllm"]
+    assert runs.differing([*other, whole[-1]], cell.dtype)
+
+
+def test_serving_engines_that_are_not_here_are_named():
+    _, left_out = arms.build(SMALL, CPU, tuple(ENGINES))
+    assert left_out.keys() == ENGINES
+    assert all("not installed" in why or "CUDA" in why or "16 bits" in why for why in left_out.values())
+
+
+def test_a_step_goes_through_several_layers(monkeypatch):
+    monkeypatch.setattr(arms, "copies", lambda cell, device: 3)
+    made, _ = arms.build(SMALL, CPU, ("op",))
+    assert [arm.name for arm in made] == ["base", "base_again", "op", "op alone"]
+    first, _, third = made[2].run()
+    assert [y.shape for y in first] == [(12, 40), (12, 16)] and not torch.equal(first[0], third[0])
+    rows = {row.arm: row for row in timing.time_cell(SMALL, ("op", "route"), a_run())}
+    assert {row.copies for row in rows.values()} == {3}
+    added = 1e3 * (rows["op"].ms_p50 - rows["op"].ms_p50 / rows["op"].ratio_p50)
+    assert rows["op"].added_us == pytest.approx(added) and math.isnan(rows["route"].added_us)
+
+
+def test_how_many_layers_a_step_on_a_gpu_goes_through():
+    gpu, found = torch.device("cuda"), cells.cells("gpu")
+    by_site = {cell.site.split()[0]: arms.copies(cell, gpu) for cell in found}
+    assert by_site == {"square": 8, "qkv": 8, "o": 8, "gate_up": 2, "down": 4}
+    assert {arms.copies(cell, CPU) for cell in found} == {1}
 
 
 def test_ours_is_what_the_reference_says():

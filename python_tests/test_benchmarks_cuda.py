@@ -7,20 +7,23 @@ import math
 import pytest
 import torch
 import typer
-from benchmark_rows import MADE_UP, made_up, made_up_rows, mixed_rows, write
+from benchmark_rows import MADE_UP, decoder_rows, made_up, made_up_rows, mixed_rows, write
 from typer.testing import CliRunner
 
 from benchmarks import (
     arms,
     cuda_clock,
     cuda_tables,
+    decoder,
     limits,
     measure,
     plan,
+    prefix_attention,
     record,
     report,
     roofline,
     run,
+    runs,
     shapes,
     targets,
 )
@@ -150,17 +153,43 @@ def test_an_arm_that_waits_for_the_device_is_never_captured(log):
     assert log[-1] == "synchronising: default"
 
 
+def test_modules_time_eagerly_with_the_same_clock(log):
+    step = runs._eager_clock(CPU)
+    assert step(runs.Arm("frozen", "torch", lambda: log.append("run"))) == 2.0
+    assert log == ["flush 1024", "synchronize", "event", "run", "event", "synchronize"]
+
+
+@pytest.mark.parametrize("captures,timing", [(True, "graph"), (False, "eager")])
+def test_where_the_base_cannot_be_captured_all_are_timed_eagerly(captures, timing, monkeypatch):
+    def clock(device, timing):
+        def step(arm):
+            if timing == "graph" and not captures:
+                raise RuntimeError("called a synchronizing CUDA operation")
+            return 1.0
+
+        return step
+
+    def build(cell, device, kinds):
+        return [runs.Arm(name, "torch", lambda: torch.ones(1)) for name in ("none", "none_again", "op")], {}
+
+    monkeypatch.setattr(runs, "clock", clock)
+    how = runs.Run(torch.device("cuda"), 2, 0.0, {})
+    found = runs.timed(build, prefix_attention.cells("quick")[0], (), (), how)
+    assert found.timing == timing and [arm.name for arm in found.times] == ["none", "none_again", "op"]
+    assert runs.timed(build, prefix_attention.cells("quick")[0], (), (), how, timing="eager").timing == "eager"
+
+
 # -- limits -----------------------------------------------------------------------------------------------------------
 
 
 def test_limits_measure_every_fact_in_the_same_rounds(tmp_path):
     size = limits.Sizes(1 << 12, (8, 2), 64, 64, torch.float32)
     rows = limits.measure(CPU, size, 3)
-    products = ["gemm", "gemm K+16", "gemm K+64", "gemm beta=1", "shrink"]
+    products = ["gemm", *(f"gemm K+{extra}" for extra in (1, 4, 8, 16, 64)), "gemm beta=1", "shrink", "expand"]
     assert [row.fact for row in rows] == ["copy", *products, *products, "launch 1", "launch"]
     assert {row.rounds for row in rows} == {3}
     assert {row.unit for row in rows} == {"GB/s", "TFLOP/s", "us"}
-    assert rows[2].shape == "8 x 80 x 64"
+    assert [row.shape for row in rows if row.fact == "gemm K+16"] == ["8 x 80 x 64", "2 x 80 x 64"]
     assert rows[0].value == pytest.approx(2 * 4096 / rows[0].ms_p50 * 1e-6)
     written = write(tmp_path / "limits.csv", rows, limits.Row).read_text()
     assert written.startswith("fact,shape,dtype,value,unit,ms_p20,ms_p50,ms_p80,against,")
@@ -191,7 +220,7 @@ def test_the_command_writes_limits(tmp_path, monkeypatch):
     out = tmp_path / "limits.csv"
     result = CliRunner().invoke(app, ["--op", "limits", "--rounds", "2", "--out", str(out)])
     assert result.exit_code == 0, result.output
-    assert len(out.read_text().splitlines()) == 1 + 8
+    assert len(out.read_text().splitlines()) == 1 + 12
 
 
 # -- targets, tables, report ------------------------------------------------------------------------------------------
@@ -222,16 +251,65 @@ def gpu_rows(forward=1.4, saved_beyond=0):
     return rows
 
 
+def gpu_pool_rows(added=4.0, sglang=8.0):
+    """batched_lora's cells that have a target on a GPU."""
+    place = {"dtype": "bfloat16", "timing": "graph", "site": "square", "M": 64, "K": 4096, "N": "4096"}
+    arms_of = {"base": ("torch", math.nan), "base_again": ("torch", math.nan), "sglang_v2": ("peer", sglang)}
+    return [
+        dataclasses.replace(
+            mixed_rows()[0],
+            **place,
+            arm=arm,
+            backend=backend,
+            adapters=n,
+            present=n,
+            added_us=us / (3 if n == 1 else 1),
+        )
+        for n in (64, 1)
+        for arm, (backend, us) in (arms_of | {"op": ("cuda", added)}).items()
+    ]
+
+
+def gpu_decoder_rows(ratio=1.1):
+    """The decoding step that has a target, and the training step."""
+    training = [dataclasses.replace(row, device="a GPU") for row in decoder_rows() if row.step == "training"][:5]
+    first = [row for row in decoder_rows(decoding=ratio) if row.step == "decoding"][:5]
+    place = {"dtype": "bfloat16", "timing": "graph", "hidden": 4096, "B": 64, "adapters": 16, "memory_bytes": 0.0}
+    return training + [
+        dataclasses.replace(row, **place, backend="cuda" if row.arm == "pool" else "torch")
+        for row in first
+        if row.arm in ("frozen", "frozen_again", "pool")
+    ]
+
+
 def test_the_gpu_targets_are_met_missed_or_not_measured():
-    assert [verdict[0] for verdict in targets.cuda_verdicts([])] == [None, None, None]
-    assert [verdict[0] for verdict in targets.cuda_verdicts(gpu_rows())] == [True, True, True]
+    assert [verdict[0] for verdict in targets.cuda_verdicts([])] == [None] * 5
+    assert [verdict[0] for verdict in targets.cuda_verdicts(gpu_rows())] == [True, True, False, False, True]
     rows = gpu_rows(forward=1.6, saved_beyond=4)
     outcomes = [(met, measured) for met, *_, measured in targets.cuda_verdicts(rows)]
-    assert outcomes == [(True, "1.100"), (False, "1.600"), (False, "4")]
+    assert outcomes == [(True, "1.100"), (False, "1.600"), (False, "1.100"), (False, "1.600"), (False, "4")]
     one_row_less = [row for row in gpu_rows() if row.M != 16]
     assert targets.cuda_verdicts(one_row_less)[1][0] is None
     other_backend = [dataclasses.replace(row, backend="triton") for row in gpu_rows()]
-    assert [verdict[0] for verdict in targets.cuda_verdicts(other_backend)] == [None, None, None]
+    assert [verdict[0] for verdict in targets.cuda_verdicts(other_backend)] == [None] * 5
+
+
+def test_targets_of_pools_on_a_gpu():
+    assert [verdict[0] for verdict in targets.pool_verdicts([])] == [None] * 3
+    found = [(met, measured) for met, *_, measured in targets.pool_verdicts(gpu_pool_rows())]
+    assert found == [(True, "4.00"), (True, "1.33"), (True, "0.50")]
+    assert [verdict[0] for verdict in targets.pool_verdicts(gpu_pool_rows(9.3, 10))] == [False, False, False]
+    eager = [dataclasses.replace(row, timing="eager") for row in gpu_pool_rows()]
+    assert [verdict[0] for verdict in targets.pool_verdicts(eager)] == [None] * 3
+    alone = [row for row in gpu_pool_rows() if row.arm != "sglang_v2"]
+    assert [verdict[0] for verdict in targets.pool_verdicts(alone)] == [True, True, None]
+
+
+def test_the_target_of_decoding_on_a_gpu():
+    assert [verdict[0] for verdict in targets.decoding_verdicts([])] == [None]
+    assert targets.decoding_verdicts(gpu_decoder_rows())[0][2:] == ("1.18", "1.100")
+    assert targets.decoding_verdicts(gpu_decoder_rows(1.2))[0][0] is False
+    assert targets.decoding_verdicts(decoder_rows())[0][0] is None  # of a CPU
 
 
 def test_the_gpu_table_has_a_column_per_contender_and_hides_nothing():
@@ -277,17 +355,23 @@ def test_report_writes_the_readme_and_check_sees_it_differ(tmp_path):
     assert csv.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "Not measured yet; on a machine with a GPU" in text
     assert text.count("Not measured yet; on a machine that does nothing else") == 6
-    assert text.count("| not measured yet |") == 3
+    assert text.count("| not measured yet |") == 9
     assert invoke("--check").exit_code == 0
     write(csv, made_up_rows(patched=0.8))
     assert invoke("--check").exit_code == 1
     assert invoke().exit_code == 0
-    write(tmp_path / "lora_linear_cuda.csv", gpu_rows())
+    for ending in ("cuda", "cuda_sm90"):
+        write(tmp_path / f"lora_linear_{ending}.csv", gpu_rows())
+        write(tmp_path / f"batched_lora_{ending}.csv", gpu_pool_rows(), mixed.Row)
+        write(tmp_path / f"decoder_{ending}.csv", gpu_decoder_rows(), decoder.Row)
     write(tmp_path / "batched_lora_cpu.csv", mixed_rows(), mixed.Row)
     for module, kind in report.MODULES[1:]:
         write(tmp_path / f"{module.NAME}_cpu.csv", MADE_UP[module.NAME](), kind)
     assert invoke("--check").exit_code == 1
     assert "not measured" not in invoke().output
     assert "CUDA 13.0, Triton 3.6" in readme.read_text()
+    assert "| square | 4096 x 4096 | 64 | 64 distinct | 16 | 1500.0 | 2.0% | 8.0 | 4.0 |" in readme.read_text()
+    assert "| decoding, 16 adapters | 64 x 1 |" in readme.read_text()
+    assert readme.read_text().count("With PEFT_KERNELS_SM90=1:") == 1
     assert "not measured" not in readme.read_text().lower()
     assert invoke("--check").exit_code == 0

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import run, shapes
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / ".ci/gpu_check.py"
 FACTS = {"device": "a GPU of this test", "capability": "9.0", "driver": "580.1", "torch": "2.11.0", "triton": "3.6.0"}
 
 
 def _load():
+    sys.path.insert(0, str(SCRIPT.parent))  # where Python looks first for what a script imports
     spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -112,15 +115,75 @@ def test_too_little_time_is_shared_in_proportion():
     assert gpu_check.seconds_for(c, [], 7) == 7 and gpu_check.seconds_for(b, [a], -1) == 0
 
 
-def test_every_stage_gets_what_it_needs_at_least():
-    assert sum(stage.least for stage in gpu_check.STAGES) <= gpu_check.BUDGET
-    assert all(0 < stage.least <= stage.limit for stage in gpu_check.STAGES)
+GROUPS = {"check": 6, "ops": 8, "models": 5}
 
 
-def test_the_python_stage_runs_every_test_that_needs_a_gpu():
-    (command,) = next(stage.commands for stage in gpu_check.STAGES if stage.name == "python")
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_stage_of_a_group_gets_what_it_needs_at_least(group):
+    stages = [stage for stage in gpu_check.STAGES if stage.group == group]
+    assert len(stages) == GROUPS[group]
+    assert sum(stage.least for stage in stages) <= gpu_check.BUDGET < 600
+    assert all(0 < stage.least <= stage.limit for stage in stages)
+
+
+def test_the_groups_come_in_their_order_and_correctness_first():
+    assert list(dict.fromkeys(stage.group for stage in gpu_check.STAGES)) == list(GROUPS)
+    names = [stage.name for stage in gpu_check.STAGES]
+    assert len(set(names)) == len(names) and not set(names) & GROUPS.keys()
+
+
+@pytest.mark.parametrize("name", ["python", "python_sm90"])
+def test_the_python_stages_run_every_test_that_needs_a_gpu(name):
+    (step,) = filled()[name]
     needing = {path.name for path in Path(__file__).parent.glob("test_cuda*.py")} - {"test_cuda_code.py"}
-    assert needing - {word.rpartition("/")[2] for word in command.split()} == set()
+    assert len(needing) > 4 and needing - {word.rpartition("/")[2] for word in step} == set()
+    assert not any("test_cuda_code" in word for word in step)
+
+
+def test_what_is_for_hopper_runs_twice_and_only_there(check):
+    twice = {stage.name for stage in gpu_check.STAGES if stage.environment.get("PEFT_KERNELS_SM90") == "1"}
+    ops = ("python", "lora_linear", "batched_lora", "bottleneck_adapter", "decoder")
+    assert twice == {f"{op}_sm90" for op in ops} <= {stage.name for stage in gpu_check.STAGES}
+    assert all((stage.capability == "9.0") == (stage.name in twice) for stage in gpu_check.STAGES)
+    stages = {
+        "a": (20, ["pass"]),
+        "b": (20, ["pass"], {"capability": "9.0"}),
+        "c": (20, ["pass"], {"capability": "8.0"}),
+    }
+    code, printed, out = check(stages)
+    assert code == 0 and results(out) == {"a": "passed", "b": "passed"}
+    assert "c: left out, it is for compute capability 8.0" in printed
+
+
+def test_the_tests_for_hopper_are_left_out_on_another_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    (tmp_path / "native").mkdir()
+    for name in ("test_a_cuda_gpu", "test_a_sm90_cuda_gpu"):
+        (tmp_path / "native" / name).touch()
+    stage = Stage("cpp", 20, "", ("{each}",), each="native/test_*_cuda_gpu")
+    for capability, count in (("9.0", 2), ("8.0", 1), ("12.0", 1)):
+        words = gpu_check.words_for(FACTS | {"capability": capability}, tmp_path)
+        assert len(gpu_check.commands_of(stage, words)) == count
+
+
+def test_every_op_has_a_benchmark_with_a_csv_of_its_own():
+    steps = [step for stage in gpu_check.STAGES for step in filled()[stage.name] if "benchmarks/run.py" in step]
+    timed = [step[step.index("--op") + 1] for step in steps]
+    assert set(timed) == set(run.OPS) - {"seam"}
+    files = [Path(step[step.index("--out") + 1]).name for step in steps]
+    assert len(set(files)) == len(files)
+    for op, file in zip(timed, files, strict=True):
+        assert file in (f"{op}_cuda.csv", f"{op}_cuda_sm90.csv")
+    for step, op in zip(steps, timed, strict=True):
+        arms = step[step.index("--arms") + 1].split(",") if "--arms" in step else []
+        known = run.ARMS_OF.get(op, shapes.ARMS)
+        assert set(arms) <= set(known), f"{op} has no arm {set(arms) - set(known)}"
+
+
+def test_a_group_and_its_budget(check):
+    stages = {name: (20, ["pass"], {"group": group}) for name, group in (("a", "check"), ("b", "ops"), ("c", "ops"))}
+    assert list(results(check(stages, "--stage", "ops")[2])) == ["b", "c"]
+    assert list(results(check(stages, "--stage", "ops", "--stage", "a")[2])) == ["a", "b", "c"]
 
 
 def test_one_stage_alone(check):
@@ -144,8 +207,10 @@ def test_a_stage_adds_to_the_environment(check, monkeypatch):
     _, _, out = check({"one": (20, [source]), "two": (20, [source], with_it)})
     stages = json.loads((out / "summary.json").read_text())["stages"]
     assert [stage["detail"] for stage in stages] == ["None :4096:8", "cuda :4096:8"]
-    bench = next(stage for stage in gpu_check.STAGES if stage.name == "bench")
-    assert bench.environment == {"PEFT_KERNELS_BACKEND": "cuda"}
+    timed = {stage.name: stage.environment for stage in gpu_check.STAGES if stage.group != "check"}
+    assert timed["lora_linear"] == {"PEFT_KERNELS_BACKEND": "cuda"}
+    assert timed["lora_linear_sm90"] == {"PEFT_KERNELS_BACKEND": "cuda", "PEFT_KERNELS_SM90": "1"}
+    assert all(environment["PEFT_KERNELS_BACKEND"] == "cuda" for environment in timed.values())
 
 
 def test_paths_may_have_spaces(monkeypatch, tmp_path):
@@ -214,9 +279,11 @@ def test_the_command_itself_says_what_it_lacks():
 
 def test_list_names_the_stages_and_runs_none():
     done = subprocess.run([sys.executable, SCRIPT, "--list"], capture_output=True, text=True, timeout=60)
-    names = [line.split()[0] for line in done.stdout.splitlines()]
+    listed = [tuple(line.split()[:2]) for line in done.stdout.splitlines()]
     assert done.returncode == 0
-    assert names == ["build", "primitives", "cpp", "python", "sanitizer", "bench"]
+    assert listed == [(stage.group, stage.name) for stage in gpu_check.STAGES]
+    check = [name for group, name in listed if group == "check"]
+    assert check == ["build", "primitives", "cpp", "python", "python_sm90", "sanitizer"]
 
 
 # -- the real table ---------------------------------------------------------------------------------------------------

@@ -2,10 +2,14 @@
 
 Two kinds: `y = x W^T` and the adapters' part, which is what a layer does; and, named "... alone", the adapters' part
 onto a y that is there. All arms of a cell share x, weights and factors: the clock empties the caches between them.
+On a GPU a step goes through several such layers with their own weights, one behind another as in a model: a single one
+takes no more than a few times what an event resolves.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +17,8 @@ from torch.nn import functional
 
 import peft_kernels
 from benchmarks.batched_lora.cells import Cell
+from benchmarks.peers import sglang, vllm
+from benchmarks.peers.serving import batch_of
 from benchmarks.runs import NotHere, arms_of
 from peft_kernels import backends, registry
 from peft_kernels.ops.common.in_place import call_in_place
@@ -22,8 +28,11 @@ SCALING = 2.0
 MOST_GATHERED = 1 << 30  # bytes of copies of factors that an arm may make
 
 # Kinds of arm: HF PEFT's mixed batch; torch.bmm over gathered factors; torch's grouped product over sorted rows; a
-# weight with the one adapter merged in, where all rows have the same; ours; sorting the rows, once for a whole model.
-ARMS = ("peft", "gather_bmm", "grouped_mm", "merged", "op", "route")
+# weight with the one adapter merged in, where all rows have the same; SGLang's two ways and vLLM's; ours; sorting the
+# rows, once for a whole model.
+COMPUTING = ("peft", "gather_bmm", "grouped_mm", "merged", *sglang.NAMES, *vllm.NAMES, "op")
+ARMS = (*COMPUTING, "route")
+MOST_COPIES, MOST_WEIGHTS = 8, 1 << 29  # layers of a step on a GPU, and bytes of their weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,12 +97,35 @@ class Problem:
         return registry.ops()["batched_lora_"].cost(self.base(), *self.arguments())["forward"]
 
 
+def copies(cell: Cell, device: torch.device) -> int:
+    """How many layers a step goes through."""
+    if device.type != "cuda":
+        return 1
+    return max(1, min(MOST_COPIES, MOST_WEIGHTS // (cell.dtype.itemsize * cell.K * sum(cell.N))))
+
+
 def build(cell: Cell, device: torch.device, kinds: tuple[str, ...]) -> tuple[list[Arm], dict[str, str]]:
-    """Both base arms and the arms of the given kinds; and for each contender that cannot be here, why."""
+    """Both base arms and the arms of the given kinds; and for each contender that cannot be here, why.
+
+    Their costs are those of one layer.
+    """
+    made = [_of_one_layer(cell, device, kinds) for _ in range(copies(cell, device))]
+    arms, left_out = made[0]
+    if len(made) > 1:
+        behind = zip(*(arms for arms, _ in made), strict=True)
+        arms = [Arm(each[0].name, each[0].backend, _one_by_one(each), each[0].cost) for each in behind]
+    return arms, left_out
+
+
+def _of_one_layer(cell: Cell, device: torch.device, kinds: tuple[str, ...]) -> tuple[list[Arm], dict[str, str]]:
     problem = Problem(cell, device)
     base = [Arm(name, "torch", problem.base, problem.base_cost()) for name in ("base", "base_again")]
     arms, left_out = arms_of(problem, _MAKERS, kinds)
     return base + arms, left_out
+
+
+def _one_by_one(arms: tuple[Arm, ...]) -> Callable[[], object]:
+    return lambda: [arm.run() for arm in arms]
 
 
 def _with_base(problem: Problem, name: str, backend: str, add: Callable[[list[Tensor]], object]) -> list[Arm]:
@@ -139,6 +171,8 @@ def _route(problem: Problem) -> list[Arm]:
 
 
 def _peft(problem: Problem) -> list[Arm]:
+    if problem.device.type == "cuda":
+        raise NotHere("its mixed batch copies indices from the host in every call, which no CUDA graph takes")
     try:
         from peft import LoraConfig, get_peft_model
     except Exception as error:  # a PEFT beside a transformers that it does not fit fails in many ways
@@ -212,11 +246,44 @@ def _merged(problem: Problem) -> list[Arm]:
     return [Arm("merged", "torch", lambda: [functional.linear(problem.x, w) for w in merged], problem.base_cost())]
 
 
+@cache
+def _serving(module: ModuleType, device: torch.device) -> dict[str, Callable] | str:
+    """A serving engine's kernels, or why they cannot be here."""
+    try:
+        return module.load(device)
+    except ImportError as error:
+        return str(error)
+
+
+def _engine(module: ModuleType, name: str, problem: Problem) -> list[Arm]:
+    """An engine's own layer: one product for all projections, whose outputs lie side by side."""
+    found = _serving(module, problem.device)
+    if isinstance(found, str):
+        raise NotHere(found)
+    cell = problem.cell
+    if cell.dtype.itemsize != 2:
+        raise NotHere("its kernels are for 16 bits")
+    if problem.device.type == "cuda" and (cell.popularity, cell.r, cell.M <= 256) != ("distinct", "16", True):
+        raise NotHere("compiled anew for every shape, it is timed for at most 256 rows of distinct adapters of r = 16")
+    batch = batch_of(problem.factors, problem.ids, SCALING)
+    add, x, weight = found[name](batch), problem.x, torch.cat(problem.weight)
+    y = functional.linear(x, weight)
+
+    def pieces(out):
+        return list(out.split([len(w) for w in problem.weight], 1))
+
+    cost = _with_base(problem, "", "", lambda y: None)[0].cost
+    whole = Arm(name, "peer", lambda: pieces(add(x, lambda: functional.linear(x, weight))), cost)
+    return [whole, Arm(f"{name} alone", "peer", lambda: pieces(add(x, lambda: y)), problem.adapters_cost())]
+
+
 _MAKERS = {
     "peft": _peft,
     "gather_bmm": _gather_bmm,
     "grouped_mm": _grouped_mm,
     "merged": _merged,
+    **{name: partial(_engine, sglang, name) for name in sglang.NAMES},
+    **{name: partial(_engine, vllm, name) for name in vllm.NAMES},
     "op": _op,
     "route": _route,
 }

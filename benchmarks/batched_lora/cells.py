@@ -80,10 +80,12 @@ def _at(model: Model, cell: Cell) -> Iterator[Cell]:
 
 
 def _star(dtype: torch.dtype, d: int, model: Model) -> Iterator[Cell]:
-    """Every value of every axis, one or two axes at a time; first the two cells that have targets."""
+    """Every value of every axis, one or two axes at a time; first the cells that have targets."""
     near = Cell(dtype, "square", 1024, (1024,), 32, 64, "distinct", "16")
     yield near
     yield dataclasses.replace(near, K=4096, N=(4096,), M=64)
+    if d == 4096:
+        yield dataclasses.replace(near, K=4096, N=(4096,), M=64, adapters=1)
     near = dataclasses.replace(near, K=d, N=(d,))
     for M in ROWS:
         for adapters in ADAPTERS:

@@ -104,6 +104,31 @@ def cell_table(rows: list[Row]) -> str:
     return grid_table(header, lines)
 
 
+ADDED = ("gather_bmm", "grouped_mm", "sglang_v2", "sglang_csgmv", "vllm")
+
+
+def added_table(rows: list[Row]) -> str:
+    """Of a GPU's run, microseconds that each contender adds to the base layer; a line per cell."""
+    timed = [arm for arm in ADDED if any(row.arm == arm and not row.not_timed for row in rows)]
+    ours = sorted({row.backend for row in rows if row.arm == "op"})
+    cells: dict[tuple, dict] = {}
+    for row in rows:
+        key = (row.site, row.M, row.K, row.N, row.adapters, row.popularity, row.r)
+        cells.setdefault(key, {})[(row.arm, row.backend) if row.arm == "op" else row.arm] = row
+
+    def added(row):
+        return "" if row is None or row.not_timed else f"{row.added_us:.1f}"
+
+    lines = []
+    for cell in cells.values():
+        base = cell["base"]
+        others = [added(cell.get(arm)) for arm in (*timed, *(("op", backend) for backend in ours))]
+        what = [base.site, f"{base.K} x {base.N}", str(base.M), f"{base.present} {base.popularity}", base.r]
+        lines.append([*what, f"{1e3 * base.ms_p50:.1f}", f"{base.aa_spread:.1%}", *others])
+    header = ["site", "K x N", "M", "adapters", "r", "base, us", "A/A", *timed, *ours]
+    return grid_table(header, lines)
+
+
 def markdown(rows: list[Row], origin: str) -> str:
     """All that stands between the README's markers."""
     read = rows[0].read_gbs

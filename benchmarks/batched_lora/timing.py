@@ -4,6 +4,7 @@ On a CPU a buffer twice the size of the last cache is read before every step; on
 graphs with a cold L2. Ratios are to the base layer of the same round.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from peft_kernels import backends, registry
 
 LEAST_ROUNDS = {"cpu": 15, "gpu": 50, "full": 30, "quick": 5}
 SECONDS = {"cpu": 5.0, "gpu": 0.5, "full": 0.3, "quick": 0.1}
-FOREIGN = ("peft", "torch")  # backends that are not ours
+FOREIGN = ("peft", "torch", "peer")  # backends that are not ours
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Row(runs.Row):
     present: int  # that some row has
     popularity: str
     r: str
+    copies: int  # layers that a step went through; all numbers are those of one
+    added_us: float  # to the base layer; NaN of what has no base layer in it
     gbs: float  # of the least traffic that the arm's work needs
     tflops: float
     read_gbs: float  # what this machine reads at, measured in the same process
@@ -52,17 +55,22 @@ class Run(runs.Run):
 @torch.no_grad()
 def time_cell(cell: Cell, kinds: tuple[str, ...], run: Run) -> list[Row]:
     """All arms of a cell, and a row that says why for each contender that could not be timed."""
-    times, absent = runs.timed(contenders.build, cell, kinds, FOREIGN, run)
+    found = runs.timed(contenders.build, cell, kinds, FOREIGN, run, contenders.COMPUTING)
+    copies = contenders.copies(cell, run.device)
+    found = found._replace(times={arm: [ms / copies for ms in taken] for arm, taken in found.times.items()})
 
     def more(arm, columns):
+        with_base = arm.name in contenders.COMPUTING
+        added = 1e3 * columns["ms_p50"] * (1 - 1 / columns["ratio_p50"]) if with_base else math.nan
         gbs = arm.cost.bytes / columns["ms_p50"] * 1e-6
         rate = {"gbs": gbs, "tflops": arm.cost.flops / columns["ms_p50"] * 1e-9}
+        rate |= {"added_us": added}
         return rate | {"read_gbs": run.bytes_per_s * 1e-9, "read_share": gbs * 1e9 / run.bytes_per_s}
 
-    return runs.rows_of(Row, partial(labels, cell), times, absent, more, run)
+    return runs.rows_of(Row, partial(labels, cell, copies=copies), found, more, run)
 
 
-def labels(cell: Cell, arm: str, backend: str) -> dict[str, str | int]:
+def labels(cell: Cell, arm: str, backend: str, copies: int = 1) -> dict[str, str | int]:
     """The columns that say what was timed."""
     ids = cell.ids()
     return {
@@ -78,6 +86,7 @@ def labels(cell: Cell, arm: str, backend: str) -> dict[str, str | int]:
         "present": ids[ids >= 0].unique().numel(),
         "popularity": cell.popularity,
         "r": cell.r,
+        "copies": copies,
     }
 
 
@@ -95,5 +104,5 @@ def described(cell: Cell, rows: list[Row], seconds: float) -> str:
     """One block per cell."""
     base = f"{rows[0].read_gbs:.1f} GB/s read, base"
     return runs.described(
-        cell, rows, seconds, base, lambda row: f"  {row.ms_p50:.3f} ms, {row.gbs:.1f} GB/s, {row.read_share:.0%}"
+        cell, rows, seconds, base, lambda row: f"  {1e3 * row.ms_p50:.1f} us, {row.gbs:.1f} GB/s, {row.read_share:.0%}"
     )

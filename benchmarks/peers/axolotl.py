@@ -1,11 +1,16 @@
-"""Axolotl's fused projection (`axolotl.kernels.lora.LoRA_O`; tried with 0.19.0), without the framework."""
+"""Axolotl's LoRA functions (`axolotl.kernels.lora`; tried with 0.19.0), without the framework.
+
+LoRA_O is one projection; LoRA_QKV and LoRA_MLP are those of a layer of a Llama. A dropped x is an argument of theirs.
+"""
 
 import logging
+from functools import cache
 from unittest.mock import MagicMock
 
 from torch.nn.functional import dropout
 
 from benchmarks.peers.isolated import import_isolated
+from benchmarks.peers.layers import Functions
 
 NAME = "axolotl"
 # bitsandbytes is read at import; an unquantised weight never reaches it
@@ -16,9 +21,14 @@ _STAND_INS = {
 }
 
 
+@cache
+def _module():
+    return import_isolated("axolotl.kernels.lora", _STAND_INS, required=("triton",))
+
+
 def load(device):
     """f(x, weight, lora_A, lora_B, scaling, p); the kernel takes x in three dimensions, and the dropped x beside it."""
-    function = import_isolated("axolotl.kernels.lora", _STAND_INS, required=("triton",)).LoRA_O
+    function = _module().LoRA_O
 
     def call(x, weight, lora_A, lora_B, scaling, p):
         dropped = dropout(x, p)[None] if p else None
@@ -26,3 +36,26 @@ def load(device):
         return y[0]
 
     return call
+
+
+def layer_functions(device) -> Functions:
+    """As Axolotl puts them into a model: one mask for all that read the same x, and none before the down projection."""
+    module = _module()
+
+    def arguments(members):
+        return [given for weight, a, b, scaling in members for given in (weight, None, None, a, b, scaling, None, None)]
+
+    def dropped(x, p):
+        return dropout(x, p) if p else None
+
+    def qkv(x, members, p):
+        return module.LoRA_QKV.apply(x, dropped(x, p), *arguments(members), True)
+
+    def mlp(x, members, p):
+        kernels = module.swiglu_forward, module.swiglu_backward
+        return module.LoRA_MLP.apply(x, dropped(x, p), *arguments(members), *kernels, True)
+
+    def projection(x, member, p):
+        return module.LoRA_O.apply(x, dropped(x, p), *arguments([member]))
+
+    return Functions(qkv, mlp, projection)

@@ -17,7 +17,17 @@ def import_isolated(module: str, stand_ins: dict[str, dict], required: tuple[str
     only where its package is not installed. required: packages that no stand-in can replace.
     Raises ImportError naming what is missing.
     """
-    framework = _top(module)
+    return import_together((module,), stand_ins, required)[0]
+
+
+def import_together(
+    modules: tuple[str, ...], stand_ins: dict[str, dict], required: tuple[str, ...] = (), *, stay: bool = False
+) -> list[ModuleType]:
+    """Several modules of one framework, and what import_isolated takes.
+
+    stay: the framework's modules stay in sys.modules, for those that import others of it when they are called.
+    """
+    framework = _top(modules[0])
     for name in (framework, *required):
         if not _installed(name):
             raise ImportError(f"{name} is not installed")
@@ -28,20 +38,24 @@ def import_isolated(module: str, stand_ins: dict[str, dict], required: tuple[str
     try:
         for name in before:
             del sys.modules[name]
-        parts = module.split(".")[:-1]
-        for depth in range(1, len(parts) + 1):
-            _enter(".".join(parts[:depth]), ["/".join((root, *parts[1:depth]))], {})
+        for name in modules:
+            parts = name.split(".")[:-1]
+            for depth in range(1, len(parts) + 1):
+                if (package := ".".join(parts[:depth])) not in sys.modules:
+                    _enter(package, ["/".join((root, *parts[1:depth]))], {})
         for name, attributes in used.items():
             _enter(name, [], attributes)
-        return importlib.import_module(module)
+        found = [importlib.import_module(name) for name in modules]
+        temporary -= {framework} if stay else set()
+        return found
     except ImportError:
         raise
     except Exception as error:  # a release that the front end does not know
-        raise ImportError(f"{module} does not import here: {type(error).__name__}: {error}") from error
+        raise ImportError(f"{modules[0]} does not import here: {type(error).__name__}: {error}") from error
     finally:
         for name in [name for name in sys.modules if _top(name) in temporary]:
             del sys.modules[name]
-        sys.modules.update(before)
+        sys.modules.update({name: kept for name, kept in before.items() if _top(name) in temporary})
 
 
 def _top(name: str) -> str:
