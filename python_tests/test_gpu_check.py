@@ -186,6 +186,17 @@ def test_each_file_once_and_none_is_a_failure(monkeypatch, tmp_path, capsys):
     assert "nothing to run: no build/no_such_program_*" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("capability", "count"), [("9.0", 2), ("8.0", 1)])
+def test_programs_for_sm_90_run_on_it_alone(monkeypatch, tmp_path, capsys, capability, count):
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    for name in ("test_a_cuda_gpu", "test_a_sm90_cuda_gpu"):
+        (tmp_path / name).touch()
+    stage = Stage("each", 20, "", ("echo {each}", "true"), each="test_*_gpu")
+    assert gpu_check.main([], (stage,), lambda: FACTS | {"capability": capability}) == 0
+    assert f"{count + 1} of {count + 1} passed" in capsys.readouterr().out
+
+
 def test_no_gpu_is_said_kindly_and_runs_nothing(check, tmp_path):
     def machine():
         raise gpu_check.NothingToCheckError("there is none")

@@ -46,7 +46,7 @@ __device__ __forceinline__ uint64_t wgmma_operand(const void* tile, int tile_row
   return wgmma_descriptor<kMajor>(shared_address(tile), tile_rows);
 }
 
-// Before the first product, and before one whose d the threads have touched since the last.
+// Before the first product, and after every wait before the next one: what the threads did with d is then done.
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -140,7 +140,8 @@ __device__ __forceinline__ void wgmma_m64k16(float (&d)[kN / 2], uint64_t a, uin
 #undef PK_OUT4
 
 // Registers of each thread of the warp group, 24 ... 256 in steps of 8: waits until others have given enough away.
-// All have at first what __launch_bounds__(threads, 1) leaves; without the 1 ptxas ignores both.
+// All have at first what __launch_bounds__(threads, 1) leaves, and no more than that together; without the 1 ptxas
+// ignores both.
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
   static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0, "a count that setmaxnreg has");

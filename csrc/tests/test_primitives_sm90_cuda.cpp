@@ -3,6 +3,7 @@
 #include <cstdio>
 
 #include "tests/device_array.h"
+#include "tests/emulator_kernels.h"
 #include "tests/primitives_sm90.h"
 #ifdef EMULATOR_BUILD
 #include "emulator/emulator.h"
@@ -97,11 +98,45 @@ void products_are_products() {
   }
 }
 
+// What the emulator's own tests run too: a producer and a consumer by mbarriers, setmaxnreg and a named barrier.
+void warp_groups_work_together() {
+  Array<int> x(128), y(128);
+  for (int i = 0; i < 128; ++i) x[i] = whole(i) * 10 + i;
+  expect(ran([&] { return relay(Bug::kNone, x.data(), y.data(), nullptr); }), "warp groups run");
+  for (int i = 0; i < 128; ++i) expect(y[i] == x[127 - i], "named_barrier", i);
+  constexpr int M = 70, N = 136, K = 456;
+  Array<uint16_t> A(M * K), B(N * K);
+  for (int i = 0; i < M * K; ++i) A[i] = bits(Type::kBFloat16, whole(i));
+  for (int i = 0; i < N * K; ++i) B[i] = bits(Type::kBFloat16, whole(i + 5));
+  for (const bool along_output : {false, true}) {
+    Array<float> C(M * N);
+    const auto of = [](Array<uint16_t>& from) { return reinterpret_cast<const pk::bf16*>(from.data()); };
+    expect(ran([&] { return warp_group_gemm(Bug::kNone, along_output, of(A), of(B), C.data(), M, N, K, nullptr); }),
+           "a pipeline runs", along_output);
+    int wrong = 0;
+    for (int i = 0; i < M * N; ++i) {
+      int sum = 0;
+      for (int k = 0; k < K; ++k) {
+        sum += whole(i / N * K + k) * whole((along_output ? k * N + i % N : i % N * K + k) + 5);
+      }
+      wrong += C[i] != static_cast<float>(sum);
+    }
+    expect(wrong == 0, "a pipeline of warp groups", along_output);
+  }
+}
+
+void all() {
+  blocks_of_a_cluster_exchange();
+  boxes_are_swizzled_and_filled();
+  products_are_products();
+  warp_groups_work_together();
+}
+
 }  // namespace
 
 int main() {
   if (!sm90_present()) {
-    printf("gpu: 0 of 4 primitives of sm_90a run: no device of compute capability 9.0\n");
+    printf("gpu: no primitive of sm_90a was run: no device of compute capability 9.0\n");
     return kSkipped;
   }
 #ifdef EMULATOR_BUILD
@@ -109,14 +144,10 @@ int main() {
   for (const emulator::Schedule schedule :
        {emulator::Schedule{0, Copies::kLate}, {0, Copies::kEarly}, {5, Copies::kRandom}, {6, Copies::kLate}}) {
     emulator::set_schedule(schedule);
-    blocks_of_a_cluster_exchange();
-    boxes_are_swizzled_and_filled();
-    products_are_products();
+    all();
   }
 #else
-  blocks_of_a_cluster_exchange();
-  boxes_are_swizzled_and_filled();
-  products_are_products();
+  all();
 #endif
   printf("%s: %d failures\n", kWhere, failures);
   return failures != 0;
