@@ -14,6 +14,7 @@ from emulated import (
     POOLED,
     SCHEDULES,
     in_order,  # noqa: F401  (a fixture of every test)
+    of_schedules,
     operators,
     set_schedule,
 )
@@ -49,6 +50,7 @@ def allocates(arguments):
     return filled(FORWARD, arguments) > 0
 
 
+@of_schedules
 @pytest.mark.parametrize("place", range(len(SAMPLES)), ids=[sample.id for sample in SAMPLES])
 def test_every_sample_has_the_same_bits(place, monkeypatch):
     arguments = SAMPLES[place].make("cpu", *((BF16, F16)[place % 2],) * 2)
