@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-KINDS = ("", "add_", "adapter_", "prefix_", "pool_sm90_", "linear_sm90_")
+KINDS = ("", "add_", "adapter_", "prefix_", "decode_sm90_", "linear_sm90_")
 SAMPLES = tuple(f"emulated_{which}samples.py" for which in KINDS)
 CXX = os.environ.get("CXX", "g++")
 

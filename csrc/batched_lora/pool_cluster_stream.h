@@ -1,4 +1,6 @@
-// What a block of pool_cluster_sm90.cu has in shared memory, and the stream of pieces that it reads.
+// What a block of pool_cluster_sm90.cu has in shared memory, and the stream of pieces that it reads. They go by
+// cp.async and not by bulk copies: of x and A a thread reads what it copied itself, so that no barrier stands before
+// the products, and what lies past a rank, a row count or K becomes zeros on the way.
 #pragma once
 
 #include "batched_lora/pool_expand_tile.h"

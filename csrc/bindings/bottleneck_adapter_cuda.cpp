@@ -1,6 +1,7 @@
 // bottleneck_adapter on a GPU: allocate, launch. Where tensor cores serve the dtypes and there is no norm: three
 // launches, shrink, activate and expand, which reads the residual and writes y; or, up to E = 256 and in 16 bits, one
-// for many rows, `fused`, and two for few, shrink and `fused`. Nothing here waits for the device or reads from it.
+// for many rows, `fused`, and two for few, shrink and `fused` (one on sm_90, where it is asked for). Nothing here waits
+// for the device or reads from it.
 #include "bindings/bottleneck_adapter.h"
 #include "bindings/bottleneck_adapter_cuda_call.h"
 
@@ -98,29 +99,40 @@ void run_up(const BottleneckCall& b, const Tensor& u, const Rows& residual, cons
   call.launched("finish", bottleneck_adapter::finish(call.type, call.factors, finish, b.stream()));
 }
 
-// Everything in one launch; with parts of x A^T, all that follows.
-void run_fused(const BottleneckCall& b, const Rows& residual, const Tensor& y, const Tensor& h,
-               const OptionalTensor& parts, int splits) {
-  const bottleneck_adapter::Fused fused{b.x.data(),
-                                        b.x.stride,
-                                        b.M,
-                                        b.K,
-                                        b.A().const_data_ptr(),
-                                        BottleneckCall::data_of(b.down_bias),
-                                        b.E,
-                                        b.B().const_data_ptr(),
-                                        b.N,
-                                        residual.data(),
-                                        residual.stride,
-                                        static_cast<float*>(h.mutable_data_ptr()),
-                                        y.mutable_data_ptr(),
-                                        b.activation,
-                                        b.keep_inside,
-                                        gated_of(b),
-                                        b.seed,
-                                        parts ? static_cast<const float*>(parts->const_data_ptr()) : nullptr,
-                                        splits};
+// Everything as one launch takes it; with parts of x A^T, as the second of two does.
+bottleneck_adapter::Fused fused_of(const BottleneckCall& b, const Rows& residual, const Tensor& y, const Tensor& h,
+                                   const OptionalTensor& parts, int splits) {
+  return {b.x.data(),
+          b.x.stride,
+          b.M,
+          b.K,
+          b.A().const_data_ptr(),
+          BottleneckCall::data_of(b.down_bias),
+          b.E,
+          b.B().const_data_ptr(),
+          b.N,
+          residual.data(),
+          residual.stride,
+          static_cast<float*>(h.mutable_data_ptr()),
+          y.mutable_data_ptr(),
+          b.activation,
+          b.keep_inside,
+          gated_of(b),
+          b.seed,
+          parts ? static_cast<const float*>(parts->const_data_ptr()) : nullptr,
+          splits};
+}
+
+void run_fused(const BottleneckCall& b, const bottleneck_adapter::Fused& fused) {
   b.call.launched("fused", bottleneck_adapter::fused(b.call.type, fused, b.stream()));
+}
+
+// Whether one launch for few rows did it all.
+bool run_few_rows(const BottleneckCall& b, const bottleneck_adapter::Fused& fused) {
+  if (!sm90_wanted(b.call.on)) return false;
+  if (!bottleneck_adapter::has_few_rows_cluster_kernel(b.call.type, b.call.factors, fused)) return false;
+  b.call.launched("few_rows_cluster", bottleneck_adapter::few_rows_cluster(b.call.type, fused, b.stream()));
+  return true;
 }
 
 std::tuple<Tensor, Tensor> forward(const BottleneckArguments& a) {
@@ -129,14 +141,15 @@ std::tuple<Tensor, Tensor> forward(const BottleneckArguments& a) {
   if (b.M == 0) return {y, h};
   const Rows onto = a.residual ? as_rows(*a.residual) : b.x;
   if (!b.has_norm && bottleneck_adapter::has_fused_kernel(b.call.type, b.call.factors, b.M, b.E)) {
-    run_fused(b, onto, y, h, std::nullopt, 0);
+    run_fused(b, fused_of(b, onto, y, h, std::nullopt, 0));
     return {y, h};
   }
   if (!b.has_norm && bottleneck_adapter::has_few_rows_kernel(b.call.type, b.call.factors, b.M, b.N, b.E)) {
+    if (run_few_rows(b, fused_of(b, onto, y, h, std::nullopt, 0))) return {y, h};
     const int splits = lora_linear::shrink_splits(b.M, b.K, b.E);
     const Tensor parts = b.call.scratch({splits, b.M, b.E});
     run_shrink(b, splits, parts);
-    run_fused(b, onto, y, h, parts, splits);
+    run_fused(b, fused_of(b, onto, y, h, parts, splits));
     return {y, h};
   }
   const Tensor u = run_down(b, h);

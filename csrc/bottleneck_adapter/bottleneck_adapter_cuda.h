@@ -79,6 +79,11 @@ bool has_fused_kernel(Dtype x, Dtype factors, int64_t M, int64_t E);
 bool has_few_rows_kernel(Dtype x, Dtype factors, int64_t M, int64_t N, int64_t E);
 cudaError_t fused(Dtype x, const Fused& call, cudaStream_t stream);
 
+// The whole forward of up to 16 rows in one launch, by clusters of blocks, where the device has sm_90 and
+// has_few_rows_cluster_kernel says so: without `parts`, E <= 64, rows of whole, aligned vectors of 16 bytes.
+bool has_few_rows_cluster_kernel(Dtype x, Dtype factors, const Fused& call);
+cudaError_t few_rows_cluster(Dtype x, const Fused& call, cudaStream_t stream);
+
 // With D and d the sums of their parts and s[n] = scale[n or 0]:
 //   up_weight_grad[n, e] = weight_factor s D[n, e]            up_bias_grad[n] = bias_factor s d[n]
 //   scale_grad[n] = weight_factor sum_e B[n, e] D[n, e] + bias_factor b[n] d[n]

@@ -103,6 +103,12 @@ struct Run {
   }
 };
 
+// keep mask (sum_scale sum + bias) times `factor`; random: the element's lane of Philox.
+__device__ __forceinline__ float gated_sum(const Gated& gated, float sum, float bias, uint32_t random, float factor) {
+  const float whole = (static_cast<float>(gated.sum_scale) * sum + bias) * gated.keep.scale;
+  return (random < gated.keep.threshold ? whole : 0.f) * factor;
+}
+
 // tile = scaling gate scale keep mask (sum_scale sum + bias), for the warp's 16 x 32 from (row, n0 + col0) on;
 // factor = scaling gate of the lane's row and the one 8 below.
 __device__ __forceinline__ void gate_tile(float* tile, const float (&sum)[4][4], const Fused& call,
@@ -111,7 +117,6 @@ __device__ __forceinline__ void gate_tile(float* tile, const float (&sum)[4][4],
   const Gated& gated = call.gated;
   const bool drops = gated.keep.threshold != kKeepAll;
   const uint64_t seed = drops ? *call.seed : 0;
-  const float sum_scale = static_cast<float>(gated.sum_scale);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     Philox4 words = {};
@@ -123,8 +128,7 @@ __device__ __forceinline__ void gate_tile(float* tile, const float (&sum)[4][4],
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const uint32_t random = e ? words.word[j] >> 16 : words.word[j] & 0xFFFFu;
-        const float whole = (sum_scale * sum[j][2 * i + e] + bias[col + e]) * gated.keep.scale;
-        pair[e] = (random < gated.keep.threshold ? whole : 0.f) * (factor[i] * scale[col + e]);
+        pair[e] = gated_sum(gated, sum[j][2 * i + e], bias[col + e], random, factor[i] * scale[col + e]);
       }
       *reinterpret_cast<float2*>(tile + (row + 8 * i) * kOutPitch + col) = {pair[0], pair[1]};
     }

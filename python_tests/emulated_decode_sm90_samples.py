@@ -1,4 +1,5 @@
-"""batched_lora_ in one launch, by the kernel for sm_90 that PEFT_KERNELS_SM90=1 asks for, on the emulator.
+"""batched_lora_ and few rows of bottleneck_adapter in one launch, by the kernels for sm_90 that PEFT_KERNELS_SM90=1
+asks for, on the emulator.
 
 Not collected by itself: test_emulated.py runs it.
 """
@@ -7,17 +8,20 @@ import pytest
 import torch
 from emulated import (
     BF16,
+    BOTTLENECK,
     F16,
     F32,
     POOLED,
     SCHEDULES,
     in_order,  # noqa: F401  (a fixture of every test)
+    of_schedules,
     operators,
     set_schedule,
 )
 
 from peft_kernels import testing
 from peft_kernels.ops.batched_lora import pooled_samples
+from peft_kernels.ops.bottleneck_adapter import samples as bottleneck_samples
 
 FORWARD = operators(POOLED)[0]
 KINDS = dict(biased=True, gained=True, down_biased=True, activations=("gelu", "identity", "tanh"))
@@ -34,13 +38,19 @@ def asked_for(monkeypatch):
     monkeypatch.setenv("PEFT_KERNELS_SM90", "1")
 
 
-def allocates(arguments):
-    """Calls, and says whether that took scratch, as the two launches do for h: here it is filled with NaN."""
+def filled(operator, arguments):
+    """Calls, and counts the tensors that the binding allocates: here they are filled with NaN."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        FORWARD(*arguments.values())
-    return any(event.name == "aten::fill_" for event in profile.events())
+        operator(*arguments.values())
+    return sum(event.name == "aten::fill_" for event in profile.events())
 
 
+def allocates(arguments):
+    """Whether batched_lora_ takes scratch, as the two launches do for h."""
+    return filled(FORWARD, arguments) > 0
+
+
+@of_schedules
 @pytest.mark.parametrize("place", range(len(SAMPLES)), ids=[sample.id for sample in SAMPLES])
 def test_every_sample_has_the_same_bits(place, monkeypatch):
     arguments = SAMPLES[place].make("cpu", *((BF16, F16)[place % 2],) * 2)
@@ -111,3 +121,27 @@ def x_not_aligned():
 )
 def test_what_it_does_not_take_goes_in_two_launches(make, one):
     assert allocates(make()) is not one
+
+
+BOTTLENECKS = {
+    "serial": dict(rows=(16,), K=136, N=None, E=24, scale="channel", gated=True, p=0.1),
+    "parallel": dict(rows=(5,), K=1032, N=136, E=64, activation="gelu", scale="scalar", p=0.1, dropout_on="output"),
+    "row": dict(rows=(1,), K=520, N=1096, E=8, activation="silu", biased=False),
+}
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("name", BOTTLENECKS)
+def test_few_rows_of_a_bottleneck_match_the_oracle_in_one_launch(name, dtype, monkeypatch):
+    arguments = bottleneck_samples.problem("cpu", dtype, dtype, **BOTTLENECKS[name])
+    with testing.poisoned_memory():
+        testing.assert_matches_oracle(BOTTLENECK, arguments, *operators(BOTTLENECK))
+    forward, runs = operators(BOTTLENECK)[0], []
+    for schedule in SCHEDULES:
+        set_schedule(*schedule)
+        runs.append(forward(*arguments.values()))
+    for y, h in runs[1:]:
+        assert torch.equal(y, runs[0][0]) and torch.equal(h, runs[0][1])
+    assert filled(forward, arguments) == 2  # y and h
+    monkeypatch.delenv("PEFT_KERNELS_SM90")
+    assert filled(forward, arguments) == 3
