@@ -3,7 +3,8 @@
 Every object is one compiler call; they run in parallel, and one that is newer than what it was made from is kept:
 
     csrc/<family>/*_cpu.cpp    once per line of csrc/instruction_sets.txt: one wheel serves every x86-64 processor
-    csrc/<family>/*.cu         by nvcc, without torch's headers: a CPU-only torch is enough to build the CUDA part
+    csrc/<family>/*.cu         by nvcc, without torch's headers: a CPU-only torch is enough to build the CUDA part;
+                               *_sm90.cu for sm_90a alone
     csrc/bindings/*.cpp        against torch's stable ABI (2.11 and later), *_cuda.cpp only where nvcc is; nothing else
                                includes torch
     other csrc/*/*.cpp         once: launch plans, the choice of the instruction set
@@ -35,6 +36,8 @@ CXX = os.environ.get("CXX", "g++")
 # -ffp-contract=fast: ISO mode (-std=c++17) would not fuse a product and a sum into one FMA
 CXXFLAGS = ["-O2", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-Wall", "-Icsrc"]
 NVCCFLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
+# wgmma and its like are in no other architecture, so whatever PK_CUDA_ARCHS says; the binding asks before it launches
+SM90 = ["-gencode=arch=compute_90a,code=sm_90a"]
 PATHS = sysconfig.get_paths()
 
 
@@ -183,7 +186,8 @@ class Build(build_ext):
             if source.name.endswith("_cuda.cpp") and not nvcc:
                 return {}
             if source.suffix == ".cu":
-                return {"": [nvcc, f"-ccbin={CXX}", *NVCCFLAGS, *code]} if nvcc else {}
+                own = SM90 if source.name.endswith("_sm90.cu") else code
+                return {"": [nvcc, f"-ccbin={CXX}", *NVCCFLAGS, *own]} if nvcc else {}
             if source == MODULE:
                 return {"": [CXX, *CXXFLAGS, *(f"-isystem{p}" for p in module_headers())]} if not module_lacks() else {}
             if source.name == "build_info.cpp":  # it alone, so that a new revision recompiles nothing else

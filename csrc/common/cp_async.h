@@ -8,10 +8,6 @@ namespace pk {
 
 #ifdef __CUDACC__
 
-__device__ __forceinline__ uint32_t shared_address(const void* place) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(place));
-}
-
 // Copies `valid` bytes of kBytes (4, 8 or 16; both addresses multiples of it) and zeroes the rest; with valid = 0 the
 // global address is not read, but must still be a pointer into some allocation. 16 bytes go past the first-level cache.
 template <int kBytes>

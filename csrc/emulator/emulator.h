@@ -1,6 +1,7 @@
 // CUDA C++ on the CPU: what a .cu file sees when g++ compiles it in place of nvcc. Each CUDA thread is a fiber
-// (machine.h), blocks run one after another, and every word that makes threads meet is a call that can switch fibers.
-// The device primitives of csrc/common include this file; kernels and launchers do not.
+// (machine.h), blocks run one after another (the blocks of a cluster together), and every word that makes threads meet
+// is a call that can switch fibers. The device primitives of csrc/common include this file, and sm90.h; kernels and
+// launchers do not.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,8 +20,9 @@
 #undef __grid_constant__
 #define __launch_bounds__(...)
 #define __grid_constant__
-// One block runs at a time, in one OS thread: a static variable is its shared memory. Thread-local ones lie together,
-// so that they can be poisoned before each block; AddressSanitizer guards only the others.
+// One block runs at a time, in one OS thread: a static variable is its shared memory (so not in a cluster).
+// Thread-local ones lie together, so that they can be poisoned before each block; AddressSanitizer guards only the
+// others.
 #if defined(__SANITIZE_ADDRESS__)
 #define __shared__ static
 #else
@@ -29,7 +31,8 @@
 
 namespace emulator {
 
-// When a cp.async lands: at the wait that orders it, at once, or either at random.
+// When a cp.async lands: at the wait that orders it, at once, or either at random. A copy to an mbarrier is late when
+// it lands only after no thread can go on without it; a wgmma when it reads its operands at its wait.
 enum class Copies { kLate, kEarly, kRandom };
 
 // Seed 0 runs threads and blocks in order; any other shuffles the threads at every step and the blocks of a launch.
@@ -50,8 +53,9 @@ struct Site {
 
 enum class Format { kBFloat16, kFloat16, kTf32 };
 
+// cluster_blocks is 0 for a kernel of every architecture, at least 1 for one of sm_90 alone.
 cudaError_t run(const char* kernel, const void* entry, dim3 grid, dim3 block, size_t shared_bytes, bool overlapped,
-                const std::function<void()>& thread);
+                int cluster_blocks, const std::function<void()>& thread);
 void barrier(Site site);
 void warp_barrier(unsigned mask, Site site);
 void shuffle(unsigned mask, void* result, const void* value, size_t bytes, int source, Site site);
@@ -61,7 +65,7 @@ void multiply(Format format, int depth, float* d, const uint32_t* a, const uint3
 void copy_async(void* shared, const void* global, int bytes, int valid, Site site);
 void copy_commit();
 void copy_wait(int groups_left);
-void* dynamic_shared(Site site);
+void* dynamic_shared(size_t alignment, Site site);
 void wait_for_previous_launch();
 void fence();
 // Between the two no other thread runs, so the caller computes the new value from the old one as it likes.
@@ -70,11 +74,11 @@ void atomic_store(void* place, const void* value, size_t bytes);
 int lane();
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(const char* name, bool overlapped, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                   size_t shared_bytes, cudaStream_t, Arguments&&... arguments) {
+cudaError_t launch(const char* name, bool overlapped, int cluster_blocks, void (*kernel)(Parameters...), dim3 grid,
+                   dim3 block, size_t shared_bytes, cudaStream_t, Arguments&&... arguments) {
   const std::tuple<Parameters...> held(std::forward<Arguments>(arguments)...);
   const void* const entry = reinterpret_cast<const void*>(kernel);
-  return run(name, entry, grid, block, shared_bytes, overlapped, [&] { std::apply(kernel, held); });
+  return run(name, entry, grid, block, shared_bytes, overlapped, cluster_blocks, [&] { std::apply(kernel, held); });
 }
 
 template <class T, class Update>

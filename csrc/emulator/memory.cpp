@@ -1,6 +1,6 @@
 // Shared memory, asynchronous copies and atomics. Dynamic shared memory is a piece of an arena with wide forbidden
-// zones on both sides; all shared memory is 0xFF (a NaN in every float type) until the block writes it, and so is what
-// a cp.async overwrites from its issue until it lands.
+// zones on both sides, one for each block of a cluster; all shared memory is 0xFF (a NaN in every float type) until the
+// block writes it, and so is what a cp.async overwrites from its issue until it lands.
 #include <link.h>
 #include <sys/mman.h>
 
@@ -14,8 +14,8 @@
 namespace emulator {
 namespace {
 
-constexpr size_t kZone = 1 << 18, kArena = 2 * kZone + (1 << 18);
-constexpr size_t kBase = kZone + 128;  // aligned to 128 bytes, as PK_DYNAMIC_SHARED asks, and to no more
+constexpr size_t kZone = 1 << 18, kPerBlock = kZone + (1 << 18);
+constexpr size_t kArena = kZone + kPerBlock * pk::kMostClusterBlocks;
 
 #if !defined(EMULATOR_ASAN)
 // The thread-local variables of the module (program or library) that the emulator is linked into.
@@ -36,6 +36,20 @@ int find_static(dl_phdr_info* info, size_t, void* found) {
 }
 #endif
 
+void poison_dynamic() {
+#if defined(EMULATOR_ASAN)
+  const Range arena = shared_arena();
+  __asan_poison_memory_region(arena.begin, arena.end - arena.begin);
+#endif
+  for (size_t rank = 0; rank < machine.blocks.size(); ++rank) {
+    const Range dynamic = dynamic_range(static_cast<int>(rank));
+#if defined(EMULATOR_ASAN)
+    __asan_unpoison_memory_region(dynamic.begin, machine.shared_bytes);
+#endif
+    memset(dynamic.begin, 0xFF, machine.shared_bytes);
+  }
+}
+
 void move(const Copy& copy) {
   memcpy(copy.shared, copy.global, copy.valid);
   memset(copy.shared + copy.valid, 0, copy.bytes - copy.valid);
@@ -52,8 +66,9 @@ const Range& shared_arena() {
   return range;
 }
 
-Range dynamic_range() {
-  char* begin = shared_arena().begin + kBase;
+// Aligned as the kernel asks (PK_DYNAMIC_SHARED, PK_SWIZZLED_SHARED), and to no more.
+Range dynamic_range(int rank) {
+  char* begin = shared_arena().begin + kZone + rank * kPerBlock + machine.shared_alignment;
   return {begin, begin + machine.shared_bytes};
 }
 
@@ -71,14 +86,17 @@ const Range& static_range() {
 }
 
 void poison_shared() {
-  const Range dynamic = dynamic_range(), fixed = static_range();
-#if defined(EMULATOR_ASAN)
-  const Range arena = shared_arena();
-  __asan_poison_memory_region(arena.begin, arena.end - arena.begin);
-  __asan_unpoison_memory_region(dynamic.begin, machine.shared_bytes);
-#endif
-  memset(dynamic.begin, 0xFF, machine.shared_bytes);
+  const Range fixed = static_range();
   if (fixed.begin != nullptr) memset(fixed.begin, 0xFF, fixed.end - fixed.begin);
+  poison_dynamic();
+}
+
+void end_shared(int rank) {
+  const Range dynamic = dynamic_range(rank);
+  memset(dynamic.begin, 0xFF, machine.shared_bytes);
+#if defined(EMULATOR_ASAN)
+  __asan_poison_memory_region(dynamic.begin, machine.shared_bytes);
+#endif
 }
 
 void check_access([[maybe_unused]] const void* place, [[maybe_unused]] int bytes, [[maybe_unused]] bool write) {
@@ -106,8 +124,12 @@ void check_shared(const void* place, [[maybe_unused]] int bytes, int alignment, 
 #endif
 }
 
-void* dynamic_shared(Site site) {
+void* dynamic_shared(size_t alignment, Site site) {
   if (machine.shared_bytes == 0) fail("out of bounds: dynamic shared memory, and the launch asked for none", site);
+  if (alignment != machine.shared_alignment) {  // the first thread of the launch to ask: nobody has touched it yet
+    machine.shared_alignment = alignment;
+    poison_dynamic();
+  }
   return dynamic_range().begin;
 }
 

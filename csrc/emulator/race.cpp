@@ -1,7 +1,9 @@
 // Races between CUDA threads. g++ -fsanitize=thread puts a call before every load and store of the kernels; here are
 // those calls, in place of ThreadSanitizer's own. Each byte remembers its last write and up to two reads that are not
 // ordered among each other; an access must have seen (clocks.h) those that it conflicts with. Reported too: reads of
-// shared memory that the block has not written, and touching what a cp.async in flight will overwrite.
+// shared memory that the block has not written, touching what a cp.async in flight will overwrite, what the hardware
+// reads past the threads' caches without a proxy fence, and shared memory of a block that may not have begun or have
+// ended.
 #if defined(EMULATOR_RACE)
 #include "emulator/race.h"
 
@@ -23,9 +25,9 @@ namespace emulator::race {
 namespace {
 
 struct Access {
-  uint32_t block = 0, time = 0;
-  int32_t pc = 0;  // from the address of `anchor`
-  uint16_t thread = 0;
+  uint32_t block = 0, time = 0;  // block: the first of the cluster
+  int32_t pc = 0;                // from the address of `anchor`
+  uint16_t thread = 0;           // or agent
   Kind kind = Kind::kRead;
 };
 
@@ -87,38 +89,48 @@ std::string source_line(int32_t pc) {
 }
 
 std::string described(const Access& access) {
-  static const char* const names[] = {"read", "write", "atomic", "cp.async"};
-  const std::string text =
-      std::string(names[static_cast<int>(access.kind)]) + " by thread " + std::to_string(access.thread) + " of ";
-  const bool before = access.block < machine.launch_start;
-  const std::string block = before
-                                ? "the launch before"
-                                : "block " + std::to_string(machine.block_order[access.block - machine.launch_start]);
-  return text + block + " at " + source_line(access.pc);
+  static const char* const names[] = {
+      "read", "write", "atomic", "cp.async", "mbarrier operation", "tma_load or bulk_load", "wgmma"};
+  const std::string name = names[static_cast<int>(access.kind)], at = " at " + source_line(access.pc);
+  if (access.kind == Kind::kTransfer || access.kind == Kind::kProduct) return name + at;  // by no thread
+  if (access.block < machine.launch_start) return name + " by a thread of the launch before" + at;
+  const size_t block = access.block - machine.launch_start + access.thread / machine.block_fibers;
+  return name + " by thread " + std::to_string(access.thread % machine.block_fibers) + " of block " +
+         std::to_string(machine.block_order[block]) + at;
+}
+
+// The block in whose dynamic shared memory a place lies, or -1.
+int owner(const void* place, int bytes = 1) {
+  for (size_t rank = 0; rank < machine.blocks.size(); ++rank) {
+    if (dynamic_range(static_cast<int>(rank)).holds(place, bytes)) return static_cast<int>(rank);
+  }
+  return -1;
 }
 
 void report(const char* what, const Access& before, const Access& now, uintptr_t place, bool shared) {
   if (!reported.insert({what, before.pc, now.pc}).second || reported.size() > kMostReports) return;
-  const Range dynamic = dynamic_range();
-  const bool in_dynamic = dynamic.holds(reinterpret_cast<void*>(place));
+  const int rank = owner(reinterpret_cast<void*>(place));
+  const bool in_dynamic = rank >= 0;
   fprintf(stderr, "emulator: %s\n  kernel %s, %s memory %s0x%zx\n  %s\n", what, machine.kernel,
           shared ? "shared" : "global", in_dynamic ? "+ " : "",
-          in_dynamic ? place - reinterpret_cast<uintptr_t>(dynamic.begin) : place, described(now).c_str());
+          in_dynamic ? place - reinterpret_cast<uintptr_t>(dynamic_range(rank).begin) : place, described(now).c_str());
   if (before.block != 0) fprintf(stderr, "  after %s\n", described(before).c_str());
 }
 
-bool ordered(const Access& before, const Access& now, bool shared) {
-  if (before.block == 0 || (before.kind == Kind::kAtomic && now.kind == Kind::kAtomic)) return true;
+// Has `witness`, the thread that does it or asks the hardware for it, seen what was before?
+bool ordered(const Access& before, const Access& now, bool shared, int witness) {
+  if (before.block == 0) return true;
+  if (before.kind == now.kind && (now.kind == Kind::kAtomic || now.kind == Kind::kMbarrier)) return true;
   if (shared && before.block != now.block) return true;  // the memory of a block that is gone
   if (before.block < machine.launch_start) {
     return machine.running->waited_for_previous || before.block < machine.previous_launch;
   }
-  return clocks.seen(now.thread, before.block, before.thread, before.time);
+  return clocks.seen(witness, before.block, before.thread, before.time);
 }
 
-void remember_read(Cell& cell, const Access& now, bool shared) {
+void remember_read(Cell& cell, const Access& now, bool shared, int witness) {
   for (Access& read : cell.reads) {
-    if ((read.thread == now.thread && read.block == now.block) || ordered(read, now, shared)) {
+    if ((read.thread == now.thread && read.block == now.block) || ordered(read, now, shared, witness)) {
       read = now;
       return;
     }
@@ -127,20 +139,25 @@ void remember_read(Cell& cell, const Access& now, bool shared) {
   if (cell.reads[0].thread / 32 == cell.reads[1].thread / 32) cell.reads[1] = now;
 }
 
-void visit(uintptr_t place, const Access& now, bool shared) {
+// Inlined into the loops over bytes, where most of the time of this build is spent.
+__attribute__((always_inline)) inline void visit(uintptr_t place, const Access& now, bool shared, int witness) {
   Cell& cell = cell_of(place);
-  const bool reads = now.kind == Kind::kRead || now.kind == Kind::kAtomic;
-  if (shared && reads && cell.write.block != now.block) {
-    report("read of unwritten shared memory", {}, now, place, shared);
-  }
-  if (shared && cell.write.kind == Kind::kCopy && cell.write.block == now.block) {
+  const bool reads = now.kind != Kind::kWrite && now.kind != Kind::kCopy && now.kind != Kind::kTransfer;
+  const bool by_hardware = now.kind == Kind::kTransfer || now.kind == Kind::kProduct;
+  const bool written = cell.write.block == now.block;
+  if (shared && reads && !written) report("read of unwritten shared memory", {}, now, place, shared);
+  if (shared && cell.write.kind == Kind::kCopy && written) {
     report("cp.async still in flight: no wait covers it", cell.write, now, place, shared);
-  } else if (!ordered(cell.write, now, shared)) {
+  } else if (!ordered(cell.write, now, shared, witness)) {
     report("race", cell.write, now, place, shared);
+  } else if (by_hardware && written && !clocks.is_agent(cell.write.thread) &&
+             !clocks.proxied(witness, cell.write.thread, cell.write.time)) {
+    report("no async_proxy_fence between", cell.write, now, place, shared);
   }
-  if (now.kind == Kind::kRead) return remember_read(cell, now, shared);
+  if (now.kind == Kind::kRead || now.kind == Kind::kProduct) return remember_read(cell, now, shared, witness);
+  if (now.kind == Kind::kMbarrier) return;  // against mbarrier_init, which stays the last write
   for (const Access& read : cell.reads) {
-    if (!ordered(read, now, shared)) report("race", read, now, place, shared);
+    if (!ordered(read, now, shared, witness)) report("race", read, now, place, shared);
   }
   cell = Cell{now, {}};
 }
@@ -148,14 +165,51 @@ void visit(uintptr_t place, const Access& now, bool shared) {
 Access access_now(Kind kind, const void* pc) {
   const int thread = machine.running->number;
   const intptr_t offset = reinterpret_cast<intptr_t>(pc) - reinterpret_cast<intptr_t>(&anchor);
-  return {machine.block, clocks.now(thread), static_cast<int32_t>(offset), static_cast<uint16_t>(thread), kind};
+  return {machine.first_block, clocks.now(thread), static_cast<int32_t>(offset), static_cast<uint16_t>(thread), kind};
+}
+
+void visit_by_hardware(const void* shared, int bytes, Kind kind, int agent, int time, const void* pc) {
+  Access now = access_now(kind, pc);
+  now.thread = static_cast<uint16_t>(agent);
+  now.time = static_cast<uint32_t>(time);
+  const uintptr_t first = reinterpret_cast<uintptr_t>(shared);
+  for (int i = 0; i < bytes; ++i) visit(first + i, now, true, machine.running->number);
+}
+
+// Has `thread` seen that a thread of the block has begun, and might it not have returned by then?
+void check_other_block(int rank, const Access& now, uintptr_t place) {
+  const int first = rank * machine.block_fibers;
+  bool begun = false;
+  for (int i = 0; i < machine.block_threads && !begun; ++i) begun = clocks.seen(now.thread, now.block, first + i, 1);
+  if (!begun) report("shared memory of a block that may not have begun", {}, now, place, true);
+  if (machine.blocks[rank].alive == 0) report("shared memory of a block that has ended", {}, now, place, true);
+}
+
+// Has a thread of the block, which all have returned, seen it?
+void check_before_the_end(int rank, const Access& access, uintptr_t place) {
+  const int first = rank * machine.block_fibers, of = access.thread / machine.block_fibers;
+  if (access.block != machine.first_block || clocks.is_agent(access.thread) || of == rank) return;
+  for (int i = 0; i < machine.block_threads; ++i) {
+    if (clocks.seen(first + i, access.block, access.thread, access.time)) return;
+  }
+  report("shared memory of a block that may have ended", {}, access, place, true);
 }
 
 }  // namespace
 
-void start_block(int threads) {
-  if (machine.block == machine.launch_start) clocks.start_launch();
-  clocks.start_block(machine.block, threads);
+void start_cluster(int threads) {
+  if (machine.first_block == machine.launch_start) clocks.start_launch();
+  clocks.start_cluster(machine.first_block, threads);
+}
+
+void end_block(int rank) {
+  const Range range = dynamic_range(rank);
+  for (char* place = range.begin; place < range.end; ++place) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(place);
+    const Cell& cell = cell_of(at);
+    check_before_the_end(rank, cell.write, at);
+    for (const Access& read : cell.reads) check_before_the_end(rank, read, at);
+  }
 }
 
 void end_launch() {
@@ -163,7 +217,12 @@ void end_launch() {
 }
 
 void block_barrier() {
-  clocks.barrier();
+  std::vector<int> met(machine.block_threads);
+  for (int i = 0; i < machine.block_threads; ++i) met[i] = machine.running->rank * machine.block_fibers + i;
+  clocks.meet(met);
+}
+void barrier(const std::vector<int>& threads) {
+  clocks.meet(threads);
 }
 void warp_barrier(unsigned lanes) {
   clocks.barrier(machine.running->warp * 32, lanes);
@@ -178,11 +237,13 @@ void access(const void* place, int bytes, Kind kind, const void* pc) {
   const bool in_arena = shared_arena().holds(place), shared = in_arena || static_range().holds(place);
   const Access now = access_now(kind, pc);
   const uintptr_t first = reinterpret_cast<uintptr_t>(place);
-  if (in_arena && !dynamic_range().holds(place, bytes)) {
+  const int rank = in_arena ? owner(place, bytes) : machine.running->rank;
+  if (rank < 0) {
     report("out of bounds: shared memory", {}, now, first, true);
     fail("the accesses above are errors", {nullptr, 0});
   }
-  for (int i = 0; i < bytes; ++i) visit(first + i, now, shared);
+  if (rank != machine.running->rank) check_other_block(rank, now, first);
+  for (int i = 0; i < bytes; ++i) visit(first + i, now, shared, now.thread);
   if (kind == Kind::kAtomic) clocks.atomic(now.thread, place);
 }
 
@@ -199,6 +260,31 @@ void copy_lands(const void* shared, int bytes) {
     copy.kind = Kind::kWrite;
     copy.time = clocks.now(copy.thread);
   }
+}
+
+int new_agent() {
+  return clocks.new_agent();
+}
+void transfer(const void* shared, int bytes, int agent, int time, const void* pc) {
+  visit_by_hardware(shared, bytes, Kind::kTransfer, agent, time, pc);
+}
+void product(const void* shared, int bytes, int agent, int time, const void* pc) {
+  visit_by_hardware(shared, bytes, Kind::kProduct, agent, time, pc);
+}
+void learn(int thread, int agent, int time) {
+  clocks.learn_agent(thread, agent, static_cast<uint32_t>(time));
+}
+void proxy_fence() {
+  clocks.proxy_fence(machine.running->number);
+}
+void release(const void* key) {
+  clocks.release(machine.running->number, key);
+}
+void complete(const void* key, int agent, int time) {
+  clocks.complete(key, agent, static_cast<uint32_t>(time));
+}
+void acquire(const void* key) {
+  clocks.acquire(machine.running->number, key);
 }
 
 }  // namespace emulator::race

@@ -8,10 +8,6 @@
 namespace emulator {
 namespace {
 
-bool same_site(Site a, Site b) {
-  return a.line == b.line && strcmp(a.file, b.file) == 0;
-}
-
 const void* argument(int lane) {
   return machine.threads[machine.running->warp * 32 + lane].argument;
 }

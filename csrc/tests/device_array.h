@@ -21,6 +21,9 @@ constexpr const char* kWhere = EMULATOR_BUILD;
 inline bool device_present() {
   return true;
 }
+inline bool sm90_present() {
+  return true;
+}
 
 class Memory {
  public:
@@ -49,6 +52,12 @@ constexpr const char* kWhere = "gpu";
 inline bool device_present() {
   int count = 0;
   return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
+}
+inline bool sm90_present() {  // what the kernels of *_sm90.cu need
+  int major = 0, minor = 0;
+  return device_present() && cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0) == cudaSuccess && major == 9 &&
+         minor == 0;
 }
 inline std::string words_of(cudaError_t error) {
   return cudaGetErrorString(error);

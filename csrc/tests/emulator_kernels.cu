@@ -1,8 +1,6 @@
 // Kernels that test the emulator: a pipelined tile GEMM (mma.sync, ldmatrix, cp.async), a stencil in static shared
 // memory, a reversal within warps, a sum whose last block adds up what all wrote, and two overlapped launches. `kBug`
 // plants one bug. They keep the three conventions of a kernel: PTX only in csrc/common, PK_DYNAMIC_SHARED, PK_LAUNCH.
-#include <type_traits>
-
 #include "common/cp_async.h"
 #include "common/mma.h"
 #include "common/warp.h"
@@ -152,14 +150,6 @@ __global__ void both_kinds_kernel(const int* x, int* y) {
   slots[t] = 2 * x[t];
   __syncwarp();
   y[t] = fixed[31 - t] + slots[t];
-}
-
-// Calls launch(std::integral_constant) with the one of `kBugs` that is asked for, or with none of them.
-template <Bug... kBugs, class Launch>
-cudaError_t with_bug(Bug bug, Launch launch) {
-  cudaError_t error = cudaErrorInvalidValue;
-  const bool known = ((bug == kBugs && (error = launch(std::integral_constant<Bug, kBugs>()), true)) || ...);
-  return known ? error : launch(std::integral_constant<Bug, Bug::kNone>());
 }
 
 }  // namespace

@@ -1,9 +1,11 @@
-// Kernels that test the emulator, each right as it stands and wrong in the ways that Bug names (emulator_kernels.cu).
+// Kernels that test the emulator, each right as it stands and wrong in the ways that Bug names (emulator_kernels.cu,
+// emulator_kernels_sm90.cu).
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/dtype.h"
 
@@ -26,7 +28,47 @@ enum class Bug {
   kBlockRace,         // blocks count with a plain addition
   kMissingFence,      // a block's results are announced before they are visible
   kNoLaunchWait,      // an overlapped launch does not wait for the one before it
+  // Of clusters, named barriers and registers
+  kNoFirstClusterBarrier,  // another block's shared memory before it is known to have begun
+  kNoClusterBarrier,       // between a block's writes and another one's reads
+  kNoLastClusterBarrier,   // a block ends while another one may still read its shared memory
+  kDivergentCluster,       // some threads return before a cluster barrier
+  kArriveTwice,            // cluster_arrive without its cluster_wait
+  kNoSuchBlock,            // of_block of a rank that the cluster has not
+  kStaticInCluster,        // static shared memory
+  kNoNamedBarrier,         // between the writes of some warps and the reads of others
+  kNamedBarrierCount,      // waits for a warp that does not come
+  kTooManyRegisters,       // more than the block has
+  kPartOfGroup,            // half of a warp group gives its registers away
+  // Of mbarriers, copies and wgmma
+  kNoInit,          // an mbarrier that nobody has initialised
+  kNoInitBarrier,   // used by threads that may come before its initialisation
+  kNoInitFence,     // the copies may not see its initialisation
+  kNoFullWait,      // a tile is used before it has come
+  kWrongParity,     // waits for the phase before
+  kNoEmptyWait,     // a tile is overwritten that may be in use
+  kEarlyRelease,    // a tile is given back before the product is done
+  kTooFewBytes,     // expected by a phase
+  kTooManyBytes,    // expected by a phase
+  kArrivesTwice,    // one arrival too many
+  kBoxBounds,       // a box past the end of shared memory
+  kMisalignedBox,   // a box at a multiple of 512 bytes
+  kNoCopyWait,      // the kernel ends with a copy in flight
+  kNoProxyFence,    // between plain stores and wgmma
+  kNoProductFence,  // wgmma without wgmma_fence
+  kNoCommit,        // wgmma in no group
+  kNoProductWait,   // the kernel ends with wgmma in flight
+  kEarlyRead,       // of accumulators
+  kStepPastRow,     // a step along k past the end of a box
 };
+
+// Calls launch(std::integral_constant) with the one of `kBugs` that is asked for, or with none of them.
+template <Bug... kBugs, class Launch>
+cudaError_t with_bug(Bug bug, Launch launch) {
+  cudaError_t error = cudaErrorInvalidValue;
+  const bool known = ((bug == kBugs && (error = launch(std::integral_constant<Bug, kBugs>()), true)) || ...);
+  return known ? error : launch(std::integral_constant<Bug, Bug::kNone>());
+}
 
 // C[M, N] = A[M, K] B[N, K]^T in fp32, 16-bit inputs, K a multiple of 8.
 template <class T>
@@ -48,5 +90,22 @@ cudaError_t stencil_twice(Bug bug, const int* x, int* between, int* y, int n, cu
 // y[i] = x[31 - i] + 2 x[i], 32 of them, by way of 1 KiB of static and some dynamic shared memory.
 constexpr size_t kStaticBytes = 1024;
 cudaError_t both_kinds_of_shared(size_t dynamic_bytes, const int* x, int* y, cudaStream_t stream);
+
+// -- of sm_90a (emulator_kernels_sm90.cu) -----------------------------------------------------------------------------
+
+// y = x turned by a block's worth: block b of a cluster gets what the next one has. x [clusters, blocks, 64].
+cudaError_t turn(Bug bug, int clusters, int blocks, const int* x, int* y, cudaStream_t stream);
+
+// *y = 7, by way of the last of so many bytes of shared memory.
+cudaError_t through_shared(size_t bytes, int* y, cudaStream_t stream);
+
+// y = x reversed, 128 of them, by three warp groups: the first writes, the second reads.
+cudaError_t relay(Bug bug, const int* x, int* y, cudaStream_t stream);
+
+// C[M, N] = A[M, K] B in fp32, by TMA and wgmma; B is [N, K], or with `along_output` [K, N]. K and N are multiples
+// of 8.
+template <class T>
+cudaError_t warp_group_gemm(Bug bug, bool along_output, const T* A, const T* B, float* C, int M, int N, int K,
+                            cudaStream_t stream);
 
 }  // namespace pk::test
