@@ -199,7 +199,7 @@ def commands_of(stage: Stage, words: dict[str, str]) -> list[Run]:
     """The stage's commands with all words filled in; none where {each} stands for no file. Programs of kernels that are
     for sm_90a alone are left out on another GPU."""
     files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(stage.each.format(**words))) if stage.each else []
-    files = [name for name in files if words["arch"] == "90a" or "_sm90_" not in name]
+    files = [file for file in files if words["arch"] == "90a" or "_sm90_" not in file]
     runs = []
     for command in stage.commands:
         for each in files if "{each}" in command else [""]:

@@ -4,6 +4,7 @@ Every arm owns its weight, as every layer of a model does: were it shared, each 
 the one before it has filled, and M = 1 would measure the cache.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -27,10 +28,31 @@ class Arm:
     variant: Variant | None  # None: a frozen layer, which has no adapter
     call: Callable[[Tensor], Tensor]
     parameters: tuple[Tensor, ...]
+    behind: tuple["Arm", ...] = ()  # equal layers with weights of their own, which a graph goes through after it
+
+
+MOST_COPIES, MOST_WEIGHTS, FEW_ROWS = 8, 1 << 29, 64
+
+
+def copies(weight_bytes: int, device: torch.device) -> int:
+    """How many layers a graph goes through where one takes not much more than events resolve."""
+    return max(1, min(MOST_COPIES, MOST_WEIGHTS // weight_bytes)) if device.type == "cuda" else 1
 
 
 def build(cell: Cell, device: torch.device, kinds: tuple[str, ...]) -> tuple[list[Arm], list[str]]:
     """Both frozen arms and, for every variant, the arms of the given kinds; and a line for each that cannot be here."""
+    count = copies(cell.dtype.itemsize * cell.K * cell.N, device) if cell.M <= FEW_ROWS else 1
+    if count == 1:
+        return _of_one_layer(cell, device, kinds)
+    made = [_of_one_layer(cell, device, tuple(kind for kind in kinds if kind != "compiled")) for _ in range(count)]
+    left_out = made[0][1] + ["compiled, of few rows: it would be compiled for every layer of a graph"] * (
+        "compiled" in kinds
+    )
+    each = zip(*(arms for arms, _ in made), strict=True)
+    return [dataclasses.replace(first, behind=tuple(rest)) for first, *rest in each], left_out
+
+
+def _of_one_layer(cell: Cell, device: torch.device, kinds: tuple[str, ...]) -> tuple[list[Arm], list[str]]:
     arms = [_frozen(cell, device, name) for name in ("frozen", "frozen_again")]
     left_out = []
     without = _peft_missing()

@@ -7,7 +7,8 @@ shrink          h [M, r] = x A^T: bytes per second through a product that is mos
 expand          y += h B^T in place: likewise, of one that is mostly writing what it has read
 launch          the time that one more kernel of next to no work costs, in a CUDA graph (on a CPU: one more operator)
 
-All are taken in the same rounds, in an order that turns, with a cold L2 on a GPU; ratios are within a round.
+All are taken in the same rounds, in an order that turns, with a cold L2 on a GPU; ratios are within a round. Of few
+rows a GPU does several products with weights of their own in one go: one takes not much more than events resolve.
 """
 
 import time
@@ -22,6 +23,7 @@ from benchmarks import measure as rounds_of
 RANK = 16
 EXTRAS = (1, 4, 8, 16, 64)  # in bf16 rows are aligned to 2, 8, 16, 32 and 128 bytes
 LAUNCHES = 50
+COPIES, FEW_ROWS = 8, 64
 
 
 @dataclass(frozen=True)
@@ -92,33 +94,49 @@ def _products(device: torch.device, size: Sizes, M: int) -> list[Fact]:
     def random(*shape):
         return torch.randn(shape, device=device).mul_(size.K**-0.5).to(size.dtype)
 
+    count = COPIES if device.type == "cuda" and M <= FEW_ROWS else 1
+    each = f", {count} of them" if count > 1 else ""
+
+    def fact(name, K, N, run, work, unit, against="gemm"):
+        def every():
+            for i in range(count):
+                run(i)
+
+        return Fact(name, f"{M} x {K} x {N}{each}", every, count * work, unit, against)
+
     found = []
     y = random(M, size.N)
     for extra in (0, *EXTRAS):
         K = size.K + extra
-        x, weight = random(M, K), random(size.N, K)
+        x, weights = random(M, K), [random(size.N, K) for _ in range(count)]
+
+        def product(i, x=x, weights=weights):
+            torch.mm(x, weights[i].t(), out=y)
+
         name = f"gemm K+{extra}" if extra else "gemm"
-        work = 2 * M * size.N * K
+        against = "gemm" if extra else ""
+        found.append(fact(name, K, size.N, product, 2 * M * size.N * K, "TFLOP/s", against))
+    x, total, h = random(M, size.K), random(M, size.N), random(M, RANK)
+    weights = [random(size.N, size.K) for _ in range(count)]
+    factors = [(random(RANK, size.K), random(size.N, RANK)) for _ in range(count)]
 
-        def product(x=x, weight=weight):
-            return torch.mm(x, weight.t(), out=y)
+    def onto(i):
+        torch.addmm(total, x, weights[i].t(), out=total)
 
-        found.append(Fact(name, f"{M} x {K} x {size.N}", product, work, "TFLOP/s", "gemm" if extra else ""))
-    x, weight, a, b = random(M, size.K), random(size.N, size.K), random(RANK, size.K), random(size.N, RANK)
-    total, h = random(M, size.N), random(M, RANK)
-    shape = f"{M} x {size.K} x"
-    found.append(
-        Fact(
-            "gemm beta=1", f"{shape} {size.N}", lambda: torch.addmm(total, x, weight.t(), out=total),
-            2 * M * size.N * size.K, "TFLOP/s", "gemm",
-        )
-    )  # fmt: skip
-    shrink_bytes = size.dtype.itemsize * (x.numel() + a.numel() + h.numel())
-    found.append(Fact("shrink", f"{shape} {RANK}", lambda: torch.mm(x, a.t(), out=h), shrink_bytes, "GB/s", "gemm"))
-    expand_bytes = size.dtype.itemsize * (2 * total.numel() + b.numel() + h.numel())
-    shape = f"{M} x {RANK} x {size.N}"
-    found.append(Fact("expand", shape, lambda: torch.addmm(total, h, b.t(), out=total), expand_bytes, "GB/s", "gemm"))
-    return found
+    def shrink(i):
+        torch.mm(x, factors[i][0].t(), out=h)
+
+    def expand(i):
+        torch.addmm(total, h, factors[i][1].t(), out=total)
+
+    read = size.dtype.itemsize * (x.numel() + RANK * size.K + h.numel())
+    written = size.dtype.itemsize * (2 * total.numel() + RANK * size.N + h.numel())
+    return [
+        *found,
+        fact("gemm beta=1", size.K, size.N, onto, 2 * M * size.N * size.K, "TFLOP/s"),
+        fact("shrink", size.K, RANK, shrink, read, "GB/s"),
+        fact("expand", RANK, size.N, expand, written, "GB/s"),
+    ]
 
 
 def clock(device: torch.device) -> Callable[[Fact], float]:

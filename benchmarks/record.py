@@ -57,6 +57,7 @@ class Row(Origin):
     p: str
     direction: str  # "forward" (the forward part of a training step) or "forward+backward"
     timing: str  # "eager", or "graph": replayed from a CUDA graph
+    copies: int  # layers that a step went through; all numbers are those of one
     rounds: int
     ms_p20: float
     ms_p50: float

@@ -169,6 +169,8 @@ def timed(
         if arm.backend not in foreign:
             raise gate.RedGateError(f"{cell.title}: {arm.name} {arm.backend} {reason}")
         failed[arm] = reason
+        # what is wrong with its base is wrong without it
+        failed |= {part: reason for part in able if part.name == f"{arm.name} alone" and part.backend == arm.backend}
     able = [arm for arm in able if arm not in failed]
     absent = [(name, "", reason) for name, reason in left_out.items()]
     absent += [(arm.name, arm.backend, reason) for arm, reason in failed.items()]

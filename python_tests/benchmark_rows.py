@@ -1,6 +1,7 @@
 """Made-up rows of the benchmarks, and a CSV of them."""
 
 import dataclasses
+import math
 
 import torch
 
@@ -12,8 +13,9 @@ def made_up(arm, M=16, ratio=1.0, dtype="float32", adapter="", p="", direction="
     numbers = dict.fromkeys(("ms_p20", "ms_p50", "ms_p80", "gbs", "tflops"), 1.5)
     row = record.Row(
         op="lora_linear", arm=arm, backend="cpu", dtype=dtype, adapter_dtype=adapter, M=M, K=64, N=64, r="16", p=p,
-        direction=direction, timing="eager", rounds=15, **numbers, ratio_p20=ratio, ratio_p50=ratio, ratio_p80=ratio,
-        aa_spread=0.02, peak_share=0.5, saved_bytes=100, not_timed="", device="a processor", driver="",
+        direction=direction, timing="eager", copies=1, rounds=15, **numbers,
+        ratio_p20=ratio, ratio_p50=ratio, ratio_p80=ratio, aa_spread=0.02,
+        peak_share=0.5, saved_bytes=100, not_timed="", device="a processor", driver="",
         threads=2, instruction_set="avx2", sm90="", torch="2", triton="3", cuda="", transformers="5", peft="0",
         peft_kernels="0", commit="0123456789abcdef-dirty", date="2026-01-02T03:04:05+00:00",
     )  # fmt: skip
@@ -118,3 +120,59 @@ MADE_UP = {
     "lora_variants": variant_rows,
     "decoder": decoder_rows,
 }
+
+
+def gpu_rows(forward=1.4, saved_beyond=0):
+    """The cells of the GPU's targets, both timings; compiled PEFT could not be captured."""
+    common = {
+        "dtype": "bfloat16", "K": 4096, "N": 4096, "device": "a GPU", "driver": "580", "cuda": "13.0", "triton": "3.6"
+    }  # fmt: skip
+    rows = []
+    for M in (8192, 1, 16):
+        for how in ("eager", "graph"):
+            for direction in ("forward", "forward+backward"):
+                place = common | {"M": M, "timing": how, "direction": direction}
+                rows += [made_up("frozen", **place), made_up("frozen_again", **place)]
+                for p in ("0", "0.1"):
+                    variant = place | {"adapter": "bfloat16", "p": p}
+                    kept = 2 * M * 4096 + 4 * M * 16 + 8 * (p == "0.1") + saved_beyond
+                    ours = {"backend": "cuda", "saved_bytes": kept}
+                    rows.append(made_up("peft", ratio=2.0, **variant))
+                    rows.append(made_up("op", ratio=1.1 if M > 16 else forward, **variant, **ours))
+            for p in ("0", "0.1"):
+                failed = {"timing": how, "p": p, "not_timed": "it waits", "rounds": 0}
+                numbers = dict.fromkeys(("ms_p50", "ratio_p50"), math.nan)
+                failed |= numbers | {"adapter": "bfloat16", "M": M, "backend": "inductor"}
+                rows += [made_up("compiled", **common | failed)] if how == "graph" else []
+    return rows
+
+
+def gpu_pool_rows(added=4.0, sglang=8.0):
+    """batched_lora's cells that have a target on a GPU."""
+    place = {"dtype": "bfloat16", "timing": "graph", "site": "square", "M": 64, "K": 4096, "N": "4096"}
+    arms_of = {"base": ("torch", math.nan), "base_again": ("torch", math.nan), "sglang_v2": ("peer", sglang)}
+    return [
+        dataclasses.replace(
+            mixed_rows()[0],
+            **place,
+            arm=arm,
+            backend=backend,
+            adapters=n,
+            present=n,
+            added_us=us / (3 if n == 1 else 1),
+        )
+        for n in (64, 1)
+        for arm, (backend, us) in (arms_of | {"op": ("cuda", added)}).items()
+    ]
+
+
+def gpu_decoder_rows(ratio=1.1):
+    """The decoding step that has a target, and the training step."""
+    training = [dataclasses.replace(row, device="a GPU") for row in decoder_rows() if row.step == "training"][:5]
+    first = [row for row in decoder_rows(decoding=ratio) if row.step == "decoding"][:5]
+    place = {"dtype": "bfloat16", "timing": "graph", "hidden": 4096, "B": 64, "adapters": 16, "memory_bytes": 0.0}
+    return training + [
+        dataclasses.replace(row, **place, backend="cuda" if row.arm == "pool" else "torch")
+        for row in first
+        if row.arm in ("frozen", "frozen_again", "pool")
+    ]

@@ -256,7 +256,7 @@ def test_csv_round_trip(tmp_path):
 
 def test_csv_columns_say_where_a_number_is_from(tmp_path):
     path = write(tmp_path / "a.csv", [])
-    assert path.read_text().startswith("op,arm,backend,dtype,adapter_dtype,M,K,N,r,p,direction,timing,rounds,")
+    assert path.read_text().startswith("op,arm,backend,dtype,adapter_dtype,M,K,N,r,p,direction,timing,copies,rounds,")
     origin = "device,driver,threads,instruction_set,sm90,torch,triton,cuda,transformers,peft,peft_kernels,commit,date"
     assert path.read_text().strip().endswith(f"saved_bytes,not_timed,{origin}")
     assert origin.split(",") == list(record.provenance(CPU))
@@ -285,7 +285,7 @@ def test_a_tree_without_git_is_named_by_pk_revision(tmp_path, monkeypatch):
 def test_a_csv_from_before_there_were_graphs_is_eager(tmp_path):
     path = tmp_path / "a.csv"
     row = made_up("frozen")
-    later = ("timing", "not_timed", "driver", "triton", "cuda", "sm90")
+    later = ("timing", "copies", "not_timed", "driver", "triton", "cuda", "sm90")
     earlier = [name for name in record.FIELDS if name not in later]
     path.write_text(",".join(earlier) + "\n" + ",".join(str(getattr(row, name)) for name in earlier) + "\n")
     assert record.read(path) == [dataclasses.replace(row, triton="")]

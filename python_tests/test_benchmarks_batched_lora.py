@@ -137,6 +137,16 @@ def test_serving_engines_that_are_not_here_are_named():
     assert all("not installed" in why or "CUDA" in why or "16 bits" in why for why in left_out.values())
 
 
+def test_of_an_engine_that_computes_something_else_nothing_is_timed(monkeypatch):
+    cell = varied(dtype=torch.bfloat16)
+    monkeypatch.setattr(arms, "_serving", lambda module, device: dict.fromkeys(ENGINES, lambda batch: lambda x, y: y()))
+    rows = {row.arm: row for row in timing.time_cell(cell, ("vllm", "op"), a_run())}
+    assert {"base", "base_again", "op", "op alone", "vllm", "vllm alone"} == rows.keys()
+    for name in ("vllm", "vllm alone"):
+        assert "computes something else than op" in rows[name].not_timed and math.isnan(rows[name].added_us)
+    assert not rows["op"].not_timed
+
+
 def test_a_step_goes_through_several_layers(monkeypatch):
     monkeypatch.setattr(arms, "copies", lambda cell, device: 3)
     made, _ = arms.build(SMALL, CPU, ("op",))

@@ -2,12 +2,20 @@
 
 import contextlib
 import dataclasses
-import math
 
 import pytest
 import torch
 import typer
-from benchmark_rows import MADE_UP, decoder_rows, made_up, made_up_rows, mixed_rows, write
+from benchmark_rows import (
+    MADE_UP,
+    decoder_rows,
+    gpu_decoder_rows,
+    gpu_pool_rows,
+    gpu_rows,
+    made_up_rows,
+    mixed_rows,
+    write,
+)
 from typer.testing import CliRunner
 
 from benchmarks import (
@@ -139,6 +147,33 @@ def test_a_captured_step_has_its_events_inside_and_the_flush_outside(log):
     assert log[-6:] == replay * 2  # captured once
 
 
+def test_of_several_layers_in_a_graph_a_step_is_that_of_one(log):
+    x, weights = torch.ones(2, requires_grad=True), [torch.ones(2, requires_grad=True) for _ in range(4)]
+    first, *behind = (an_arm(log, weight) for weight in weights)
+    arm, step = dataclasses.replace(first, behind=tuple(behind)), cuda_clock.graph_clock(x, torch.ones(2))
+    assert step(arm) == (5 / 4, 6 / 4)
+    body = ["external event", *["forward"] * 4, "external event", "external event"]
+    assert log[log.index("capture") + 1 : log.index("captured")] == body
+
+
+def test_a_graph_of_few_rows_goes_through_layers_with_their_own_weights(monkeypatch):
+    monkeypatch.setattr(arms, "copies", lambda size, device: 3)
+    cell = shapes.Cell("lora_linear", torch.float32, 4, 32, 48, 4, shapes.variants(torch.float32), ("op", "compiled"))
+    made, left_out = arms.build(cell, CPU, ("op", "compiled"))
+    assert [(arm.name, len(arm.behind)) for arm in made] == [("frozen", 2), ("frozen_again", 2), ("op", 2), ("op", 2)]
+    assert [line.partition(",")[0] for line in left_out] == ["compiled"]
+    weights = [layer.parameters[0] for arm in made for layer in (arm, *arm.behind)]
+    assert len({weight.data_ptr() for weight in weights}) == 12
+    many = arms.build(dataclasses.replace(cell, M=65), CPU, ("op",))[0]
+    assert not any(arm.behind for arm in many)
+
+
+def test_how_many_layers():
+    gpu = torch.device("cuda")
+    assert [arms.copies(2 * 4096 * N, gpu) for N in (1024, 4096, 14336, 1 << 20)] == [8, 8, 4, 1]
+    assert arms.copies(2 * 4096 * 4096, CPU) == 1
+
+
 def test_an_arm_that_waits_for_the_device_is_never_captured(log):
     def wait(x):
         if log.count("synchronising: error") > log.count("synchronising: default"):
@@ -224,62 +259,6 @@ def test_the_command_writes_limits(tmp_path, monkeypatch):
 
 
 # -- targets, tables, report ------------------------------------------------------------------------------------------
-
-
-def gpu_rows(forward=1.4, saved_beyond=0):
-    """The cells of the GPU's targets, both timings; compiled PEFT could not be captured."""
-    common = {
-        "dtype": "bfloat16", "K": 4096, "N": 4096, "device": "a GPU", "driver": "580", "cuda": "13.0", "triton": "3.6"
-    }  # fmt: skip
-    rows = []
-    for M in (8192, 1, 16):
-        for timing in ("eager", "graph"):
-            for direction in ("forward", "forward+backward"):
-                place = common | {"M": M, "timing": timing, "direction": direction}
-                rows += [made_up("frozen", **place), made_up("frozen_again", **place)]
-                for p in ("0", "0.1"):
-                    variant = place | {"adapter": "bfloat16", "p": p}
-                    kept = 2 * M * 4096 + 4 * M * 16 + 8 * (p == "0.1") + saved_beyond
-                    ours = {"backend": "cuda", "saved_bytes": kept}
-                    rows.append(made_up("peft", ratio=2.0, **variant))
-                    rows.append(made_up("op", ratio=1.1 if M > 16 else forward, **variant, **ours))
-            for p in ("0", "0.1"):
-                failed = {"timing": timing, "p": p, "not_timed": "it waits", "rounds": 0}
-                numbers = dict.fromkeys(("ms_p50", "ratio_p50"), math.nan)
-                failed |= numbers | {"adapter": "bfloat16", "M": M, "backend": "inductor"}
-                rows += [made_up("compiled", **common | failed)] if timing == "graph" else []
-    return rows
-
-
-def gpu_pool_rows(added=4.0, sglang=8.0):
-    """batched_lora's cells that have a target on a GPU."""
-    place = {"dtype": "bfloat16", "timing": "graph", "site": "square", "M": 64, "K": 4096, "N": "4096"}
-    arms_of = {"base": ("torch", math.nan), "base_again": ("torch", math.nan), "sglang_v2": ("peer", sglang)}
-    return [
-        dataclasses.replace(
-            mixed_rows()[0],
-            **place,
-            arm=arm,
-            backend=backend,
-            adapters=n,
-            present=n,
-            added_us=us / (3 if n == 1 else 1),
-        )
-        for n in (64, 1)
-        for arm, (backend, us) in (arms_of | {"op": ("cuda", added)}).items()
-    ]
-
-
-def gpu_decoder_rows(ratio=1.1):
-    """The decoding step that has a target, and the training step."""
-    training = [dataclasses.replace(row, device="a GPU") for row in decoder_rows() if row.step == "training"][:5]
-    first = [row for row in decoder_rows(decoding=ratio) if row.step == "decoding"][:5]
-    place = {"dtype": "bfloat16", "timing": "graph", "hidden": 4096, "B": 64, "adapters": 16, "memory_bytes": 0.0}
-    return training + [
-        dataclasses.replace(row, **place, backend="cuda" if row.arm == "pool" else "torch")
-        for row in first
-        if row.arm in ("frozen", "frozen_again", "pool")
-    ]
 
 
 def test_the_gpu_targets_are_met_missed_or_not_measured():

@@ -155,17 +155,6 @@ def test_what_is_for_hopper_runs_twice_and_only_there(check):
     assert "c: left out, it is for compute capability 8.0" in printed
 
 
-def test_the_tests_for_hopper_are_left_out_on_another_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-    (tmp_path / "native").mkdir()
-    for name in ("test_a_cuda_gpu", "test_a_sm90_cuda_gpu"):
-        (tmp_path / "native" / name).touch()
-    stage = Stage("cpp", 20, "", ("{each}",), each="native/test_*_cuda_gpu")
-    for capability, count in (("9.0", 2), ("8.0", 1), ("12.0", 1)):
-        words = gpu_check.words_for(FACTS | {"capability": capability}, tmp_path)
-        assert len(gpu_check.commands_of(stage, words)) == count
-
-
 def test_every_op_has_a_benchmark_with_a_csv_of_its_own():
     steps = [step for stage in gpu_check.STAGES for step in filled()[stage.name] if "benchmarks/run.py" in step]
     timed = [step[step.index("--op") + 1] for step in steps]

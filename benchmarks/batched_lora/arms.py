@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import peft_kernels
+from benchmarks import arms as layer_arms
 from benchmarks.batched_lora.cells import Cell
 from benchmarks.peers import sglang, vllm
 from benchmarks.peers.serving import batch_of
@@ -32,7 +33,6 @@ MOST_GATHERED = 1 << 30  # bytes of copies of factors that an arm may make
 # rows, once for a whole model.
 COMPUTING = ("peft", "gather_bmm", "grouped_mm", "merged", *sglang.NAMES, *vllm.NAMES, "op")
 ARMS = (*COMPUTING, "route")
-MOST_COPIES, MOST_WEIGHTS = 8, 1 << 29  # layers of a step on a GPU, and bytes of their weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +99,7 @@ class Problem:
 
 def copies(cell: Cell, device: torch.device) -> int:
     """How many layers a step goes through."""
-    if device.type != "cuda":
-        return 1
-    return max(1, min(MOST_COPIES, MOST_WEIGHTS // (cell.dtype.itemsize * cell.K * sum(cell.N))))
+    return layer_arms.copies(cell.dtype.itemsize * cell.K * sum(cell.N), device)
 
 
 def build(cell: Cell, device: torch.device, kinds: tuple[str, ...]) -> tuple[list[Arm], dict[str, str]]:
