@@ -240,6 +240,11 @@ def cuda_summary() -> str:
     return f"no NVIDIA driver here; the kernels were built with CUDA {without_driver[1]}" if without_driver else found
 
 
+def sm90_asked_for() -> bool:
+    """Whether `cuda` may use its kernels for Hopper, which are not measured yet (csrc/bindings/cuda_device.h)."""
+    return os.environ.get("PEFT_KERNELS_SM90") == "1"
+
+
 def describe() -> list[dict]:
     """One row per backend and device type: name, device, available, reason, bound."""
     rows = []

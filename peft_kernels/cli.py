@@ -50,6 +50,7 @@ def facts() -> dict:
         "devices": ["cpu"] + [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "instruction_set": backends.instruction_set() if library else None,
         "cuda": backends.cuda_summary(),
+        "sm90_asked_for": backends.sm90_asked_for(),
         "build": build_info(),
         "backends": backends.describe(),
     }
@@ -67,6 +68,8 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="One JSON object i
     console.print(f"devices: {', '.join(found['devices'])}")
     console.print(f"CPU kernels: {found['instruction_set'] or 'not built'}")
     console.print(f"CUDA: {found['cuda']}")
+    if found["sm90_asked_for"]:
+        console.print("PEFT_KERNELS_SM90=1: on compute capability 9.0 the kernels for Hopper run, not measured yet")
     console.print(f"build: {_build(found['build'])}")
     table = Table("backend", "device", "", "why not", box=box.SIMPLE_HEAD)
     for row in found["backends"]:

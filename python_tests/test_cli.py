@@ -31,11 +31,16 @@ def test_info_is_in_words(monkeypatch):
     facts = {"version": "1.0", "revision": None, "instruction_sets": ["default", "avx512_bf16"]}
     monkeypatch.setattr(cli, "facts", lambda: {
         "version": "1.0", "torch": "2", "python": "3", "devices": ["cpu"], "instruction_set": "avx2",
-        "cuda": backends.cuda_summary(), "build": facts, "backends": [],
+        "cuda": backends.cuda_summary(), "sm90_asked_for": backends.sm90_asked_for(), "build": facts, "backends": [],
     })  # fmt: skip
+    monkeypatch.delenv("PEFT_KERNELS_SM90", raising=False)
     output = RUN.invoke(cli.app, ["info"]).output
     assert "CUDA: no NVIDIA driver here" in output
+    assert "Hopper" not in output
     assert "build: version 1.0, instruction sets default avx512_bf16\n" in output  # the revision is not known
+    monkeypatch.setenv("PEFT_KERNELS_SM90", "1")
+    output = RUN.invoke(cli.app, ["info"]).output
+    assert "PEFT_KERNELS_SM90=1: on compute capability 9.0 the kernels for Hopper run" in output
 
 
 def test_info_json_is_the_same_as_data():
