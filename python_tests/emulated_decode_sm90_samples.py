@@ -28,7 +28,7 @@ KINDS = dict(biased=True, gained=True, down_biased=True, activations=("gelu", "i
 PROBLEMS = {
     "group": dict(rows=37, K=1032, N=(264, 40), ranks=((8, 2), (0, 9), (20, 0), (24, 1)), **KINDS),
     "row": dict(rows=1, K=1096, N=(2312,), ranks=((16,),), ids=[0]),
-    "distinct": dict(rows=20, K=520, N=(264,), ranks=((12,),) * 20, ids=list(range(20))),
+    "distinct": dict(rows=9, K=520, N=(264,), ranks=((12,),) * 9, ids=list(range(9))),
 }
 SAMPLES = [sample for sample in POOLED.samples() if not sample.busy]
 
