@@ -38,7 +38,8 @@ def _python_tests(name: str, limit: float, least: float, **more) -> Stage:
         "{python} -m pytest -q --timeout=150 -p no:cacheprovider {xdist} -m 'not slow' python_tests/test_ops.py"
         " python_tests/test_peft.py python_tests/test_patching.py {cuda_tests}"
     )
-    return Stage(name, limit, "every sample of the registry on every backend", (command,), least=least, **more)
+    what = "every sample of the registry on every backend"
+    return Stage(name, limit, what + more.pop("beside", ""), (command,), least=least, **more)
 
 
 def _benchmark(op: str, limit: float, least: float, group: str, options: str = "", sm90: bool = False) -> Stage:
@@ -82,7 +83,7 @@ STAGES = (
     ),
     Stage("cpp", 90, "the C++ tests on the GPU", ("{each}",), each="{native}/test_*_cuda_gpu", least=30),
     _python_tests("python", 200, 90),
-    _python_tests("python_sm90", 150, 60, environment=SM90, capability="9.0"),
+    _python_tests("python_sm90", 150, 60, beside=", with the kernels for Hopper", environment=SM90, capability="9.0"),
     Stage(
         "sanitizer",
         200,
