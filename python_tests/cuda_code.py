@@ -1,8 +1,9 @@
 """Reads what nvcc made of the CUDA kernels, from the library that is shipped: no GPU and no rebuild needed.
 
 `read(library)` runs cuobjdump (from PATH, CUDA_HOME or the Triton wheel) over an .so or .o file and gives one Kernel
-per template instance and architecture: registers, stack and static shared memory of `-res-usage` (sm_90 and later
-count the 1024 bytes that the system takes), and the SASS instructions of `-sass`, counted by opcode. Spills show as LDL
+per template instance and architecture (kernels of `*_sm90.cu` are there for sm_90a alone): registers, stack and static
+shared memory of `-res-usage` (sm_90 and later count the 1024 bytes that the system takes), and the SASS instructions of
+`-sass`, counted by opcode. Spills show as LDL
 and STL: loads and stores of local memory.
 """
 
@@ -106,7 +107,7 @@ def table(kernels: list[Kernel], budget) -> str:
     groups: dict[tuple[str, str], list[Kernel]] = {}
     for kernel in sorted(kernels, key=lambda k: (k.name, int(re.findall(r"\d+", k.arch)[0]))):
         groups.setdefault((kernel.name, kernel.arch), []).append(kernel)
-    columns = ("registers", "budget", "shared", "stack", "LDL", "STL", "HMMA", "LDSM", "LDGSTS")
+    columns = ("registers", "budget", "shared", "stack", "LDL", "STL", "HMMA", "LDSM", "LDGSTS", "HGMMA", "UTMALDG")
     lines = [f"{'kernel':44s} {'arch':7s} {'instances':>9s} " + " ".join(f"{name:>9s}" for name in columns)]
     for (name, arch), group in groups.items():
         most = [max(getattr(k, fact) for k in group) for fact in ("registers", "shared", "stack")]

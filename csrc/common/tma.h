@@ -71,8 +71,8 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, int 
                : "memory");
 }
 
-// What this thread has written to shared memory by plain stores is then seen by wgmma and the copies of this section's
-// kind that are started after it (after a barrier, if other threads start them).
+// Makes what this thread has written to shared memory by plain stores (and cp.async) visible to wgmma and to the copies
+// of this file. Where other threads start those, a barrier follows.
 __device__ __forceinline__ void async_proxy_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

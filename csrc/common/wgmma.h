@@ -46,7 +46,7 @@ __device__ __forceinline__ uint64_t wgmma_operand(const void* tile, int tile_row
   return wgmma_descriptor<kMajor>(shared_address(tile), tile_rows);
 }
 
-// Before the first product, and before one whose d the threads have touched since the last.
+// Before the first product, and after every wait before the next one: what the threads did with d is then done.
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }

@@ -96,6 +96,9 @@ cudaError_t both_kinds_of_shared(size_t dynamic_bytes, const int* x, int* y, cud
 // y = x turned by a block's worth: block b of a cluster gets what the next one has. x [clusters, blocks, 64].
 cudaError_t turn(Bug bug, int clusters, int blocks, const int* x, int* y, cudaStream_t stream);
 
+// *y = 7, by way of the last of so many bytes of shared memory.
+cudaError_t through_shared(size_t bytes, int* y, cudaStream_t stream);
+
 // y = x reversed, 128 of them, by three warp groups: the first writes, the second reads.
 cudaError_t relay(Bug bug, const int* x, int* y, cudaStream_t stream);
 

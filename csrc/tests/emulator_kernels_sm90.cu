@@ -43,6 +43,12 @@ __global__ void static_in_cluster_sm90_kernel(const int* x, int* y) {
   y[t] = slots[t];
 }
 
+__global__ void through_shared_sm90_kernel(int count, int* y) {
+  PK_DYNAMIC_SHARED(int, slots);
+  slots[count - 1] = 7;
+  *y = slots[count - 1];
+}
+
 template <Bug kBug>
 __global__ void __launch_bounds__(3 * kGroup, 1) relay_sm90_kernel(const int* x, int* y) {
   PK_DYNAMIC_SHARED(int, slots);
@@ -176,6 +182,11 @@ cudaError_t turn(Bug bug, int clusters, int blocks, const int* x, int* y, cudaSt
     return PK_LAUNCH_CLUSTER((turn_sm90_kernel<planted.value>), blocks, false, dim3(clusters * blocks),
                              dim3(kTurnThreads), 2 * kTurnThreads * sizeof(int), stream, x, y);
   });
+}
+
+cudaError_t through_shared(size_t bytes, int* y, cudaStream_t stream) {
+  return PK_LAUNCH_CLUSTER(through_shared_sm90_kernel, 1, false, dim3(1), dim3(1), bytes, stream,
+                           static_cast<int>(bytes / sizeof(int)), y);
 }
 
 cudaError_t relay(Bug bug, const int* x, int* y, cudaStream_t stream) {

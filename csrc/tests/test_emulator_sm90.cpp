@@ -120,9 +120,12 @@ constexpr Right kRight[] = {{"turn", turn_is_right},
                             {"gemm fp16 along output", gemm_fp16_along_output_is_right},
                             {"gemm 1x8x8", gemm_of_one_is_right}};
 
-// As CUDA refuses them.
-void impossible_clusters_are_refused() {
+// As CUDA refuses them; and 227 KiB of shared memory, and not a byte more.
+void impossible_launches_are_refused() {
   int x = 0;
+  expect(through_shared(kMostSharedSm90 + 1, &x, nullptr) == cudaErrorInvalidValue && x == 0, "too much memory", {},
+         "");
+  expect(through_shared(kMostSharedSm90, &x, nullptr) == cudaSuccess && x == 7, "227 KiB", {}, "");
   expect(turn(Bug::kNone, 1, 16, &x, &x, nullptr) == cudaErrorInvalidClusterSize, "a cluster of 16", {}, "");
   expect(turn(Bug::kNone, 0, 2, &x, &x, nullptr) == cudaErrorInvalidConfiguration, "an empty grid", {}, "");
 }
@@ -132,7 +135,7 @@ void impossible_clusters_are_refused() {
 int main(int argc, char** argv) {
   right_kernels_pass(kRight);
   planted_bugs_are_caught(kPlanted, argc > 1 && strcmp(argv[1], "--verbose") == 0);
-  impossible_clusters_are_refused();
+  impossible_launches_are_refused();
   printf("%s: %d failures\n", kBuild, failures);
   return failures != 0;
 }
