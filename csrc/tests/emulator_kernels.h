@@ -38,7 +38,7 @@ enum class Bug {
   kStaticInCluster,        // static shared memory
   kNoNamedBarrier,         // between the writes of some warps and the reads of others
   kNamedBarrierCount,      // waits for a warp that does not come
-  kTooManyRegisters,       // more than there are
+  kTooManyRegisters,       // more than the block has
   kPartOfGroup,            // half of a warp group gives its registers away
   // Of mbarriers, copies and wgmma
   kNoInit,          // an mbarrier that nobody has initialised
