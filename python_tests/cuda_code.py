@@ -20,7 +20,7 @@ from pathlib import Path
 _ARCH = re.compile(r"arch = (sm_\w+)|code for (sm_\w+)")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _FUNCTION = re.compile(r"\s*Function\s*:?\s*(\S+?):?\s*$")
-_INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
+_INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)(?:\S*(\.MULTICAST))?")
 
 
 @dataclass
@@ -76,12 +76,15 @@ def resources(lines: Iterable[str]) -> Iterator[Kernel]:
 
 
 def instructions(lines: Iterable[str]) -> dict[tuple[str, str], Counter[str]]:
-    """How often each opcode occurs, by symbol and architecture, in what `cuobjdump -sass` prints."""
+    """How often each opcode occurs, by symbol and architecture, in what `cuobjdump -sass` prints; and each with
+    .MULTICAST, besides."""
     counts: dict[tuple[str, str], Counter[str]] = {}
     arch, current = "", Counter()
     for line in lines:
         if found := _INSTRUCTION.match(line):
             current[found[1]] += 1
+            if found[2]:
+                current[found[1] + found[2]] += 1
         elif found := _ARCH.search(line):
             arch = found[1] or found[2]
         elif found := _FUNCTION.match(line):

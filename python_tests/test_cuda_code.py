@@ -57,7 +57,7 @@ MEANT = {
     "forward_shrink": "HMMA LDSM",
     "forward_few_rows": "HMMA",
     "forward_expand": "HMMA LDSM",
-    "forward_concat_gemm_sm90": "HGMMA UTMALDG SYNCS USETMAXREG",
+    "forward_concat_gemm_sm90": "HGMMA UTMALDG UTMALDG.MULTICAST UCGABAR SYNCS USETMAXREG",
     "backward_dy_pass": "HMMA LDSM",
     "backward_x_pass": "HMMA LDSM",
     "pool_shrink": "HMMA",
@@ -209,6 +209,8 @@ SASS = f"""
         /*0010*/              @!P0 STL.64 [R1], R2 ;       /* 0x0000000000007918 */
         /*0020*/             @!UP0 HMMA.16816.F32 R4, R8 ; /* 0x0000000000007918 */
         /*12340*/              @P6 LDGSTS.E.BYPASS.128 [R1], [R2] ;  /* 0x0000000000007918 */
+        /*12350*/                   UTMALDG.2D [UR16], [UR4] ;  /* 0x0000000000007918 */
+        /*12360*/              @P1 UTMALDG.2D.MULTICAST [UR16], [UR4], UR6 ;  /* 0x0000000000007918 */
 """
 
 
@@ -217,7 +219,8 @@ def test_the_reader_reads():
     assert (kernel.name, kernel.arch) == ("lora_linear_forward_shrink_kernel", "sm_80")
     assert (kernel.registers, kernel.stack, kernel.shared, kernel.local) == (125, 8, 1408, 0)
     counts = cuda_code.instructions(SASS.splitlines())
-    assert counts == {(SYMBOL, "sm_80"): {"MOV": 1, "STL": 1, "HMMA": 1, "LDGSTS": 1}}
+    opcodes = {"MOV": 1, "STL": 1, "HMMA": 1, "LDGSTS": 1, "UTMALDG": 2, "UTMALDG.MULTICAST": 1}
+    assert counts == {(SYMBOL, "sm_80"): opcodes}
     kernel.instructions = counts[SYMBOL, "sm_80"]
     printed = cuda_code.table([kernel], lambda name: 168)
     assert re.search(r"lora_linear_forward_shrink_kernel +sm_80 +1 +125 +168 +1408 +8 +0 +1 ", printed)

@@ -59,6 +59,18 @@ __device__ __forceinline__ void tma_load(void* shared, const TensorMap* map, Mba
       : "memory");
 }
 
+// The same box into several blocks of the cluster, bit r of `blocks` for block r: in each to the place that `shared` is
+// in this block, and its bytes come to the barrier in the place of `barrier` there. The L2 is asked for it once. The
+// blocks have begun, and have initialised their barriers (cluster_sync()).
+__device__ __forceinline__ void tma_load_multicast(void* shared, const TensorMap* map, Mbarrier* barrier, int col,
+                                                   int row, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(col), "r"(row), "h"(blocks)
+      : "memory");
+}
+
 __device__ __forceinline__ void tma_prefetch(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -83,6 +95,10 @@ using emulator::make_tensor_map;
 
 __forceinline__ void tma_load(void* shared, const TensorMap* map, Mbarrier* barrier, int col, int row, EMULATOR_SITE) {
   emulator::tensor_load(shared, map, barrier, col, row, site);
+}
+__forceinline__ void tma_load_multicast(void* shared, const TensorMap* map, Mbarrier* barrier, int col, int row,
+                                        uint16_t blocks, EMULATOR_SITE) {
+  emulator::tensor_load_multicast(shared, map, barrier, col, row, blocks, site);
 }
 inline void tma_prefetch(const TensorMap* map, EMULATOR_SITE) {
   emulator::check_tensor_map(map, site);

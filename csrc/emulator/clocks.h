@@ -81,6 +81,13 @@ class Clocks {
     ++mine.clock[thread];
   }
 
+  // Of agents alone.
+  void release_agents(int thread, const void* key) {
+    Seen& mine = threads_[thread];
+    learn(syncs_[key].arriving, mine.clock, threads_.size());
+    ++mine.clock[thread];
+  }
+
   void complete(const void* key, int agent, uint32_t time) {
     Sync& sync = syncs_[key];
     if (agent >= 0) {

@@ -187,11 +187,9 @@ void check_other_block(int rank, const Access& now, uintptr_t place) {
 
 // Has a thread of the block, which all have returned, seen it?
 void check_before_the_end(int rank, const Access& access, uintptr_t place) {
-  const int first = rank * machine.block_fibers, of = access.thread / machine.block_fibers;
+  const int of = access.thread / machine.block_fibers;
   if (access.block != machine.first_block || clocks.is_agent(access.thread) || of == rank) return;
-  for (int i = 0; i < machine.block_threads; ++i) {
-    if (clocks.seen(first + i, access.block, access.thread, access.time)) return;
-  }
+  if (seen_by(rank, access.thread, static_cast<int>(access.time))) return;
   report("shared memory of a block that may have ended", {}, access, place, true);
 }
 
@@ -280,11 +278,25 @@ void proxy_fence() {
 void release(const void* key) {
   clocks.release(machine.running->number, key);
 }
+void release_agents(const void* key) {
+  clocks.release_agents(machine.running->number, key);
+}
 void complete(const void* key, int agent, int time) {
   clocks.complete(key, agent, static_cast<uint32_t>(time));
 }
 void acquire(const void* key) {
   clocks.acquire(machine.running->number, key);
+}
+
+int now(int thread) {
+  return static_cast<int>(clocks.now(thread));
+}
+bool seen_by(int rank, int thread, int time) {
+  const int first = rank * machine.block_fibers;
+  for (int i = 0; i < machine.block_threads; ++i) {
+    if (clocks.seen(first + i, machine.first_block, thread, static_cast<uint32_t>(time))) return true;
+  }
+  return false;
 }
 
 }  // namespace emulator::race

@@ -31,8 +31,12 @@ void proxy_fence();
 
 // A barrier that `key` stands for: each who arrives releases, who waits acquires what was complete by then.
 void release(const void* key);
+void release_agents(const void* key);  // no more than what it knows of agents
 void complete(const void* key, int agent = -1, int time = 0);
 void acquire(const void* key);
+
+int now(int thread);
+bool seen_by(int rank, int thread, int time);  // by any thread of the block
 #else
 constexpr bool kOn = false;
 inline void start_cluster(int) {}
@@ -53,8 +57,15 @@ inline void product(const void*, int, int, int, const void*) {}
 inline void learn(int, int, int) {}
 inline void proxy_fence() {}
 inline void release(const void*) {}
+inline void release_agents(const void*) {}
 inline void complete(const void*, int = -1, int = 0) {}
 inline void acquire(const void*) {}
+inline int now(int) {
+  return 0;
+}
+inline bool seen_by(int, int, int) {
+  return true;
+}
 #endif
 
 }  // namespace emulator::race

@@ -21,10 +21,13 @@ void set_registers(int count, bool more, Site site);
 void mbarrier_init(uint64_t* barrier, int arrivals, Site site);
 void mbarrier_init_fence();
 void mbarrier_arrive(uint64_t* barrier, int expected_bytes, Site site);
+void mbarrier_arrive_at(uint64_t* barrier, int rank, Site site);
 void mbarrier_wait(uint64_t* barrier, int parity, Site site);
 cudaError_t make_tensor_map(CUtensorMap* map, const void* data, int64_t rows, int64_t cols, int64_t row_stride,
                             int box_rows, int box_cols);
 void tensor_load(void* shared, const CUtensorMap* map, uint64_t* barrier, int col, int row, Site site);
+void tensor_load_multicast(void* shared, const CUtensorMap* map, uint64_t* barrier, int col, int row, uint16_t blocks,
+                           Site site);
 void check_tensor_map(const CUtensorMap* map, Site site);
 void bulk_load(void* shared, const void* global, int bytes, uint64_t* barrier, Site site);
 void async_proxy_fence();

@@ -22,7 +22,10 @@ struct Barrier {
   bool fenced;                                   // by mbarrier_init_fence
   bool waiting_for_previous, waited_for_previous;
   int copies, awaited;  // phases up to the last with a copy, and up to the last that a thread has waited for
-  int agent;            // its copies, to the race detector
+  struct {
+    int phases, thread, time;  // phases: up to that of the arrival
+  } remote;                    // the last arrival from another block
+  int agent;                   // its copies, to the race detector
 };
 
 struct Map {  // what a TensorMap holds here
@@ -51,14 +54,25 @@ uint64_t mark_of(const uint64_t* place) {
   return reinterpret_cast<uint64_t>(place) ^ 0x7265'6972'7261'626D;
 }
 
-Barrier& barrier_at(uint64_t* place, const void* pc, Site site) {
-  check_shared(place, 8, 8, "mbarrier", site);
+// The place in block `rank` that `mine` is in the running one.
+char* place_in(int rank, void* mine) {
+  if (rank == machine.running->rank) return static_cast<char*>(mine);
+  return dynamic_range(rank).begin + (static_cast<char*>(mine) - dynamic_range().begin);
+}
+
+Barrier& barrier_at(uint64_t* mine, int rank, const void* pc, Site site) {
+  check_shared(mine, 8, 8, "mbarrier", site);
+  uint64_t* const place = reinterpret_cast<uint64_t*>(place_in(rank, mine));
+  if (machine.blocks[rank].alive == 0) fail("an mbarrier of a block that has ended", site);
   const auto found = barriers.find(place);
   if (found == barriers.end()) fail("an mbarrier that was not initialised", site);
   if (*place != mark_of(place)) fail("an mbarrier has been overwritten", site);
-  if (found->second.rank != machine.running->rank) fail("an mbarrier of another block", site);
+  if (found->second.rank != rank) fail("an mbarrier of another block", site);
   race::access(place, 8, race::Kind::kMbarrier, pc);
   return found->second;
+}
+Barrier& barrier_at(uint64_t* place, const void* pc, Site site) {
+  return barrier_at(place, machine.running->rank, pc, site);
 }
 
 void end_phase_if_complete(Barrier& barrier, Site site) {
@@ -121,6 +135,40 @@ void start(Transfer transfer, const void* pc) {
   under_way.push_back(transfer);
 }
 
+// What a thread of another block did by plain loads and stores before it arrives stays its own (mbarrier.h).
+void arrive(Barrier& barrier, int64_t expected_bytes, Site site) {
+  const Thread& me = *machine.running;
+  if (barrier.pending == 0) fail("more arrivals at an mbarrier than it was initialised for", site);
+  if (barrier.rank == me.rank) {
+    barrier.waiting_for_previous |= me.waited_for_previous;
+    race::release(&barrier);
+  } else {
+    barrier.remote = {barrier.phase + 1, me.number, race::now(me.number)};
+    race::release_agents(&barrier);
+  }
+  --barrier.pending;
+  count_bytes(barrier, expected_bytes, site);
+  end_phase_if_complete(barrier, site);
+}
+
+// Without its barrier; the reads of global memory are made here.
+Transfer box_of(const char* what, void* shared, const CUtensorMap* map, int col, int row, const void* pc, Site site) {
+  check_tensor_map(map, site);
+  Transfer transfer{static_cast<char*>(shared), nullptr, 0, 0, {}, row, col, nullptr, site};
+  memcpy(&transfer.map, map, sizeof transfer.map);
+  const Map& from = transfer.map;
+  transfer.bytes = from.box_rows * pk::kSwizzledColumns * 2;
+  check_shared(shared, transfer.bytes, 1024, what, site);
+  const int64_t first = col < 0 ? 0 : col, last = col + 64 < from.cols ? col + 64 : from.cols;
+  for (int64_t r = row; r < row + int64_t{from.box_rows}; ++r) {
+    if (r < 0 || r >= from.rows || first >= last) continue;
+    const char* const begin = from.data + (r * from.row_stride + first) * 2;
+    check_access(begin, static_cast<int>(last - first) * 2, false);
+    race::access(begin, static_cast<int>(last - first) * 2, race::Kind::kRead, pc);
+  }
+  return transfer;
+}
+
 }  // namespace
 
 void start_transfers() {
@@ -146,6 +194,9 @@ void check_transfers(int rank) {
     if (barrier.bytes != 0) {
       fail("a block ends with an mbarrier that expects bytes, or has had more than it expects", {nullptr, 0});
     }
+    if (barrier.remote.phases > barrier.awaited && !race::seen_by(rank, barrier.remote.thread, barrier.remote.time)) {
+      fail("an mbarrier of a block that may have ended: another block arrives there, nobody has waited", {nullptr, 0});
+    }
   }
 }
 
@@ -169,7 +220,7 @@ void mbarrier_init(uint64_t* place, int arrivals, Site site) {
   race::access(place, 8, race::Kind::kWrite, __builtin_return_address(0));
   *place = mark_of(place);
   const Thread& me = *machine.running;
-  barriers[place] = {me.rank, me.number, arrivals, arrivals, 0, 0, false, false, false, 0, 0, race::new_agent()};
+  barriers[place] = {me.rank, me.number, arrivals, arrivals, 0, 0, false, false, false, 0, 0, {}, race::new_agent()};
 }
 
 void mbarrier_init_fence() {
@@ -178,13 +229,15 @@ void mbarrier_init_fence() {
 
 void mbarrier_arrive(uint64_t* place, int expected_bytes, Site site) {
   Barrier& barrier = barrier_at(place, __builtin_return_address(0), site);
-  if (barrier.pending == 0) fail("more arrivals at an mbarrier than it was initialised for", site);
   if (expected_bytes < 0) fail("mbarrier_arrive_expect: a negative number of bytes", site);
-  barrier.waiting_for_previous |= machine.running->waited_for_previous;
-  race::release(&barrier);
-  --barrier.pending;
-  count_bytes(barrier, expected_bytes, site);
-  end_phase_if_complete(barrier, site);
+  arrive(barrier, expected_bytes, site);
+}
+
+void mbarrier_arrive_at(uint64_t* place, int rank, Site site) {
+  if (rank < 0 || rank >= cluster_blocks()) fail("mbarrier_arrive_at: the cluster has no such block", site);
+  Barrier& barrier = barrier_at(place, rank, __builtin_return_address(0), site);
+  if (!barrier.fenced) fail("mbarrier_arrive_at without mbarrier_init_fence", site);
+  arrive(barrier, 0, site);
 }
 
 void mbarrier_wait(uint64_t* place, int parity, Site site) {
@@ -218,28 +271,26 @@ void check_tensor_map(const CUtensorMap* map, Site site) {
 }
 
 void tensor_load(void* shared, const CUtensorMap* map, uint64_t* place, int col, int row, Site site) {
-  check_tensor_map(map, site);
-  Transfer transfer{static_cast<char*>(shared),
-                    &barrier_at(place, __builtin_return_address(0), site),
-                    0,
-                    0,
-                    {},
-                    row,
-                    col,
-                    nullptr,
-                    site};
-  memcpy(&transfer.map, map, sizeof transfer.map);
-  const Map& from = transfer.map;
-  transfer.bytes = from.box_rows * pk::kSwizzledColumns * 2;
-  check_shared(shared, transfer.bytes, 1024, "tma_load", site);
-  const int64_t first = col < 0 ? 0 : col, last = col + 64 < from.cols ? col + 64 : from.cols;
-  for (int64_t r = row; r < row + int64_t{from.box_rows}; ++r) {
-    if (r < 0 || r >= from.rows || first >= last) continue;
-    const char* const begin = from.data + (r * from.row_stride + first) * 2;
-    check_access(begin, static_cast<int>(last - first) * 2, false);
-    race::access(begin, static_cast<int>(last - first) * 2, race::Kind::kRead, __builtin_return_address(0));
+  const void* const pc = __builtin_return_address(0);
+  Transfer transfer = box_of("tma_load", shared, map, col, row, pc, site);
+  transfer.barrier = &barrier_at(place, pc, site);
+  start(transfer, pc);
+}
+
+// Into each block at a time of its own.
+void tensor_load_multicast(void* shared, const CUtensorMap* map, uint64_t* place, int col, int row, uint16_t blocks,
+                           Site site) {
+  const void* const pc = __builtin_return_address(0);
+  if (blocks == 0 || blocks >> cluster_blocks() != 0) {
+    fail("tma_load_multicast to no block, or to one that the cluster has not", site);
   }
-  start(transfer, __builtin_return_address(0));
+  Transfer transfer = box_of("tma_load_multicast", shared, map, col, row, pc, site);
+  for (int rank = 0; rank < cluster_blocks(); ++rank) {
+    if ((blocks >> rank & 1) == 0) continue;
+    transfer.barrier = &barrier_at(place, rank, pc, site);
+    transfer.shared = place_in(rank, shared);
+    start(transfer, pc);
+  }
 }
 
 void bulk_load(void* shared, const void* global, int bytes, uint64_t* place, Site site) {

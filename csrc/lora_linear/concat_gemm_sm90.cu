@@ -3,11 +3,12 @@
 // left_s [I, C_s]; right_s [J, C_s] (y: W, and B's parts) or [C_s, J] (dx: W, and A's parts); T, those of the adapters
 // bf16. With dropout, in dx, the adapters' segment comes first, the sums are masked, and the base segments follow.
 // fp32 accumulation (wgmma), rounded once to T.
-// Grid: at most call.blocks blocks; block b has the tiles b, b + gridDim.x ... of 128 x kCols, numbered so that tiles
-// of the same time share rows and columns in the L2. 384 threads: one of the first warp group has TMA fill a ring of
-// stages of 64 columns of the contraction, while the stores of a tile run as well; the other two groups multiply 64
-// rows each. Every stage has two mbarriers: `full` counts the bytes of its tiles, `empty` the eight warps that have
-// read them. With adapters the launch overlaps concat_operands, and waits for it where it reads its results.
+// Grid: at most call.blocks blocks, in clusters of 1 or 2; cluster c of n has the tiles c, c + n ..., one of 128 x
+// kCols for each of its blocks, one above the other, numbered so that tiles of the same time share rows and columns in
+// the L2. 384 threads: one of the first warp group has TMA fill a ring of stages of 64 columns of the contraction,
+// while the stores of a tile run as well; the other two groups multiply 64 rows each. The blocks of a cluster load of
+// right half each, for both. Every stage has two mbarriers: `full` counts the bytes of its tiles, `empty` the warps
+// that have read them. With adapters the launch overlaps concat_operands, and waits for it where it reads its results.
 #include "common/cluster.h"
 #include "common/tma.h"
 #include "common/wgmma.h"
@@ -38,21 +39,33 @@ struct Segment {
 
 struct Plan {
   Segment segment[kMostConcatMembers + 1];
-  int segments, adapters;  // `adapters` is the adapters' one, or -1
-  int row_tiles, col_tiles;
+  int segments, adapters;            // `adapters` is the adapters' one, or -1
+  int blocks, row_tiles, col_tiles;  // blocks: of a cluster; row_tiles: of clusters
   ConcatOut out;
   bool masked;
   Keep keep;
   const uint64_t* seed;
 };
 
-// Tiles go down kTallestGroup rows of tiles, then one to the right.
+// Of the block's own tile. Tiles go down kTallestGroup rows of tiles, then one to the right. The last row of clusters'
+// tiles may leave the second block nothing inside of out: it loads zeros and its half of right, and stores nothing.
 template <int kCols>
 __device__ __forceinline__ TilePlace place_of(const Plan& plan, int tile) {
-  const int of_group = kTallestGroup * plan.col_tiles, first = tile / of_group * kTallestGroup, rest = tile % of_group;
-  const int height = plan.row_tiles - first < kTallestGroup ? plan.row_tiles - first : kTallestGroup;
-  return {(first + rest % height) * kRows, rest / height * kCols};
+  const int tallest = kTallestGroup / plan.blocks, of_group = tallest * plan.col_tiles;
+  const int first = tile / of_group * tallest, rest = tile % of_group;
+  const int height = plan.row_tiles - first < tallest ? plan.row_tiles - first : tallest;
+  return {((first + rest % height) * plan.blocks + cluster_rank()) * kRows, rest / height * kCols};
 }
+
+// The tiles of the block's cluster: first, and those that all clusters have at a time.
+struct Walk {
+  int first, step, end;
+
+  __device__ __forceinline__ explicit Walk(const Plan& plan)
+      : first(static_cast<int>(blockIdx.x) / plan.blocks),
+        step(static_cast<int>(gridDim.x) / plan.blocks),
+        end(plan.row_tiles * plan.col_tiles) {}
+};
 
 // The ring of stages, as one side of it goes round: `parity` is that of the phase in which a stage is filled.
 template <int kStages>
@@ -79,16 +92,36 @@ struct Stages {
   __device__ __forceinline__ unsigned char* right(int stage) const { return left(stage) + Shape<kCols>::kLeftBytes; }
 };
 
-// One thread. What lies outside of the operands comes as zeros.
+// The block's share of a stage's tile of right, from `col` of out and `c` of the contraction on, for all of the
+// cluster.
+template <Major kMajor, int kCols>
+__device__ __forceinline__ void load_right(unsigned char* tile, const Segment& segment, Mbarrier* full, int col, int c,
+                                           int blocks) {
+  const int box = kMajor == Major::kOutput ? kSwizzledColumns : kCols / blocks;  // columns of out in each
+  for (int j = cluster_rank() * box; j < kCols; j += blocks * box) {
+    unsigned char* const to = tile + j * kDepth * 2;
+    const int box_col = kMajor == Major::kOutput ? col + j : c, box_row = kMajor == Major::kOutput ? c : col + j;
+    if (blocks == 1) {
+      tma_load(to, &segment.right, full, box_col, box_row);
+    } else {
+      tma_load_multicast(to, &segment.right, full, box_col, box_row, 0b11);
+    }
+  }
+}
+
+// One thread. What lies outside of the operands comes as zeros. `empty` counts the readers of all blocks, so that both
+// blocks' stage may be written when it is over here; the other's producer may be behind, and then its `full` gets bytes
+// that it has not yet announced, but its phase lacks that producer's arrival and does not end.
 template <Major kMajor, int kCols>
 __device__ __forceinline__ void fill(const Plan& plan, const Stages<kCols>& stages) {
   using S = Shape<kCols>;
+  const Walk walk(plan);
   Ring<S::kStages> ring;
   for (int s = 0; s < plan.segments; ++s) {
     tma_prefetch(&plan.segment[s].left);
     tma_prefetch(&plan.segment[s].right);
   }
-  for (int tile = blockIdx.x; tile < plan.row_tiles * plan.col_tiles; tile += gridDim.x) {
+  for (int tile = walk.first; tile < walk.end; tile += walk.step) {
     const TilePlace place = place_of<kCols>(plan, tile);
 #pragma unroll 1
     for (int s = 0; s < plan.segments; ++s) {
@@ -97,18 +130,10 @@ __device__ __forceinline__ void fill(const Plan& plan, const Stages<kCols>& stag
 #pragma unroll 1
       for (int c = 0; c < segment.columns; c += kDepth, ring.next()) {
         Mbarrier* const full = stages.full + ring.stage;
-        unsigned char* const right = stages.right(ring.stage);
         mbarrier_wait(stages.empty + ring.stage, ring.parity ^ 1);
         mbarrier_arrive_expect(full, S::kStageBytes);
         tma_load(stages.left(ring.stage), &segment.left, full, c, place.row);
-        if constexpr (kMajor == Major::kContraction) {
-          tma_load(right, &segment.right, full, c, place.col);
-        } else {
-#pragma unroll
-          for (int j = 0; j < kCols; j += kSwizzledColumns) {
-            tma_load(right + j * kDepth * 2, &segment.right, full, place.col + j, c);
-          }
-        }
+        load_right<kMajor, kCols>(stages.right(ring.stage), segment, full, place.col, c, plan.blocks);
       }
     }
   }
@@ -142,7 +167,7 @@ __device__ __forceinline__ void multiply(float (&sums)[kCols / 2], uint64_t left
 template <class T, Major kMajor, int kCols>
 __device__ __forceinline__ void consume(const Plan& plan, const Stages<kCols>& stages, T* piece, int group) {
   const int warp_row = 64 * group + warp_index() % 4 * 16;
-  const int tiles = plan.row_tiles * plan.col_tiles, blocks = static_cast<int>(gridDim.x);
+  const Walk walk(plan);
   const bool masked = kMajor == Major::kOutput && plan.masked;
   const uint64_t seed = masked ? *plan.seed : 0;
   float sums[kCols / 2];
@@ -150,18 +175,18 @@ __device__ __forceinline__ void consume(const Plan& plan, const Stages<kCols>& s
   Ring<Shape<kCols>::kStages> ring;
   int read = -1;  // the stage that the products in flight read
   const auto release = [&] {
-    if (read >= 0 && lane_index() == 0) mbarrier_arrive(stages.empty + read);
+    if (read >= 0 && lane_index() < plan.blocks) mbarrier_arrive_at(stages.empty + read, lane_index());
     read = -1;
   };
   const auto place_of_warp = [&](int tile) {
     const TilePlace place = place_of<kCols>(plan, tile);
     return TilePlace{place.row + warp_row, place.col};
   };
-  if (masked) mask.make_rest(plan.keep, seed, place_of_warp(blockIdx.x));
+  if (masked) mask.make_rest(plan.keep, seed, place_of_warp(walk.first));
 #pragma unroll 1
-  for (int tile = blockIdx.x; tile < tiles; tile += blocks) {
-    const bool masks_next = masked && tile + blocks < tiles;
-    const TilePlace next = masks_next ? place_of_warp(tile + blocks) : TilePlace{};
+  for (int tile = walk.first; tile < walk.end; tile += walk.step) {
+    const bool masks_next = masked && tile + walk.step < walk.end;
+    const TilePlace next = masks_next ? place_of_warp(tile + walk.step) : TilePlace{};
     bool accumulate = false;
 #pragma unroll 1
     for (int s = 0; s < plan.segments; ++s) {
@@ -204,39 +229,53 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Shape<kCols>::kStages; ++stage) {
       mbarrier_init(stages.full + stage, 1);
-      mbarrier_init(stages.empty + stage, kReaders);
+      mbarrier_init(stages.empty + stage, kReaders * plan.blocks);
     }
     mbarrier_init_fence();
   }
-  __syncthreads();
+  cluster_sync();
   const int group = threadIdx.x / kGroup - 1;
   if (group < 0) {
     give_registers<kProducerRegisters>();
     if (threadIdx.x == 0) fill<kMajor, kCols>(plan, stages);
+    __syncwarp();
   } else {
     take_registers<kConsumerRegisters>();
     T* const pieces = reinterpret_cast<T*>(shared + Shape<kCols>::kPieces);
     consume<T, kMajor, kCols>(plan, stages, pieces + (warp_index() - kGroup / 32) * kPiece, group);
   }
+  cluster_sync();  // the other block's last loads and arrivals have come here
 }
 
-cudaError_t make_segment(Segment& to, const ConcatSegment& from, const ConcatGemm& call, int cols) {
+cudaError_t make_segment(Segment& to, const ConcatSegment& from, const ConcatGemm& call, int box_cols) {
   to.columns = static_cast<int>(from.columns);
   const cudaError_t error = make_tensor_map(&to.left, from.left, call.I, from.columns, from.left_stride, kRows, kDepth);
   if (error != cudaSuccess) return error;
   if (call.across) {
     return make_tensor_map(&to.right, from.right, from.columns, call.J, from.right_stride, kDepth, kSwizzledColumns);
   }
-  return make_tensor_map(&to.right, from.right, call.J, from.columns, from.right_stride, cols, kDepth);
+  return make_tensor_map(&to.right, from.right, call.J, from.columns, from.right_stride, box_cols, kDepth);
+}
+
+// How often each cluster has a tile, at most.
+int64_t turns(const ConcatGemm& call, int64_t cols, int cluster) {
+  const int64_t rows = kRows * cluster, clusters = call.blocks / cluster;
+  return ((call.I + rows - 1) / rows * ((call.J + cols - 1) / cols) + clusters - 1) / clusters;
+}
+
+// Narrow tiles read more of every operand, a tenth is allowed for it; but the last tiles may leave fewer blocks idle.
+bool narrow_is_better(const ConcatGemm& call) {
+  return 11 * turns(call, 128, 1) < 20 * turns(call, 256, 1);
 }
 
 template <class T, Major kMajor, int kCols>
 cudaError_t run(const ConcatGemm& call, cudaStream_t stream) {
   Plan plan = {};
+  plan.blocks = call.cluster > 0 ? call.cluster : concat_cluster(call);
   const bool masked = call.keep.threshold != kKeepAll, has_adapters = call.adapters.columns > 0;
   cudaError_t error = cudaSuccess;
   const auto add = [&](const ConcatSegment& from) {
-    if (error == cudaSuccess) error = make_segment(plan.segment[plan.segments++], from, call, kCols);
+    if (error == cudaSuccess) error = make_segment(plan.segment[plan.segments++], from, call, kCols / plan.blocks);
   };
   plan.adapters = !has_adapters ? -1 : masked ? 0 : call.members;
   if (plan.adapters == 0) add(call.adapters);
@@ -244,23 +283,15 @@ cudaError_t run(const ConcatGemm& call, cudaStream_t stream) {
   if (plan.adapters > 0) add(call.adapters);
   if (error != cudaSuccess) return error;
   plan.out = {call.out, call.biases, static_cast<int>(call.I), static_cast<int>(call.J), call.accumulate};
-  plan.row_tiles = (plan.out.I + kRows - 1) / kRows;
+  plan.row_tiles = (plan.out.I + kRows * plan.blocks - 1) / (kRows * plan.blocks);
   plan.col_tiles = (plan.out.J + kCols - 1) / kCols;
   plan.masked = masked && has_adapters;
   plan.keep = call.keep;
   plan.seed = call.seed;
-  const int tiles = plan.row_tiles * plan.col_tiles;
-  const dim3 grid(static_cast<unsigned>(tiles < call.blocks ? tiles : call.blocks)), block(kThreads);
-  return PK_LAUNCH_CLUSTER((lora_linear_forward_concat_gemm_sm90_kernel<T, kMajor, kCols>), 1, has_adapters, grid,
-                           block, static_cast<size_t>(Shape<kCols>::kShared), stream, plan);
-}
-
-// Narrow tiles read more of every operand, a tenth is allowed for it; but the last tiles may leave fewer blocks idle.
-bool narrow_is_better(const ConcatGemm& call) {
-  const auto turns = [&](int64_t cols) {
-    return ((call.I + kRows - 1) / kRows * ((call.J + cols - 1) / cols) + call.blocks - 1) / call.blocks;
-  };
-  return 11 * turns(128) < 20 * turns(256);
+  const int tiles = plan.row_tiles * plan.col_tiles, most = call.blocks / plan.blocks;
+  const dim3 grid(static_cast<unsigned>((tiles < most ? tiles : most) * plan.blocks)), block(kThreads);
+  return PK_LAUNCH_CLUSTER((lora_linear_forward_concat_gemm_sm90_kernel<T, kMajor, kCols>), plan.blocks, has_adapters,
+                           grid, block, static_cast<size_t>(Shape<kCols>::kShared), stream, plan);
 }
 
 template <class T, Major kMajor>
@@ -285,6 +316,7 @@ bool has_concat_gemm(Dtype x, const ConcatGemm& call) {
   constexpr int64_t kLeastRows = 128, kMost = INT32_MAX / 4;
   if (x != Dtype::kBFloat16 && x != Dtype::kFloat16) return false;
   if (call.members < 1 || call.members > kMostConcatMembers || call.blocks < 1) return false;
+  if (call.cluster < 0 || call.cluster > 2 || call.cluster > call.blocks) return false;
   if (call.I < kLeastRows || call.I > kMost || call.J < 8 || call.J > kMost || call.J % 8 != 0) return false;
   if ((call.I / kRows + 1) * (call.J / 128 + 1) > kMost) return false;
   for (int g = 0; g < call.members; ++g) {
@@ -297,6 +329,11 @@ bool has_concat_gemm(Dtype x, const ConcatGemm& call) {
     }
   }
   return call.adapters.columns <= kMost && reinterpret_cast<uintptr_t>(call.out) % 16 == 0;
+}
+
+int concat_cluster(const ConcatGemm& call) {
+  const int cols = narrow_is_better(call) ? 128 : 256;
+  return call.I > kRows && call.blocks > 1 && turns(call, cols, 2) <= turns(call, cols, 1) ? 2 : 1;
 }
 
 cudaError_t concat_gemm(Dtype x, const ConcatGemm& call, cudaStream_t stream) {

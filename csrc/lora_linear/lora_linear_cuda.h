@@ -161,8 +161,11 @@ struct ConcatGemm {
   const float* biases;  // or null
   Keep keep;            // across only
   const uint64_t* seed;
-  int blocks;  // at most, which share the tiles: as many as the device has multiprocessors
+  int blocks;       // at most, which share the tiles: as many as the device has multiprocessors
+  int cluster = 0;  // of so many blocks, 1 or 2, one above the other, which load right together; 0: concat_cluster()
 };
+// 2 where there are two rows of tiles, and pairs of blocks take no more turns than single ones.
+int concat_cluster(const ConcatGemm& call);
 bool has_concat_gemm(Dtype x, const ConcatGemm& call);  // I >= 128, J a multiple of 8, 16-byte aligned rows, ...
 cudaError_t concat_gemm(Dtype x, const ConcatGemm& call, cudaStream_t stream);
 

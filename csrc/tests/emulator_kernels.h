@@ -60,6 +60,16 @@ enum class Bug {
   kNoProductWait,   // the kernel ends with wgmma in flight
   kEarlyRead,       // of accumulators
   kStepPastRow,     // a step along k past the end of a box
+  // Of copies to all blocks of a cluster
+  kNoBlockHasBegun,  // a copy to a block that may not have begun
+  kNoRemoteArrival,  // nobody tells the other block that a stage is read
+  kOwnReadersOnly,   // and its producer does not wait for it either
+  kPlainReads,       // by a block that arrives at another one's mbarrier
+  kOwnBytesOnly,     // a block does not expect what the other one loads
+  kSameHalf,         // both blocks load it
+  kOwnMask,          // a block loads its half for itself alone
+  kNoBlockInMask,    // a block that the cluster has not is to get a copy
+  kEndsEarly,        // a block ends while the other one may still arrive at its mbarriers
 };
 
 // Calls launch(std::integral_constant) with the one of `kBugs` that is asked for, or with none of them.
@@ -103,9 +113,9 @@ cudaError_t through_shared(size_t bytes, int* y, cudaStream_t stream);
 cudaError_t relay(Bug bug, const int* x, int* y, cudaStream_t stream);
 
 // C[M, N] = A[M, K] B in fp32, by TMA and wgmma; B is [N, K], or with `along_output` [K, N]. K and N are multiples
-// of 8.
+// of 8. Clusters of `blocks`, 1 or 2, load the tiles of B together.
 template <class T>
-cudaError_t warp_group_gemm(Bug bug, bool along_output, const T* A, const T* B, float* C, int M, int N, int K,
-                            cudaStream_t stream);
+cudaError_t warp_group_gemm(Bug bug, bool along_output, int blocks, const T* A, const T* B, float* C, int M, int N,
+                            int K, cudaStream_t stream);
 
 }  // namespace pk::test

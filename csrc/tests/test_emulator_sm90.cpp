@@ -35,12 +35,13 @@ bool relay_is_right(Bug bug) {
 }
 
 template <class T>
-bool gemm_is_right(Bug bug, bool along_output, int M, int N, int K) {
+bool gemm_is_right(Bug bug, bool along_output, int blocks, int M, int N, int K) {
   std::vector<T> A(M * K), B(N * K);
   std::vector<float> C(M * N, -1.f);
   for (int i = 0; i < M * K; ++i) A[i] = whole<T>(small_integer(i));
   for (int i = 0; i < N * K; ++i) B[i] = whole<T>(small_integer(i + 3));
-  if (warp_group_gemm(bug, along_output, A.data(), B.data(), C.data(), M, N, K, nullptr) != cudaSuccess) return false;
+  const cudaError_t error = warp_group_gemm(bug, along_output, blocks, A.data(), B.data(), C.data(), M, N, K, nullptr);
+  if (error != cudaSuccess) return false;
   for (int m = 0; m < M; ++m) {
     for (int n = 0; n < N; ++n) {
       int sum = 0;
@@ -54,13 +55,19 @@ bool gemm_is_right(Bug bug, bool along_output, int M, int N, int K) {
 }
 
 bool gemm_bf16_is_right(Bug bug) {
-  return gemm_is_right<bf16>(bug, false, 70, 136, 328);
+  return gemm_is_right<bf16>(bug, false, 1, 70, 136, 328);
 }
 bool gemm_fp16_along_output_is_right(Bug bug) {
-  return gemm_is_right<fp16>(bug, true, 40, 264, 456);
+  return gemm_is_right<fp16>(bug, true, 1, 40, 264, 456);
 }
 bool gemm_of_one_is_right(Bug bug) {
-  return gemm_is_right<bf16>(bug, true, 1, 8, 8);
+  return gemm_is_right<bf16>(bug, true, 1, 1, 8, 8);
+}
+bool gemm_by_two_is_right(Bug bug) {
+  return gemm_is_right<bf16>(bug, false, 2, 70, 136, 328);
+}
+bool gemm_by_two_along_output_is_right(Bug bug) {  // three tiles one above the other
+  return gemm_is_right<bf16>(bug, true, 2, 150, 72, 264);
 }
 
 constexpr Planted kPlanted[] = {
@@ -112,13 +119,27 @@ constexpr Planted kPlanted[] = {
      "wrong result"},
     {"step past a row of a box", gemm_bf16_is_right, Bug::kStepPastRow, "misaligned wgmma", "misaligned wgmma",
      "misaligned wgmma"},
+    {"copy to a block not known to run", gemm_by_two_is_right, Bug::kNoBlockHasBegun, nullptr, nullptr, "emulator: "},
+    {"no arrival at the other block", gemm_by_two_is_right, Bug::kNoRemoteArrival, "deadlock", "deadlock", "deadlock"},
+    {"stage that the other block reads", gemm_by_two_is_right, Bug::kOwnReadersOnly, nullptr, nullptr, "emulator: "},
+    {"plain reads before a remote arrival", gemm_by_two_is_right, Bug::kPlainReads, nullptr, nullptr, "emulator: race"},
+    {"own bytes only", gemm_by_two_is_right, Bug::kOwnBytesOnly, "emulator: ", "emulator: ", "emulator: "},
+    {"the same half by both blocks", gemm_by_two_is_right, Bug::kSameHalf, "wrong result", "wrong result",
+     "emulator: "},
+    {"own block only in the mask", gemm_by_two_is_right, Bug::kOwnMask, "deadlock", "deadlock", "deadlock"},
+    {"no such block in the mask", gemm_by_two_is_right, Bug::kNoBlockInMask, "that the cluster has not",
+     "that the cluster has not", "that the cluster has not"},
+    {"a block ends that is arrived at", gemm_by_two_is_right, Bug::kEndsEarly, nullptr, nullptr,
+     "an mbarrier of a block that"},
 };
 
 constexpr Right kRight[] = {{"turn", turn_is_right},
                             {"relay", relay_is_right},
                             {"gemm bf16", gemm_bf16_is_right},
                             {"gemm fp16 along output", gemm_fp16_along_output_is_right},
-                            {"gemm 1x8x8", gemm_of_one_is_right}};
+                            {"gemm 1x8x8", gemm_of_one_is_right},
+                            {"gemm by two blocks", gemm_by_two_is_right},
+                            {"gemm by two blocks along output", gemm_by_two_along_output_is_right}};
 
 // As CUDA refuses them; and 227 KiB of shared memory, and not a byte more.
 void impossible_launches_are_refused() {

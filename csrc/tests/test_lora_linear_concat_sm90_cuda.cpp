@@ -1,7 +1,8 @@
 // concat_operands and concat_gemm of lora_linear against loops in double, in the emulator and, by the same program, on
 // a GPU of sm_90: both directions, ragged sizes, several members and adapters, several tiles a block, tiles of both
-// widths, masks, biases, NaNs that stay in their row. All sums are exact in fp32, so that a result is the nearest of
-// its dtype: what needs a second bf16 part, of low at even ranks and of the factor at odd ones, meets what needs one.
+// widths, single blocks and clusters of two, masks, biases, NaNs that stay in their row. All sums are exact in fp32, so
+// that a result is the nearest of its dtype: what needs a second bf16 part, of low at even ranks and of the factor at
+// odd ones, meets what needs one.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -92,7 +93,7 @@ struct Case {
 
 class Problem {
  public:
-  Problem(const Case& c, const Types& types, bool across)
+  Problem(const Case& c, const Types& types, bool across, int cluster)
       : c_(c), types_(types), across_(across), out_(types.x, c.I, c.J), bias_(types.x, 1, c.J), seed_(1) {
     seed_[0] = 0x123456789ABCDEFull + c.J;
     if (c.accumulate) out_.fill(9);
@@ -105,7 +106,8 @@ class Problem {
     gemm_.across = across;
     gemm_.accumulate = c.accumulate;
     gemm_.seed = seed_.data();
-    gemm_.blocks = c.blocks;
+    gemm_.blocks = c.blocks > cluster ? c.blocks : cluster;
+    gemm_.cluster = cluster;
     gemm_.keep = make_keep(c.p, kStream);
   }
 
@@ -235,9 +237,9 @@ class Problem {
   }
   std::string name() const {
     char text[160];
-    snprintf(text, sizeof text, "%s I=%d J=%d C=%d G=%d L=%d blocks=%d p=%g types %d/%d: ", across_ ? "dx" : "y",
-             int(c_.I), int(c_.J), int(c_.columns[0]), int(c_.columns.size()), int(c_.ranks.size()), c_.blocks, c_.p,
-             int(types_.x), int(types_.factors));
+    snprintf(text, sizeof text, "%s I=%d J=%d C=%d G=%d L=%d blocks=%d/%d p=%g types %d/%d: ", across_ ? "dx" : "y",
+             int(c_.I), int(c_.J), int(c_.columns[0]), int(c_.columns.size()), int(c_.ranks.size()), gemm_.blocks,
+             gemm_.cluster, c_.p, int(types_.x), int(types_.factors));
     return text;
   }
 
@@ -252,32 +254,54 @@ class Problem {
   ConcatGemm gemm_{};
 };
 
-void forward_is_right() {
+void forward_is_right(int cluster) {
   const Case cases[] = {
       {136, 264, {72}, {8}, 2, 0, 8, true},            // ragged everywhere, three narrow tiles a block
       {136, 248, {200}, {16, 3}, 1, 0, 0, true},       // wide tiles, one block; the ring goes round more than once
-      {128, 8, {8}, {1}, 2},                           // less than a stage, one tile
+      {128, 8, {8}, {1}, 2},                           // less than a stage, one tile: the second block has none
       {130, 16, {64}, {128}},                          // adapters of several stages
       {140, 40, {16}, {1, 8, 64, 5}, 2, 0, 16, true},  // of several kinds
   };
   for (const Types& types : kTypes) {
-    for (const Case& c : cases) Problem(c, types, false).run();
+    for (const Case& c : cases) Problem(c, types, false, cluster).run();
   }
-  Problem({2184, 24, {8}, {2}, 5}, kTypes[0], false).run();  // tiles in two groups, one of them not whole
-  Problem({2048, 16, {8}, {1}, 5}, kTypes[0], false).run();
+  Problem({2184, 24, {8}, {2}, 5}, kTypes[0], false, cluster).run();  // tiles in two groups, one of them not whole
+  Problem({2048, 16, {8}, {1}, 5}, kTypes[0], false, cluster).run();
 }
 
-void backward_is_right() {
+void backward_is_right(int cluster) {
   const Case cases[] = {
       {136, 264, {72, 16, 136}, {8, 5}, 2, 0, 8},  // three members
-      {264, 248, {40}, {16}, 1, 0.5},              // wide tiles; masks made behind a tile of few stages
+      {264, 248, {40}, {16}, 1, 0.5},              // wide tiles, three rows; masks made behind a tile of few stages
       {392, 136, {200, 104}, {3}, 2, 0.75},        // masks made meanwhile
       {130, 72, {24}, {}, 2, 0, 0, false, true},   // onto what is there, without adapters
       {128, 128, {64}, {64}, 1, 0, 0, false, true},
   };
   for (const Types& types : kTypes) {
-    for (const Case& c : cases) Problem(c, types, true).run();
+    for (const Case& c : cases) Problem(c, types, true, cluster).run();
   }
+}
+
+void pairs_of_blocks_are_right() {
+  Problem({520, 264, {72, 328}, {5}, 5, 0.5}, kTypes[0], true, 2)
+      .run();  // two clusters, nine tiles, the last half empty
+  Problem({520, 264, {392}, {16, 3}, 5}, kTypes[1], false, 2).run();
+  Problem({300, 8, {72}, {3}, 4}, kTypes[0], false, 0).run();
+}
+
+void pairs_of_blocks_take_no_more_turns() {
+  ConcatGemm call{};
+  const auto chosen = [&](int64_t I, int64_t J, int blocks) {
+    call.I = I;
+    call.J = J;
+    call.blocks = blocks;
+    return concat_cluster(call);
+  };
+  expect(chosen(8192, 4096, 132) == 2, "1024 tiles on 132 blocks");
+  expect(chosen(128, 4096, 132) == 1, "one row of tiles");
+  expect(chosen(129, 4096, 132) == 2, "two rows of tiles");
+  expect(chosen(384, 44 * 128, 132) == 1, "132 tiles in three rows");
+  expect(chosen(8192, 4096, 1) == 1, "one block");
 }
 
 void limits_are_as_said() {
@@ -301,6 +325,8 @@ void limits_are_as_said() {
   refuses("J=12", [](ConcatGemm& c) { c.J = 12; });
   refuses("no member", [](ConcatGemm& c) { c.members = 0; });
   refuses("five members", [](ConcatGemm& c) { c.members = 5; });
+  refuses("two blocks of one", [](ConcatGemm& c) { c.cluster = 2; });
+  refuses("a cluster of three", [](ConcatGemm& c) { c.blocks = c.cluster = 3; });
   refuses("stride 20", [](ConcatGemm& c) { c.member[0].left_stride = 20; });
   refuses("rows in one place", [](ConcatGemm& c) { c.member[0].left_stride = 0; });
   refuses("unaligned", [](ConcatGemm& c) { c.member[0].right = static_cast<const char*>(c.member[0].right) + 8; });
@@ -322,11 +348,16 @@ int main() {
     return test::kSkipped;
   }
   limits_are_as_said();
-  constexpr int kRounds = 3;  // of 32 launches: each meets every timing of copies
+  pairs_of_blocks_take_no_more_turns();
+  constexpr int kRounds = 3;
   for (int round = 0; round < kRounds; ++round) {
-    forward_is_right();
-    backward_is_right();
+    for (const int cluster : {1, 2}) {
+      forward_is_right(cluster);
+      backward_is_right(cluster);
+    }
+    pairs_of_blocks_are_right();
   }
+  expect(launches / kRounds % 3 != 0, "every problem meets every timing of copies");
   printf("%s: %d launches, %d elements compared, %d failures\n", test::kWhere, launches, compared, failures);
   return failures != 0;
 }

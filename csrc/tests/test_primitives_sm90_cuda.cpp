@@ -108,11 +108,15 @@ void warp_groups_work_together() {
   Array<uint16_t> A(M * K), B(N * K);
   for (int i = 0; i < M * K; ++i) A[i] = bits(Type::kBFloat16, whole(i));
   for (int i = 0; i < N * K; ++i) B[i] = bits(Type::kBFloat16, whole(i + 5));
-  for (const bool along_output : {false, true}) {
+  for (const int with : {0, 1, 2, 3}) {
+    const bool along_output = with % 2;
+    const int blocks = 1 + with / 2;
     Array<float> C(M * N);
     const auto of = [](Array<uint16_t>& from) { return reinterpret_cast<const pk::bf16*>(from.data()); };
-    expect(ran([&] { return warp_group_gemm(Bug::kNone, along_output, of(A), of(B), C.data(), M, N, K, nullptr); }),
-           "a pipeline runs", along_output);
+    expect(ran([&] {
+             return warp_group_gemm(Bug::kNone, along_output, blocks, of(A), of(B), C.data(), M, N, K, nullptr);
+           }),
+           "a pipeline runs", with);
     int wrong = 0;
     for (int i = 0; i < M * N; ++i) {
       int sum = 0;
@@ -121,7 +125,7 @@ void warp_groups_work_together() {
       }
       wrong += C[i] != static_cast<float>(sum);
     }
-    expect(wrong == 0, "a pipeline of warp groups", along_output);
+    expect(wrong == 0, "a pipeline of warp groups", with);
   }
 }
 
