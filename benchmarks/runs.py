@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import cuda_clock, gate, limits, measure, record
+from benchmarks import cuda_clock, gate, hopper, limits, measure, record
 from peft_kernels import backends
 
 _DEFAULT_CACHE = 32 << 20  # where the system does not say
@@ -154,17 +154,19 @@ def timed(
 ) -> Timed:
     """Builds the arms of a cell and times them: all from CUDA graphs, or all eagerly where the base cannot be captured.
 
-    Only those of `foreign` backends may fail. The arms named `alike` must compute the same, as `differing` has it: a
-    foreign one that differs from the last of them is not timed, and one of ours raises gate.RedGateError.
+    Only those of `foreign` backends may fail, and any contender where a graph is captured. The arms named `alike` must
+    compute the same, as `differing` has it: a foreign one that differs from the last of them is not timed, and one of
+    ours raises gate.RedGateError.
     """
     torch.manual_seed(0)
     torch.compiler.reset()
+    foreign = (*foreign, hopper.BACKEND)
     arms, left_out = build(cell, run.device, kinds)
     timing = timing if run.device.type == "cuda" else "eager"
-    step = clock(run.device, timing)
+    step = hopper.stepping(clock(run.device, timing))
     if timing == "graph" and measure.runnable(arms[:1], step, (arms[0].backend,))[1]:
-        step, timing = clock(run.device, "eager"), "eager"
-    able, failed = measure.runnable(arms, step, foreign)
+        step, timing = hopper.stepping(clock(run.device, "eager")), "eager"
+    able, failed = measure.runnable(arms, step, foreign if timing == "eager" else measure.contenders(arms))
     for arm, reason in differing([arm for arm in able if arm.name in alike], cell.dtype, depth).items():
         if arm.backend not in foreign:
             raise gate.RedGateError(f"{cell.title}: {arm.name} {arm.backend} {reason}")
@@ -182,7 +184,10 @@ def differing(arms: list, dtype: torch.dtype, depth: int = 1) -> dict:
 
     Roundings of `depth` layers, one behind another, add up as a random walk does.
     """
-    found = [tree_leaves(arm.run()) for arm in arms]
+    found = []
+    for arm in arms:
+        with hopper.asked_for(arm.backend):
+            found.append(tree_leaves(arm.run()))
     allowed, wrong = 8 * torch.finfo(dtype).eps * depth**0.5 + _LONG_SUMS, {}
     for arm, ys in zip(arms[:-1], found[:-1], strict=True):
         shares = [_distance(y, expected) for y, expected in zip(ys, found[-1], strict=True)]
