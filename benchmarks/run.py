@@ -114,7 +114,7 @@ def time_cell(cell: shapes.Cell, kinds: tuple[str, ...], run: Run) -> tuple[list
         # what does not run eagerly is not captured either
         arms, failed = measure.runnable(arms, clock, FOREIGN if timing == "eager" else measure.contenders(arms))
         if not rows:
-            failed |= (wrong := wrong_twins(cell, arms, x, dy))
+            failed |= (wrong := runs.wrong_twins(arms, cell.dtype, x, dy))
             arms = [arm for arm in arms if arm not in wrong]
         steps = measure.interleave(arms, clock, run.plan.rounds, run.plan.seconds, plan.WARMUP_ROUNDS)
         saved = saved or {arm: saved_bytes(arm, x) for arm in arms}
@@ -127,25 +127,6 @@ def saved_bytes(arm: contenders.Arm, x: torch.Tensor) -> int:
     """What autograd keeps of a forward."""
     with hopper.asked_for(arm.backend):
         return memory.saved_bytes(lambda: arm.call(x), arm.parameters)
-
-
-def wrong_twins(cell: shapes.Cell, arms: list[contenders.Arm], x, dy) -> dict[contenders.Arm, str]:
-    """Those of hopper.BACKEND that compute something else, with the same mask of dropout, than `cuda` does; and why."""
-
-    def computed(arm: contenders.Arm) -> runs.Arm:
-        def run():
-            torch.manual_seed(0)
-            y = arm.call(x)
-            return y, *torch.autograd.grad(y, [t for t in (x, *arm.parameters) if t.requires_grad], dy)
-
-        return runs.Arm(arm.name, arm.backend, run)
-
-    wrong = {}
-    for twin in (arm for arm in arms if arm.backend == hopper.BACKEND):
-        pair = [computed(arm) for arm in arms if arm.parameters is twin.parameters]
-        for reason in runs.differing(pair, cell.dtype).values():
-            wrong[twin] = reason
-    return wrong
 
 
 def rows_of(cell: shapes.Cell, timing: str, steps: dict, saved: dict, run: Run) -> list[record.Row]:

@@ -196,6 +196,25 @@ def differing(arms: list, dtype: torch.dtype, depth: int = 1) -> dict:
     return wrong
 
 
+def wrong_twins(arms: list, dtype: torch.dtype, x: Tensor, dy: Tensor) -> dict:
+    """Of layers those of hopper.BACKEND that compute, with the same mask, something else than `cuda`; and why."""
+
+    def computed(arm) -> Arm:
+        def run():
+            torch.manual_seed(0)
+            y = arm.call(x)
+            return y, *torch.autograd.grad(y, [t for t in (x, *arm.parameters) if t.requires_grad], dy)
+
+        return Arm(arm.name, arm.backend, run)
+
+    wrong = {}
+    for twin in (arm for arm in arms if arm.backend == hopper.BACKEND):
+        pair = [computed(arm) for arm in arms if arm.parameters is twin.parameters]
+        for reason in differing(pair, dtype).values():
+            wrong[twin] = reason
+    return wrong
+
+
 def _distance(y: Tensor, expected: Tensor) -> float:
     """Of the largest value."""
     y, expected = y.double(), expected.double()
