@@ -268,6 +268,12 @@ def seconds_for(stage: Stage, later: list[Stage], left: float) -> float:
     return min(stage.limit, left - kept)
 
 
+def groups_asked_for(asked: list[str] | None, chosen: list[Stage]) -> int:
+    """How many calls' time there is: stages that are named one by one have none of their own beside a group."""
+    groups = {stage.group for stage in chosen}
+    return max(1, len(groups.intersection(asked) if asked else groups))
+
+
 def without_library(stage: Stage) -> Stage:
     return dataclasses.replace(stage, commands=tuple(c for c in stage.commands if "setup.py" not in c))
 
@@ -296,7 +302,7 @@ def main(
     for stage in [s for s in chosen if s.capability not in ("", facts["capability"])]:
         print(f"{stage.name}: left out, it is for compute capability {stage.capability}")
         chosen.remove(stage)
-    budget = asked.budget or BUDGET * len({stage.group for stage in chosen})
+    budget = asked.budget or BUDGET * groups_asked_for(asked.stage, chosen)
     if asked.prebuilt and (ROOT / "peft_kernels/_ops.abi3.so").exists():
         chosen = [without_library(stage) for stage in chosen]
     outcomes: list[Outcome] = []

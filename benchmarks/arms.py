@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import peft_kernels
-from benchmarks import peers
+from benchmarks import hopper, peers
 from benchmarks.shapes import Cell, Variant
 
 SCALING = 2.0  # lora_alpha = 2 r, as most recipes have it
@@ -124,7 +124,7 @@ def _op(cell, variant, device):
     linked = peft_kernels.backends.linked("lora_linear", device.type)
     kernels = [name for name in linked if name != "reference"]
     missing = [] if kernels else [f"op: no backend but the reference is linked for {device.type}"]
-    return [_backend(name, cell, variant, device) for name in kernels], missing
+    return hopper.beside([_backend(name, cell, variant, device) for name in kernels], device), missing
 
 
 def _reference(cell, variant, device):

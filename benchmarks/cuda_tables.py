@@ -1,5 +1,6 @@
 """A GPU run's rows as markdown: a line per cell and variant of the adapter, a column per contender."""
 
+from benchmarks import hopper
 from benchmarks.record import Row
 from benchmarks.tables import BOTH, OP, VARIANTS, cell, grid_table, variant
 
@@ -12,6 +13,7 @@ CONTENDERS = {
     ("automodel", None): "Automodel",
     ("patched", None): "patched",
     ("op", "cuda"): "cuda",
+    ("op", hopper.BACKEND): hopper.BACKEND,
     ("op", "triton"): "triton",
     ("op", "reference"): "reference",
 }

@@ -26,7 +26,7 @@ from functools import partial
 
 import torch
 
-from benchmarks import gate, runs
+from benchmarks import gate, hopper, runs
 from benchmarks.decoder_arms import ARMS, TRAINING_ARMS, Arm, Cell, build
 from benchmarks.runs import Run
 from benchmarks.shapes import BF16, F32
@@ -75,7 +75,7 @@ def cells(grid: str, model: str = "") -> list[Cell]:
 def time_cell(cell: Cell, kinds: tuple[str, ...], run: Run) -> list[Row]:
     """All arms of a cell, and a row that says why for each that could not be timed."""
     training = cell.step == "training"
-    alike = TRAINING_ARMS if training and cell.p == "0" else ()  # PEFT draws other masks
+    alike = TRAINING_ARMS if training and cell.p == "0" else () if training else ("pool",)  # PEFT draws other masks
     found = runs.timed(build, cell, kinds, FOREIGN, run, alike, "eager" if training else "graph", cell.layers)
     tokens = cell.B * cell.S
 
@@ -98,7 +98,8 @@ def memory_of(arm: Arm, device: torch.device) -> tuple[float, str]:
         return float(memory.saved_bytes(arm.forward, arm.parameters)), KEPT
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    arm.run()
+    with hopper.asked_for(arm.backend):
+        arm.run()
     return float(torch.cuda.max_memory_allocated(device) - before), PEAK
 
 
@@ -134,10 +135,14 @@ def _place(row: Row) -> tuple:
     return tuple(getattr(row, field.name) for field in dataclasses.fields(Cell))
 
 
+def _contender(row: Row) -> str:
+    return f"{row.arm} {row.backend}" if row.backend == hopper.BACKEND else row.arm
+
+
 def markdown(rows: list[Row], origin: str) -> str:
     """What a run gives, as a table: a line per cell."""
-    timed, cells = runs.ratio_lines(rows, "frozen", ARMS, _place, lambda row: row.arm)
-    at = {(row.arm, _place(row)): row for row in rows if not row.not_timed}
+    timed, cells = runs.ratio_lines(rows, "frozen", ARMS, _place, _contender)
+    at = {(_contender(row), _place(row)): row for row in rows if not row.not_timed}
     lines = []
     for base, texts in cells:
         place, training = _place(base), base.step == "training"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import peft_kernels
-from benchmarks import gate, runs
+from benchmarks import gate, hopper, runs
 from benchmarks.peers import axolotl, unsloth
 from benchmarks.peers.layers import put_into
 from benchmarks.runs import NotHere
@@ -273,4 +273,4 @@ def build(cell: Cell, device: torch.device, kinds: tuple[str, ...]) -> tuple[lis
     problem = kind(cell, device)
     base = [problem.base(name) for name in ("frozen", "frozen_again")]
     arms, left_out = runs.arms_of(problem, makers, tuple(name for name in kinds if name in makers))
-    return base + arms, left_out
+    return base + hopper.beside(arms, device), left_out

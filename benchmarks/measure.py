@@ -71,6 +71,11 @@ def runnable(arms: list, step: Callable, foreign: tuple[str, ...]) -> tuple[list
     return kept, failed
 
 
+def contenders(arms: list) -> tuple[str, ...]:
+    """The backends of all arms but the two that are the base."""
+    return tuple({arm.backend for arm in arms[2:]})
+
+
 def compared(times: dict, base, again) -> Iterator[tuple[object, dict[str, float]]]:
     """Each arm with its columns: rounds, ms and ratio to `base`; and how far `again`, which equals it, is from it."""
     spread = max(abs(ratio - 1) for ratio in ratios(times[again], times[base]))

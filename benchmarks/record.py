@@ -167,6 +167,11 @@ class Writer:
         self._file.close()
 
 
+def failure(cell, error: Exception) -> str:
+    """One line for a cell that has no rows."""
+    return f"{cell.title}: failed: {type(error).__name__}: {' '.join(str(error).split())[:400]}"
+
+
 def one_by_one(
     cells: Iterable,
     time_cell: Callable[[object], list],
@@ -188,7 +193,7 @@ def one_by_one(
             raise
         except Exception as error:
             failed += 1
-            say(f"{cell.title}: failed: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
+            say(failure(cell, error))
             continue
         say(described(cell, rows, time.perf_counter() - start))
         if writer:

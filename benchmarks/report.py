@@ -67,13 +67,13 @@ def markdown(rows: list[Row], path: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-# What a GPU's CSVs are of: the op, whose file is OP_cuda.csv, and its rows. With PEFT_KERNELS_SM90=1: OP_cuda_sm90.csv.
+# What a GPU's CSVs are of: the op, whose file is OP_cuda.csv, and its rows.
 CUDA = {tables.OP: Row, mixed_tables.NAME: mixed.Row, decoder.NAME: decoder.Row}
 
 
-def cuda_rows(results: Path, ending: str) -> dict[str, list]:
+def cuda_rows(results: Path) -> dict[str, list]:
     """By op, what its CSV in a folder holds; nothing where there is none."""
-    paths = {op: results / f"{op}_{ending}.csv" for op in CUDA}
+    paths = {op: results / f"{op}_cuda.csv" for op in CUDA}
     return {op: record.read(path, CUDA[op]) if path.exists() else [] for op, path in paths.items()}
 
 
@@ -86,22 +86,11 @@ def cuda_verdicts(rows: dict[str, list]) -> list[tuple[bool | None, str, str, st
     ]
 
 
-def cuda_markdown(default: dict[str, list], sm90: dict[str, list]) -> str:
+def cuda_markdown(rows: dict[str, list]) -> str:
     """All that stands between the README's markers for the GPU; without rows, that nothing was measured."""
-    parts = [] if default[tables.OP] else ["Not measured yet; on a machine with a GPU, `make gpu-check` measures it."]
-    for ending, rows in (("cuda", default), ("cuda_sm90", sm90)):
-        if any(rows.values()):
-            parts += ["With PEFT_KERNELS_SM90=1:"] if ending == "cuda_sm90" else []
-            parts += _cuda_tables(rows, ending)
-        if ending == "cuda" or any(rows.values()):
-            parts.append(cuda_tables.target_table(cuda_verdicts(rows)))
-    return "\n\n".join(parts) + "\n"
-
-
-def _cuda_tables(rows: dict[str, list], ending: str) -> list[str]:
     linear, pool, layers = (rows[op] for op in CUDA)
-    from_where = {op: origin(found, Path(f"{op}_{ending}.csv")) for op, found in rows.items() if found}
-    parts = []
+    from_where = {op: origin(found, Path(f"{op}_cuda.csv")) for op, found in rows.items() if found}
+    parts = [] if linear else ["Not measured yet; on a machine with a GPU, `make gpu-check` measures it."]
     if linear:
         parts.append("Time over the frozen `nn.Linear` of the same rounds, medians. " + from_where[tables.OP])
         for direction, timing in cuda_tables.VIEWS:
@@ -114,7 +103,8 @@ def _cuda_tables(rows: dict[str, list], ending: str) -> list[str]:
         parts += [f"{title} {from_where[mixed_tables.NAME]}", mixed_tables.added_table(pool)]
     if layers:
         parts.append(decoder.markdown(layers, from_where[decoder.NAME]).strip())
-    return parts
+    parts.append(cuda_tables.target_table(cuda_verdicts(rows)))
+    return "\n\n".join(parts) + "\n"
 
 
 def module_markdown(tables_of: ModuleType, rows: list[record.Origin], path: Path) -> str:
@@ -157,10 +147,10 @@ def main(
 ) -> None:
     """Puts the tables of the CSVs into README, plots beside lora_linear's, and says which targets are met."""
     csv = results / f"{tables.OP}_cpu.csv"
-    rows, default, sm90 = record.read(csv), cuda_rows(results, "cuda"), cuda_rows(results, "cuda_sm90")
+    rows, on_gpu = record.read(csv), cuda_rows(results)
     before = readme.read_text()
     after = replaced(before, markdown(rows, csv))
-    after = replaced(after, cuda_markdown(default, sm90), f"{tables.OP}:cuda")
+    after = replaced(after, cuda_markdown(on_gpu), f"{tables.OP}:cuda")
     found = []
     for module, kind in MODULES:
         path = results / f"{module.NAME}_cpu.csv"
@@ -170,9 +160,8 @@ def main(
             found += module.verdicts(measured)
     for met, sentence in [*targets.verdicts(rows), *found]:
         typer.echo(f"{OUTCOMES[met]}  {sentence}")
-    for where, found in (("GPU", default), ("GPU, PEFT_KERNELS_SM90=1", sm90)):
-        for met, title, limit, measured in cuda_verdicts(found):
-            typer.echo(f"{OUTCOMES[met]}  {where}, {title}: at most {limit}" + (f", {measured}" if measured else ""))
+    for met, title, limit, measured in cuda_verdicts(on_gpu):
+        typer.echo(f"{OUTCOMES[met]}  GPU, {title}: at most {limit}" + (f", {measured}" if measured else ""))
     if check:
         typer.echo("README agrees with the CSVs" if before == after else f"{readme.name} differs from its CSVs")
         raise typer.Exit(before != after)

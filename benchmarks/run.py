@@ -37,6 +37,7 @@ from benchmarks import (
     cuda_clock,
     decoder,
     gate,
+    hopper,
     limits,
     lora_variants,
     measure,
@@ -80,7 +81,7 @@ CELLS_OF = {  # those that are timed by a module of their own
 }
 LEAST_ROUNDS = {"cpu": 15, "gpu": 50, "full": 50, "quick": 5}
 SECONDS = {"cpu": 30.0, "gpu": 1.0, "full": 0.5, "quick": 0.3}
-FOREIGN = ("inductor", "peft", "peer")  # backends that are not ours
+FOREIGN = ("inductor", "peft", "peer", hopper.BACKEND)  # backends whose arms may fail
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -109,13 +110,23 @@ def time_cell(cell: shapes.Cell, kinds: tuple[str, ...], run: Run) -> tuple[list
     dy = torch.randn(cell.M, cell.N, device=run.device).to(cell.dtype)
     saved, rows = {}, []
     for timing in run.plan.timings:
-        clock = run.clock(timing, x, dy)
-        arms, failed = measure.runnable(arms, clock, FOREIGN)  # what does not run eagerly is not captured either
+        clock = hopper.stepping(run.clock(timing, x, dy))
+        # what does not run eagerly is not captured either
+        arms, failed = measure.runnable(arms, clock, FOREIGN if timing == "eager" else measure.contenders(arms))
+        if not rows:
+            failed |= (wrong := runs.wrong_twins(arms, cell.dtype, x, dy))
+            arms = [arm for arm in arms if arm not in wrong]
         steps = measure.interleave(arms, clock, run.plan.rounds, run.plan.seconds, plan.WARMUP_ROUNDS)
-        saved = saved or {arm: memory.saved_bytes(lambda arm=arm: arm.call(x), arm.parameters) for arm in arms}
+        saved = saved or {arm: saved_bytes(arm, x) for arm in arms}
         rows += rows_of(cell, timing, steps, saved, run)
         rows += [untimed_row(cell, timing, arm, reason, run) for arm, reason in failed.items()]
     return rows, left_out
+
+
+def saved_bytes(arm: contenders.Arm, x: torch.Tensor) -> int:
+    """What autograd keeps of a forward."""
+    with hopper.asked_for(arm.backend):
+        return memory.saved_bytes(lambda: arm.call(x), arm.parameters)
 
 
 def rows_of(cell: shapes.Cell, timing: str, steps: dict, saved: dict, run: Run) -> list[record.Row]:
@@ -298,7 +309,7 @@ def time_by_module(
     seconds = timing.SECONDS[grid] if seconds < 0 else seconds
     try:
         ran = timing.refuse_wrong_results(cells, device)
-        console.print(f"gate: {ran} samples right; {len(cells)} cells")
+        say_ran(ran, f"; {len(cells)} cells")
         run = timing.Run.here(device, rounds or timing.LEAST_ROUNDS[grid], seconds)
         failed = record.one_by_one(
             cells,
@@ -311,9 +322,7 @@ def time_by_module(
     except gate.RedGateError as red:
         console.print(f"[red]refused:[/red] {escape(str(red))}")
         raise typer.Exit(2) from None
-    if failed:
-        console.print(f"[red]{failed} of {len(cells)} cells failed[/red]")
-        raise typer.Exit(1)
+    exit_where_failed(failed, cells)
 
 
 def show_limits(device: torch.device, rounds: int, out: Path | None) -> None:
@@ -337,17 +346,22 @@ def refuse_wrong_results(cells: list[shapes.Cell], wanted: tuple[str, ...], devi
     try:
         ran = gate.check(registry.ops()["lora_linear"], names, pairs, device)
     except gate.RedGateError as red:
-        console.print(f"[red]refused:[/red] {red}")
+        console.print(f"[red]refused:[/red] {escape(str(red))}")
         raise typer.Exit(2) from None
-    console.print(f"gate: {ran} samples right on {', '.join(names) or 'no backend, as none is timed'}")
+    say_ran(ran, f" on {', '.join(names) or 'no backend, as none is timed'}")
 
 
 def time_cells(cells: list[shapes.Cell], wanted: tuple[str, ...], run: Run, out: Path | None) -> None:
-    """Cell by cell, printed and written as they finish."""
-    writer, said = record.Writer(out) if out else None, set()
+    """Cell by cell, printed and written as they finish. Exits with 1 where cells failed, which stops no other."""
+    writer, said, failed = record.Writer(out) if out else None, set(), 0
     for cell in cells:
         start = time.perf_counter()
-        rows, left_out = time_cell(cell, plan.kinds_of(cell, wanted), run)
+        try:
+            rows, left_out = time_cell(cell, plan.kinds_of(cell, wanted), run)
+        except Exception as error:
+            failed += 1
+            console.print(escape(record.failure(cell, error)))
+            continue
         show(cell, rows, time.perf_counter() - start)
         for line in left_out:
             if line not in said:
@@ -358,6 +372,20 @@ def time_cells(cells: list[shapes.Cell], wanted: tuple[str, ...], run: Run, out:
     if writer:
         writer.close()
         console.print(f"written: {out}")
+    exit_where_failed(failed, cells)
+
+
+def exit_where_failed(failed: int, cells: list) -> None:
+    if failed:
+        console.print(f"[red]{failed} of {len(cells)} cells failed[/red]")
+        raise typer.Exit(1)
+
+
+def say_ran(ran: int, more: str) -> None:
+    """What the gate let through, and what it left out."""
+    console.print(f"gate: {ran} samples right{more}")
+    for reason in hopper.REFUSED:
+        console.print(f"[red]{hopper.BACKEND} left out:[/red] {escape(reason)}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import cuda_clock, gate, limits, measure, record
+from benchmarks import cuda_clock, gate, hopper, limits, measure, record
 from peft_kernels import backends
 
 _DEFAULT_CACHE = 32 << 20  # where the system does not say
@@ -154,17 +154,19 @@ def timed(
 ) -> Timed:
     """Builds the arms of a cell and times them: all from CUDA graphs, or all eagerly where the base cannot be captured.
 
-    Only those of `foreign` backends may fail. The arms named `alike` must compute the same, as `differing` has it: a
-    foreign one that differs from the last of them is not timed, and one of ours raises gate.RedGateError.
+    Only those of `foreign` backends may fail, and any contender where a graph is captured. The arms named `alike` must
+    compute the same, as `differing` has it: a foreign one that differs from the last of them is not timed, and one of
+    ours raises gate.RedGateError.
     """
     torch.manual_seed(0)
     torch.compiler.reset()
+    foreign = (*foreign, hopper.BACKEND)
     arms, left_out = build(cell, run.device, kinds)
     timing = timing if run.device.type == "cuda" else "eager"
-    step = clock(run.device, timing)
+    step = hopper.stepping(clock(run.device, timing))
     if timing == "graph" and measure.runnable(arms[:1], step, (arms[0].backend,))[1]:
-        step, timing = clock(run.device, "eager"), "eager"
-    able, failed = measure.runnable(arms, step, foreign)
+        step, timing = hopper.stepping(clock(run.device, "eager")), "eager"
+    able, failed = measure.runnable(arms, step, foreign if timing == "eager" else measure.contenders(arms))
     for arm, reason in differing([arm for arm in able if arm.name in alike], cell.dtype, depth).items():
         if arm.backend not in foreign:
             raise gate.RedGateError(f"{cell.title}: {arm.name} {arm.backend} {reason}")
@@ -182,12 +184,34 @@ def differing(arms: list, dtype: torch.dtype, depth: int = 1) -> dict:
 
     Roundings of `depth` layers, one behind another, add up as a random walk does.
     """
-    found = [tree_leaves(arm.run()) for arm in arms]
+    found = []
+    for arm in arms:
+        with hopper.asked_for(arm.backend):
+            found.append(tree_leaves(arm.run()))
     allowed, wrong = 8 * torch.finfo(dtype).eps * depth**0.5 + _LONG_SUMS, {}
     for arm, ys in zip(arms[:-1], found[:-1], strict=True):
         shares = [_distance(y, expected) for y, expected in zip(ys, found[-1], strict=True)]
         if not all(share <= allowed for share in shares):  # NaN is never small
             wrong[arm] = f"computes something else than {arms[-1].name}: {max(shares):.1%} of the largest value away"
+    return wrong
+
+
+def wrong_twins(arms: list, dtype: torch.dtype, x: Tensor, dy: Tensor) -> dict:
+    """Of layers those of hopper.BACKEND that compute, with the same mask, something else than `cuda`; and why."""
+
+    def computed(arm) -> Arm:
+        def run():
+            torch.manual_seed(0)
+            y = arm.call(x)
+            return y, *torch.autograd.grad(y, [t for t in (x, *arm.parameters) if t.requires_grad], dy)
+
+        return Arm(arm.name, arm.backend, run)
+
+    wrong = {}
+    for twin in (arm for arm in arms if arm.backend == hopper.BACKEND):
+        pair = [computed(arm) for arm in arms if arm.parameters is twin.parameters]
+        for reason in differing(pair, dtype).values():
+            wrong[twin] = reason
     return wrong
 
 

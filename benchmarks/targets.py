@@ -1,8 +1,8 @@
 """What the grids are to reach, as data.
 
 CPU: geometric means of forward+backward over the frozen linear, on two cores. GPU: the operator of the cuda backend,
-replayed from a CUDA graph, on a Hopper GPU; the bytes that it keeps for the backward; what a pool of adapters adds to a
-layer and to a decoding step of a model.
+replayed from a CUDA graph, on a Hopper GPU, of hopper.BACKEND where kernels made for it are to reach them; the bytes
+that it keeps for the backward; what a pool of adapters adds to a layer and to a decoding step of a model.
 """
 
 import math
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks import hopper
 from benchmarks.record import Row
 from benchmarks.tables import BOTH, OP, VARIANTS, cell, means, select, variant
 
@@ -41,20 +42,21 @@ class CudaTarget:
     Ms: tuple[int, ...]
     p: str
     limit: float
+    backend: str = "cuda"
 
 
 CUDA_TARGETS = (
     CudaTarget("forward+backward, M = 8192, 4096 x 4096, r = 16, dropout 0.1", BOTH, (8192,), "0.1", 1.16),
     CudaTarget("forward, M = 1 and 16, 4096 x 4096, r = 16, no dropout", "forward", (1, 16), "0", 1.5),
-    CudaTarget("likewise, M = 8192, with kernels made for Hopper", BOTH, (8192,), "0.1", 1.05),
-    CudaTarget("likewise, M = 1 and 16, with kernels made for Hopper", "forward", (1, 16), "0", 1.05),
+    CudaTarget("likewise, M = 8192, with kernels made for Hopper", BOTH, (8192,), "0.1", 1.05, hopper.BACKEND),
+    CudaTarget("likewise, M = 1 and 16, with kernels made for Hopper", "forward", (1, 16), "0", 1.05, hopper.BACKEND),
 )
 
 
 @dataclass(frozen=True)
 class PoolTarget:
-    """Of batched_lora_ at K = N = 4096, r = 16, for 64 rows of so many adapters, from a graph: what is added to the
-    base layer, in microseconds, or that over what the arm `than` adds."""
+    """Of batched_lora_ with kernels made for Hopper, at K = N = 4096, r = 16, for 64 rows of so many adapters, from a
+    graph: what is added to the base layer, in microseconds, or that over what the arm `than` adds."""
 
     title: str
     adapters: int
@@ -72,7 +74,8 @@ POOL_TARGETS = (
 
 @dataclass(frozen=True)
 class DecodingTarget:
-    """The largest ratio of a decoding step through a pool to that of the base, in bf16 from a graph."""
+    """The largest ratio of a decoding step through a pool to that of the base, in bf16 from a graph, with kernels made
+    for Hopper."""
 
     title: str
     rows: int
@@ -123,17 +126,17 @@ def slower_than_peft(rows: list[Row]) -> list[str]:
 
 def cuda_verdicts(rows: list[Row]) -> list[tuple[bool | None, str, str, str]]:
     """(met, title, limit, measured) for every target of the GPU; met is None where it was not measured."""
-    ours = [row for row in rows if (row.op, row.arm, row.backend) == (OP, "op", "cuda")]
+    ours = [row for row in rows if (row.op, row.arm) == (OP, "op") and not row.not_timed]
     found = []
     for target in CUDA_TARGETS:
-        place = (target.direction, "graph", "bfloat16", "bfloat16", 4096, 4096, "16", target.p)
+        place = (target.backend, target.direction, "graph", "bfloat16", "bfloat16", 4096, 4096, "16", target.p)
         ratios = {row.M: row.ratio_p50 for row in ours if row.M in target.Ms and _place(row) == place}
         met, measured = None, ""
         if len(ratios) == len(target.Ms):
             worst = max(ratios.values())
             met, measured = worst <= target.limit, f"{worst:.3f}"
         found.append((met, target.title, f"{target.limit:.2f}", measured))
-    return [*found, _saved_verdict(ours)]
+    return [*found, _saved_verdict([row for row in ours if row.backend == "cuda"])]
 
 
 def pool_verdicts(rows: list) -> list[tuple[bool | None, str, str, str]]:
@@ -143,7 +146,7 @@ def pool_verdicts(rows: list) -> list[tuple[bool | None, str, str, str]]:
     for target in POOL_TARGETS:
         here = [r for r in rows if (r.dtype, r.timing, r.M, r.K, r.N, r.r) == place and not r.not_timed]
         here = [r for r in here if r.present == r.adapters == target.adapters]
-        ours = _least([r.added_us for r in here if (r.arm, r.backend) == ("op", "cuda")])
+        ours = _least([r.added_us for r in here if (r.arm, r.backend) == ("op", hopper.BACKEND)])
         beside = _least([r.added_us for r in here if r.arm == target.than]) if target.than else 1.0
         value = ours / beside
         met = None if math.isnan(value) else value <= target.limit
@@ -155,7 +158,7 @@ def decoding_verdicts(rows: list) -> list[tuple[bool | None, str, str, str]]:
     """As cuda_verdicts, from the rows of decoder on a GPU."""
     found = []
     for target in DECODING_TARGETS:
-        place = ("pool", "cuda", "bfloat16", "graph", "decoding", 4096, target.rows, target.adapters)
+        place = ("pool", hopper.BACKEND, "bfloat16", "graph", "decoding", 4096, target.rows, target.adapters)
         ratios = [
             r.ratio_p50 for r in rows
             if (r.arm, r.backend, r.dtype, r.timing, r.step, r.hidden, r.B, r.adapters) == place and not r.not_timed
@@ -172,7 +175,7 @@ def _least(values: list[float]) -> float:
 
 
 def _place(row: Row) -> tuple:
-    return row.direction, row.timing, row.dtype, row.adapter_dtype, row.K, row.N, row.r, row.p
+    return row.backend, row.direction, row.timing, row.dtype, row.adapter_dtype, row.K, row.N, row.r, row.p
 
 
 def _saved_verdict(ours: list[Row]) -> tuple[bool | None, str, str, str]:

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from benchmarks import bottleneck, decoder, lora_variants, prefix_attention, prefix_models, record, train_many
+from benchmarks import bottleneck, decoder, hopper, lora_variants, prefix_attention, prefix_models, record, train_many
 from benchmarks.batched_lora import cells, timing
 
 
@@ -122,7 +122,7 @@ MADE_UP = {
 }
 
 
-def gpu_rows(forward=1.4, saved_beyond=0):
+def gpu_rows(forward=1.4, saved_beyond=0, sm90=1.04):
     """The cells of the GPU's targets, both timings; compiled PEFT could not be captured."""
     common = {
         "dtype": "bfloat16", "K": 4096, "N": 4096, "device": "a GPU", "driver": "580", "cuda": "13.0", "triton": "3.6"
@@ -139,6 +139,7 @@ def gpu_rows(forward=1.4, saved_beyond=0):
                     ours = {"backend": "cuda", "saved_bytes": kept}
                     rows.append(made_up("peft", ratio=2.0, **variant))
                     rows.append(made_up("op", ratio=1.1 if M > 16 else forward, **variant, **ours))
+                    rows.append(made_up("op", ratio=sm90, **variant, backend=hopper.BACKEND, saved_bytes=kept))
             for p in ("0", "0.1"):
                 failed = {"timing": how, "p": p, "not_timed": "it waits", "rounds": 0}
                 numbers = dict.fromkeys(("ms_p50", "ratio_p50"), math.nan)
@@ -162,7 +163,7 @@ def gpu_pool_rows(added=4.0, sglang=8.0):
             added_us=us / (3 if n == 1 else 1),
         )
         for n in (64, 1)
-        for arm, (backend, us) in (arms_of | {"op": ("cuda", added)}).items()
+        for arm, (backend, us) in [*arms_of.items(), ("op", ("cuda", 2 * added)), ("op", (hopper.BACKEND, added))]
     ]
 
 
@@ -172,7 +173,9 @@ def gpu_decoder_rows(ratio=1.1):
     first = [row for row in decoder_rows(decoding=ratio) if row.step == "decoding"][:5]
     place = {"dtype": "bfloat16", "timing": "graph", "hidden": 4096, "B": 64, "adapters": 16, "memory_bytes": 0.0}
     return training + [
-        dataclasses.replace(row, **place, backend="cuda" if row.arm == "pool" else "torch")
+        dataclasses.replace(row, **place, backend=backend, ratio_p50=row.ratio_p50 + 1 * (backend == "cuda"))
         for row in first
-        if row.arm in ("frozen", "frozen_again", "pool")
+        for backend in {"frozen": ["torch"], "frozen_again": ["torch"], "pool": ["cuda", hopper.BACKEND]}.get(
+            row.arm, []
+        )
     ]

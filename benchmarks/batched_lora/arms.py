@@ -17,6 +17,7 @@ from torch.nn import functional
 
 import peft_kernels
 from benchmarks import arms as layer_arms
+from benchmarks import hopper
 from benchmarks.batched_lora.cells import Cell
 from benchmarks.peers import sglang, vllm
 from benchmarks.peers.serving import batch_of
@@ -158,7 +159,7 @@ def _op(problem: Problem) -> list[Arm]:
             made += _with_base(problem, "op", backend, lambda y, op=op: call_in_place(op, y, *arguments))
     if not made:
         raise NotHere(f"no backend but the reference is linked for {problem.device.type}")
-    return made
+    return hopper.beside(made, problem.device)
 
 
 def _route(problem: Problem) -> list[Arm]:
