@@ -36,7 +36,8 @@ CXX = os.environ.get("CXX", "g++")
 # -ffp-contract=fast: ISO mode (-std=c++17) would not fuse a product and a sum into one FMA
 CXXFLAGS = ["-O2", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-Wall", "-Icsrc"]
 NVCCFLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Icsrc"]
-# wgmma and its like are in no other architecture, so whatever PK_CUDA_ARCHS says; the binding asks before it launches
+# wgmma and its like are in no other architecture, so whatever PK_CUDA_ARCHS says; the binding asks before it launches.
+# Toolkits from 12.0 on know sm_90a, so that is the least one.
 SM90 = ["-gencode=arch=compute_90a,code=sm_90a"]
 PATHS = sysconfig.get_paths()
 
@@ -67,7 +68,7 @@ def ask(nvcc: str, *question: str) -> str:
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    known = ask(nvcc, "--list-gpu-code").split()  # an older toolkit lacks the newest: build what it has
+    known = ask(nvcc, "--list-gpu-code").split()  # 12.0 lacks the newest: build what it has
     wanted = os.environ.get("PK_CUDA_ARCHS", "80;90a;100;120").split(";")
     return sorted((arch for arch in wanted if f"sm_{family_free(arch)}" in known), key=lambda a: int(family_free(a)))
 

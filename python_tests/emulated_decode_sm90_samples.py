@@ -5,6 +5,7 @@ Not collected by itself: test_emulated.py runs it.
 """
 
 import pytest
+import sm90_problems
 import torch
 from emulated import (
     BF16,
@@ -24,12 +25,6 @@ from peft_kernels.ops.batched_lora import pooled_samples
 from peft_kernels.ops.bottleneck_adapter import samples as bottleneck_samples
 
 FORWARD = operators(POOLED)[0]
-KINDS = dict(biased=True, gained=True, down_biased=True, activations=("gelu", "identity", "tanh"))
-PROBLEMS = {
-    "group": dict(rows=37, K=1032, N=(264, 40), ranks=((8, 2), (0, 9), (20, 0), (24, 1)), **KINDS),
-    "row": dict(rows=1, K=1096, N=(2312,), ranks=((16,),), ids=[0]),
-    "distinct": dict(rows=9, K=520, N=(264,), ranks=((12,),) * 9, ids=list(range(9))),
-}
 SAMPLES = [sample for sample in POOLED.samples() if not sample.busy]
 
 
@@ -61,9 +56,9 @@ def test_every_sample_has_the_same_bits(place, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", sm90_problems.POOLED)
 def test_one_launch_matches_the_oracle_and_has_the_bits_of_two(name, dtype, monkeypatch):
-    arguments = pooled_samples.problem("cpu", dtype, dtype, **PROBLEMS[name])
+    arguments = pooled_samples.problem("cpu", dtype, dtype, **sm90_problems.POOLED[name])
     with testing.poisoned_memory():
         testing.assert_matches_oracle(POOLED, arguments, *operators(POOLED))
     runs = []
@@ -123,17 +118,10 @@ def test_what_it_does_not_take_goes_in_two_launches(make, one):
     assert allocates(make()) is not one
 
 
-BOTTLENECKS = {
-    "serial": dict(rows=(16,), K=136, N=None, E=24, scale="channel", gated=True, p=0.1),
-    "parallel": dict(rows=(5,), K=1032, N=136, E=64, activation="gelu", scale="scalar", p=0.1, dropout_on="output"),
-    "row": dict(rows=(1,), K=520, N=1096, E=8, activation="silu", biased=False),
-}
-
-
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize("name", BOTTLENECKS)
+@pytest.mark.parametrize("name", sm90_problems.BOTTLENECKS)
 def test_few_rows_of_a_bottleneck_match_the_oracle_in_one_launch(name, dtype, monkeypatch):
-    arguments = bottleneck_samples.problem("cpu", dtype, dtype, **BOTTLENECKS[name])
+    arguments = bottleneck_samples.problem("cpu", dtype, dtype, **sm90_problems.BOTTLENECKS[name])
     with testing.poisoned_memory():
         testing.assert_matches_oracle(BOTTLENECK, arguments, *operators(BOTTLENECK))
     forward, runs = operators(BOTTLENECK)[0], []

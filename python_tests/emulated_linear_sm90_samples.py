@@ -1,4 +1,4 @@
-"""The kernels for sm_90a on the emulator, by the operators that PEFT_KERNELS_SM90=1 has take them: lora_linear.
+"""lora_linear by the kernels for sm_90 that PEFT_KERNELS_SM90=1 asks for, on the emulator.
 
 Not collected by itself: test_emulated.py runs it.
 """
@@ -19,18 +19,12 @@ from emulated import (
     operators,
     set_schedule,
 )
+from sm90_problems import LINEAR, assert_all_gemms_differ
 
 from peft_kernels import testing
 from peft_kernels.ops.lora_linear.samples import problem
 
 FORWARD, BACKWARD = operators(OP)
-EVERYTHING = dict(biased=True, lora_biased=True)
-PROBLEMS = {
-    "dropout": dict(rows=(136,), K=72, N=(264,), ranks=((8,),), p=0.1, **EVERYTHING),
-    "stacked": dict(rows=(2, 68), K=136, N=(40,), ranks=((3, 16),), **EVERYTHING),
-    "group": dict(rows=(150,), K=72, N=(136, 24, 40), ranks=((5,), (), (16, 1)), biased=True),
-    "group-dropout": dict(rows=(150,), K=72, N=(136, 40), ranks=((5,), (3,)), p=0.1),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -39,24 +33,23 @@ def asked_for(monkeypatch):
 
 
 @pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, F32), (F16, F16)], ids=str)
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", LINEAR)
 def test_matches_oracle(name, pair, monkeypatch):
-    """And has other bits than the kernels that it replaces, which round y and dx twice: it has been there."""
-    arguments = problem("cpu", *pair, **PROBLEMS[name])
+    """And has been there, in the forward and in the backward."""
+    arguments = problem("cpu", *pair, **LINEAR[name])
     with testing.poisoned_memory():
         testing.assert_matches_oracle(OP, arguments, FORWARD, BACKWARD)
     dy = testing.output_gradients(OP.functions[0].reference(*arguments.values())[0])
     got = OP.evaluate(FORWARD, BACKWARD, arguments, dy)
     monkeypatch.delenv("PEFT_KERNELS_SM90")
     other = OP.evaluate(FORWARD, BACKWARD, arguments, dy)
-    changed = {key for key in got if not torch.equal(got[key], other[key])}
-    assert changed and all(key.startswith(("y", "grad x")) for key in changed), changed
+    assert_all_gemms_differ(got, other, LINEAR[name]["ranks"])
 
 
 @of_schedules
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", LINEAR)
 def test_same_bits_for_every_schedule(name):
-    arguments = problem("cpu", BF16, BF16, **PROBLEMS[name])
+    arguments = problem("cpu", BF16, BF16, **LINEAR[name])
     dy = testing.output_gradients(OP.functions[0].reference(*arguments.values())[0])
     runs = []
     for schedule in [(0, LATE), (1, RANDOM), (2, LATE)]:
@@ -67,7 +60,7 @@ def test_same_bits_for_every_schedule(name):
 
 
 def test_nan_stays_in_its_row():
-    arguments = problem("cpu", BF16, BF16, **PROBLEMS["dropout"])
+    arguments = problem("cpu", BF16, BF16, **LINEAR["dropout"])
     clean = FORWARD(*arguments.values())[0][0]
     arguments["x"][1] = math.nan
     dirty = FORWARD(*arguments.values())[0][0]
@@ -77,7 +70,7 @@ def test_nan_stays_in_its_row():
 
 @pytest.mark.parametrize("unaligned", ["x", "weight"])
 def test_rows_that_tma_cannot_take_go_the_other_way(unaligned, monkeypatch):
-    arguments = problem("cpu", BF16, BF16, **PROBLEMS["dropout"])
+    arguments = problem("cpu", BF16, BF16, **LINEAR["dropout"])
     tensor = arguments["x"] if unaligned == "x" else arguments["weight"][0]
     shifted = torch.empty(tensor.numel() + 1, dtype=BF16)[1:].view_as(tensor).copy_(tensor)
     arguments |= {"x": shifted} if unaligned == "x" else {"weight": [shifted]}

@@ -57,7 +57,8 @@ MEANT = {
     "forward_shrink": "HMMA LDSM",
     "forward_few_rows": "HMMA",
     "forward_expand": "HMMA LDSM",
-    "forward_concat_gemm_sm90": "HGMMA UTMALDG UTMALDG.MULTICAST UCGABAR SYNCS USETMAXREG",
+    "forward_concat_operands_sm90": "PREEXIT",
+    "forward_concat_gemm_sm90": "HGMMA UTMALDG UTMALDG.MULTICAST UCGABAR SYNCS USETMAXREG ACQBULK",
     "backward_dy_pass": "HMMA LDSM",
     "backward_x_pass": "HMMA LDSM",
     "pool_shrink": "HMMA",
@@ -86,6 +87,9 @@ COPIED = (
     "backward_queries",
     "backward_keys",
 )
+# Of instances of a role: ptxas serialises the wgmma of a loop that it does not understand, by an arrival and a wait
+# for each. There are five (fp16: ten) and at most seven of both that were written.
+AT_MOST = {"forward_concat_gemm_sm90": {"WARPGROUP": 7}}
 MOST_SECONDS = 8 * 60  # of nvcc, on two cores: half of the processor time
 
 
@@ -128,11 +132,10 @@ def test_machine_code_for_every_architecture_and_ptx_for_later_ones():
     assert cuda_code.images(backends.LIBRARY) == (ARCHS, {"sm_120"})
 
 
-@pytest.mark.skipif(
-    "sm_90a" not in _asked_for(), reason="not asked for sm_90a, for which *_sm90.cu is built all the same"
-)
 @needs_code
 def test_every_kernel_of_the_sources_is_there_for_every_architecture(kernels):
+    if "sm_90a" not in _asked_for():
+        pytest.skip("not asked for sm_90a, for which *_sm90.cu is built all the same")
     declared, of_sm90 = set(), set()
     for source in ROOT.glob("csrc/*/*.cu"):
         if source.parent.name != "tests":
@@ -165,6 +168,8 @@ def test_the_instructions_that_were_meant(kernels):
         for role, opcodes in MEANT.items():
             if f"_{role}_kernel" in kernel.name and not re.search(r"_kernelI[fd]Li", kernel.symbol):
                 assert all(kernel.instructions[opcode] for opcode in opcodes.split()), f"{kernel}: {opcodes}"
+                for opcode, most in AT_MOST.get(role, {}).items():
+                    assert kernel.instructions[opcode] <= most, f"{kernel}: more than {most} {opcode}"
     for name, arch in {(kernel.name, kernel.arch) for kernel in kernels}:
         if name.endswith(tuple(f"_{role}_kernel" for role in COPIED)):
             instances = [kernel for kernel in kernels if (kernel.name, kernel.arch) == (name, arch)]
