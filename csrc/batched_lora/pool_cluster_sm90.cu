@@ -248,8 +248,8 @@ cudaError_t launch_cluster(const Pool& call, cudaStream_t stream) {
   // Overlapped behind whatever kernel comes before it: all that is hidden is the way of the blocks to the GPU. Nothing
   // in memory may be read before the wait. The kernel before may be the route's, or torch's, which writes a page or a
   // row of a table for pool.add(); and one that is overlapped itself lets this one begin before those before *it* have
-  // ended. pool_expand may read pages early because the launch before it is always pool_shrink, which is not
-  // overlapped.
+  // ended. pool_expand may read pages early because the launch before it is pool_shrink, which is not overlapped, or
+  // an expand of other slices, before which there was one; and each expand waits.
   return PK_LAUNCH_CLUSTER(batched_lora_forward_pool_cluster_sm90_kernel<T>, kClusterBlocks, true, grid, dim3(kThreads),
                            bytes, stream, call);
 }

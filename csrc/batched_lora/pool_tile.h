@@ -48,7 +48,7 @@ __device__ __forceinline__ AccT bottleneck(const Slice& slice, const PoolTile& t
 // every kernel takes the same ones.
 template <class AccT>
 __device__ __forceinline__ AccT changed(AccT y, AccT sum, AccT scaling, AccT bias, AccT gain, bool gained) {
-  if (!gained) return y + scaling * (sum + bias);
+  if (!gained) return fma(scaling, sum + bias, y);
   const AccT total = fma(scaling, sum, y);
   return fma(scaling, bias, fma(gain, total, total));
 }

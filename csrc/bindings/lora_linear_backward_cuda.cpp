@@ -1,5 +1,6 @@
 // lora_linear's backward on a GPU: only what `needs` asks for. dx holds the adapters' part first and each projection's
-// GEMM is added on top of it in place; weight gradients are GEMMs; what a kernel splits is summed in a fixed order.
+// GEMM is added on top of it in place, or on sm_90, where that is wanted, one kernel computes both; weight gradients
+// are GEMMs; what a kernel splits is summed in a fixed order.
 #include "bindings/lora_add_check.h"
 #include "bindings/lora_linear_cuda_call.h"
 #include "bindings/lora_linear_gradients.h"

@@ -44,6 +44,7 @@ bool lora_concat_cuda(const CudaCall& call, lora_linear::ConcatGemm gemm, const 
                       const Tensor& low, const void* bias) {
   gemm.blocks = call.on.multiprocessors();
   if (which.size() > lora_linear::kMostAdapters || !lora_linear::has_concat_gemm(call.type, gemm)) return false;
+  if (!lora_linear::has_tensor_maps()) return false;  // now: an error behind concat_operands could not be undone
   std::optional<Operands> operands;
   call.in_launches(which, gemm.across ? Factor::kA : Factor::kB, [&](const Adapters& chosen, size_t) {
     if (chosen.count == 1) gemm.keep = chosen.at[0].keep;

@@ -1,5 +1,6 @@
 // lora_linear on a GPU: check, allocate, launch. The adapters' part is written first and the base product, torch's own
-// GEMM, is added on top of it in place: y is read and written once. Nothing here waits for the device or reads from it.
+// GEMM, is added on top of it in place: y is read and written once; few rows, and on sm_90 where that is wanted many,
+// go through one kernel that computes both. Nothing here waits for the device or reads from it.
 // lora_add is the same without a GEMM: the launch that writes the adapters' part adds the residual.
 #include <tuple>
 

@@ -14,7 +14,7 @@
 
 namespace pk {
 
-// A cluster of more blocks than this needs a leave that not every GPU gives.
+// More blocks than this only some GPUs allow, and only if a kernel asks for it.
 constexpr int kMostClusterBlocks = 8;
 
 #ifdef __CUDACC__

@@ -2,8 +2,8 @@
 // as many threads have arrived as mbarrier_init said and all bytes that they expected have come; then the next begins.
 // The first has parity 0, the second 1, the third 0 ... mbarrier_wait(barrier, p) returns when the phase of parity p is
 // over, so that mbarrier_wait(barrier, 1) returns at once from a barrier of which no phase is over yet. Who waits sees
-// what was done before the arrivals and what was copied. A waiter is never two phases behind, and in
-// the barrier's own block.
+// what was done before the arrivals and what was copied. A waiter is never two phases behind, and is a thread of the
+// barrier's own block.
 //     producer, stage s of n:  mbarrier_wait(&empty[s], round % 2 ^ 1);  arrive_expect(&full[s], bytes); tma_load(...);
 //     consumers:               mbarrier_wait(&full[s], round % 2);  read;  mbarrier_arrive(&empty[s]);
 #pragma once

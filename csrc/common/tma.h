@@ -23,13 +23,10 @@ __host__ __device__ constexpr int swizzled_offset(int row, int column) {
 
 #ifdef __CUDACC__
 
-// Of a row-major matrix of 16-bit elements: `data` a multiple of 16 bytes, `row_stride` (elements) of 8; boxes have at
-// most 256 rows and box_cols = 64. cudaErrorInvalidValue where the driver refuses.
-inline cudaError_t make_tensor_map(TensorMap* map, const void* data, int64_t rows, int64_t cols, int64_t row_stride,
-                                   int box_rows, int box_cols) {
-  // Asked of the runtime, so that nothing is linked with the driver's library.
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {
+// The driver's, or null where there is none. Asked of the runtime, so that nothing is linked with the driver's library.
+using TensorMapEncoder = decltype(&cuTensorMapEncodeTiled);
+inline TensorMapEncoder tensor_map_encoder() {
+  static const TensorMapEncoder encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
 #if CUDART_VERSION >= 12050
@@ -37,8 +34,16 @@ inline cudaError_t make_tensor_map(TensorMap* map, const void* data, int64_t row
 #else
     cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
 #endif
-    return reinterpret_cast<Encode>(result == cudaDriverEntryPointSuccess ? found : nullptr);
+    return reinterpret_cast<TensorMapEncoder>(result == cudaDriverEntryPointSuccess ? found : nullptr);
   }();
+  return encode;
+}
+
+// Of a row-major matrix of 16-bit elements: `data` a multiple of 16 bytes, `row_stride` (elements) of 8; boxes have at
+// most 256 rows and box_cols = 64. cudaErrorInvalidValue where the driver refuses.
+inline cudaError_t make_tensor_map(TensorMap* map, const void* data, int64_t rows, int64_t cols, int64_t row_stride,
+                                   int box_rows, int box_cols) {
+  const TensorMapEncoder encode = tensor_map_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
   if (rows < 1 || cols < 1 || box_cols != kSwizzledColumns) return cudaErrorInvalidValue;
   const cuuint64_t extents[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
@@ -92,6 +97,9 @@ __device__ __forceinline__ void async_proxy_fence() {
 #else
 
 using emulator::make_tensor_map;
+inline auto tensor_map_encoder() {
+  return &emulator::make_tensor_map;
+}
 
 __forceinline__ void tma_load(void* shared, const TensorMap* map, Mbarrier* barrier, int col, int row, EMULATOR_SITE) {
   emulator::tensor_load(shared, map, barrier, col, row, site);

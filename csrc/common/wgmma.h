@@ -140,8 +140,8 @@ __device__ __forceinline__ void wgmma_m64k16(float (&d)[kN / 2], uint64_t a, uin
 #undef PK_OUT4
 
 // Registers of each thread of the warp group, 24 ... 256 in steps of 8: waits until others have given enough away.
-// All have at first what __launch_bounds__(threads, 1) leaves, and no more than that together; without the 1 ptxas
-// ignores both.
+// All have at first what ptxas chooses: the smaller of what __launch_bounds__(threads, 1) leaves and the largest count
+// that the kernel asks for; and no more than that together. Without the 1 ptxas ignores both.
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
   static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0, "a count that setmaxnreg has");

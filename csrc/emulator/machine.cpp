@@ -246,7 +246,7 @@ void barrier(Site site) {
 }
 
 void wait_for_previous_launch() {
-  machine.running->waited_for_previous = true;
+  machine.running->waited_for_previous = machine.waited = true;
 }
 
 int lane() {
@@ -283,7 +283,12 @@ cudaError_t run(const char* kernel, const void* entry, dim3 grid, dim3 block, si
   machine.shared_bytes = shared_bytes;
   machine.shared_alignment = 128;
   machine.random_state = machine.schedule.seed;
-  machine.previous_launch = machine.launch_start;
+  if (!overlapped) {
+    machine.overlapped_from = machine.unwaited_until = machine.first_block;
+  } else if (!machine.waited) {
+    machine.unwaited_until = machine.launch_start;
+  }
+  machine.waited = !overlapped;
   machine.launch_start = machine.first_block;
   machine.block_threads = static_cast<int>(block.x * block.y * block.z);
   machine.block_fibers = (machine.block_threads + 31) / 32 * 32;

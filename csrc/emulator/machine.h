@@ -76,8 +76,11 @@ struct Machine {
   Thread* running;
   int block_threads, block_fibers, alive;
   bool overlapped;  // this launch did not wait for the one before it
-  // Blocks are numbered through all launches, from 1; first_block is the first of the cluster.
-  uint32_t first_block = 1, launch_start, previous_launch;
+  bool waited;      // some thread of it has, or it had not to
+  // Blocks are numbered through all launches, from 1; first_block is the first of the cluster. The launches from
+  // overlapped_from on may not have ended when this one begins; those of them before unwaited_until may not even have
+  // when a thread has waited for the launch before this one, since that one did not wait and may have ended first.
+  uint32_t first_block = 1, launch_start, overlapped_from, unwaited_until;
   std::vector<uint64_t> block_order;  // of this launch, by linear index
   size_t shared_bytes, shared_alignment;
 };

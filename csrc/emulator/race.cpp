@@ -93,7 +93,7 @@ std::string described(const Access& access) {
       "read", "write", "atomic", "cp.async", "mbarrier operation", "tma_load or bulk_load", "wgmma"};
   const std::string name = names[static_cast<int>(access.kind)], at = " at " + source_line(access.pc);
   if (access.kind == Kind::kTransfer || access.kind == Kind::kProduct) return name + at;  // by no thread
-  if (access.block < machine.launch_start) return name + " by a thread of the launch before" + at;
+  if (access.block < machine.launch_start) return name + " by a thread of an earlier launch" + at;
   const size_t block = access.block - machine.launch_start + access.thread / machine.block_fibers;
   return name + " by thread " + std::to_string(access.thread % machine.block_fibers) + " of block " +
          std::to_string(machine.block_order[block]) + at;
@@ -123,7 +123,8 @@ bool ordered(const Access& before, const Access& now, bool shared, int witness) 
   if (before.kind == now.kind && (now.kind == Kind::kAtomic || now.kind == Kind::kMbarrier)) return true;
   if (shared && before.block != now.block) return true;  // the memory of a block that is gone
   if (before.block < machine.launch_start) {
-    return machine.running->waited_for_previous || before.block < machine.previous_launch;
+    const uint32_t unseen_until = machine.running->waited_for_previous ? machine.unwaited_until : machine.launch_start;
+    return before.block < machine.overlapped_from || before.block >= unseen_until;
   }
   return clocks.seen(witness, before.block, before.thread, before.time);
 }

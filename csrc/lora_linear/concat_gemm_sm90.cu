@@ -6,9 +6,10 @@
 // Grid: at most call.blocks blocks, in clusters of 1 or 2; cluster c of n has the tiles c, c + n ..., one of 128 x
 // kCols for each of its blocks, one above the other, numbered so that tiles of the same time share rows and columns in
 // the L2. 384 threads: one of the first warp group has TMA fill a ring of stages of 64 columns of the contraction,
-// while the stores of a tile run as well; the other two groups multiply 64 rows each. The blocks of a cluster load of
-// right half each, for both. Every stage has two mbarriers: `full` counts the bytes of its tiles, `empty` the warps
-// that have read them. With adapters the launch overlaps concat_operands, and waits for it where it reads its results.
+// while the stores of a tile run as well; the other two groups multiply 64 rows each. Each block of a cluster
+// loads half of the tile of right, for both. Every stage has two mbarriers: `full` counts the bytes of its tiles,
+// `empty` the warps that have read them. With adapters the launch overlaps the end of concat_operands: a block needs
+// nearly all registers of a multiprocessor, which must have drained; it waits where it reads those operands.
 #include "common/cluster.h"
 #include "common/tma.h"
 #include "common/wgmma.h"
@@ -175,7 +176,13 @@ __device__ __forceinline__ void consume(const Plan& plan, const Stages<kCols>& s
   Ring<Shape<kCols>::kStages> ring;
   int read = -1;  // the stage that the products in flight read
   const auto release = [&] {
-    if (read >= 0 && lane_index() < plan.blocks) mbarrier_arrive_at(stages.empty + read, lane_index());
+    if (read >= 0 && lane_index() < plan.blocks) {
+      if (plan.blocks == 1) {
+        mbarrier_arrive(stages.empty + read);
+      } else {
+        mbarrier_arrive_at(stages.empty + read, lane_index());
+      }
+    }
     read = -1;
   };
   const auto place_of_warp = [&](int tile) {
@@ -263,9 +270,8 @@ int64_t turns(const ConcatGemm& call, int64_t cols, int cluster) {
   return ((call.I + rows - 1) / rows * ((call.J + cols - 1) / cols) + clusters - 1) / clusters;
 }
 
-// Narrow tiles read more of every operand, a tenth is allowed for it; but the last tiles may leave fewer blocks idle.
-bool narrow_is_better(const ConcatGemm& call) {
-  return 11 * turns(call, 128, 1) < 20 * turns(call, 256, 1);
+int width_of(const ConcatGemm& call) {
+  return call.width > 0 ? call.width : concat_width(call);
 }
 
 template <class T, Major kMajor, int kCols>
@@ -296,7 +302,7 @@ cudaError_t run(const ConcatGemm& call, cudaStream_t stream) {
 
 template <class T, Major kMajor>
 cudaError_t run_width(const ConcatGemm& call, cudaStream_t stream) {
-  return narrow_is_better(call) ? run<T, kMajor, 128>(call, stream) : run<T, kMajor, 256>(call, stream);
+  return width_of(call) == 128 ? run<T, kMajor, 128>(call, stream) : run<T, kMajor, 256>(call, stream);
 }
 
 template <class T>
@@ -317,6 +323,7 @@ bool has_concat_gemm(Dtype x, const ConcatGemm& call) {
   if (x != Dtype::kBFloat16 && x != Dtype::kFloat16) return false;
   if (call.members < 1 || call.members > kMostConcatMembers || call.blocks < 1) return false;
   if (call.cluster < 0 || call.cluster > 2 || call.cluster > call.blocks) return false;
+  if (call.width != 0 && call.width != 128 && call.width != 256) return false;
   if (call.I < kLeastRows || call.I > kMost || call.J < 8 || call.J > kMost || call.J % 8 != 0) return false;
   if ((call.I / kRows + 1) * (call.J / 128 + 1) > kMost) return false;
   for (int g = 0; g < call.members; ++g) {
@@ -331,8 +338,17 @@ bool has_concat_gemm(Dtype x, const ConcatGemm& call) {
   return call.adapters.columns <= kMost && reinterpret_cast<uintptr_t>(call.out) % 16 == 0;
 }
 
+bool has_tensor_maps() {
+  return tensor_map_encoder() != nullptr;
+}
+
+// Narrow tiles read more of every operand, a tenth is allowed for it; but the last tiles may leave fewer blocks idle.
+int concat_width(const ConcatGemm& call) {
+  return 11 * turns(call, 128, 1) < 20 * turns(call, 256, 1) ? 128 : 256;
+}
+
 int concat_cluster(const ConcatGemm& call) {
-  const int cols = narrow_is_better(call) ? 128 : 256;
+  const int cols = width_of(call);
   return call.I > kRows && call.blocks > 1 && turns(call, cols, 2) <= turns(call, cols, 1) ? 2 : 1;
 }
 

@@ -7,11 +7,12 @@
 //   dy pass: ds_l = s_l dy B_l and dB_l = dy^T h_l                  dy read once
 //   expand:  dx = sum_l mask_l * (ds_l A_l) / (1 - p), and a library GEMM adds dy W on top
 //   x pass:  dA_l = ds_l^T drop_l(x)                                x read once, masks replayed
-// Those five are tensor-core kernels (mma.sync, ldmatrix, cp.async) for the pairs of `has_mma_kernels`; `product`, on
-// the plain cores, computes every one of these formulas for all dtypes. h and ds are fp32 (fp64 for fp64) and enter a
-// product as bf16 parts, as fp32 factors do: rounded once they would be the largest error of the layer. Split work
-// writes partial results, which `sum` adds in a fixed order: no atomics. How work is split depends on the shape alone.
-// A launcher launches one kernel on `stream`, and touches nothing else of the device's state.
+// These are tensor-core kernels (mma.sync; concat: wgmma) for the pairs of `has_mma_kernels`; `product`, on the plain
+// cores, computes every one of these formulas for all dtypes. h and ds are fp32 (fp64 for fp64) and enter a product as
+// bf16 parts, as fp32 factors do: rounded once they would be the largest error of the layer. Split sums write partial
+// results, which `sum` adds in a fixed order: no atomics. How a sum is split depends on the shape alone; the tiles of
+// concat depend on the device too, but none splits a sum. A launcher launches one kernel on `stream`, and touches
+// nothing else of the device's state.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -146,7 +147,8 @@ cudaError_t concat_operands(Dtype x, Dtype factors, const ConcatOperands& call, 
 // out[i, j] = (accumulate ? out[i, j] : 0) + sum_s sum_c left_s[i, c] right_s(c, j) + biases[j], over the members and
 // `adapters` (bf16; 0 columns: none), whose sum is multiplied by `keep`'s mask over out first; right_s(c, j) is
 // right[c * right_stride + j] across (dx: W [N, K]), else right[j * right_stride + c] (y). With adapters it stands
-// right behind concat_operands, which it overlaps. Needs has_concat_gemm().
+// right behind concat_operands, whose end it overlaps. Needs has_concat_gemm() and has_tensor_maps(). One block adds up
+// an element in the order of the contraction, whatever the tiles.
 constexpr int kMostConcatMembers = 4;
 struct ConcatSegment {
   const void *left, *right;
@@ -163,9 +165,12 @@ struct ConcatGemm {
   const uint64_t* seed;
   int blocks;       // at most, which share the tiles: as many as the device has multiprocessors
   int cluster = 0;  // of so many blocks, 1 or 2, one above the other, which load right together; 0: concat_cluster()
+  int width = 0;    // of a tile, 128 or 256 columns; 0: concat_width()
 };
+int concat_width(const ConcatGemm& call);
 // 2 where there are two rows of tiles, and pairs of blocks take no more turns than single ones.
 int concat_cluster(const ConcatGemm& call);
+bool has_tensor_maps();                                 // or else the driver is too old
 bool has_concat_gemm(Dtype x, const ConcatGemm& call);  // I >= 128, J a multiple of 8, 16-byte aligned rows, ...
 cudaError_t concat_gemm(Dtype x, const ConcatGemm& call, cudaStream_t stream);
 

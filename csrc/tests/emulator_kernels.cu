@@ -197,6 +197,20 @@ cudaError_t stencil_twice(Bug bug, const int* x, int* between, int* y, int n, cu
   });
 }
 
+cudaError_t stencil_past_another(Bug bug, const int* x, int* between, int* aside, int* y, int n, cudaStream_t stream) {
+  const dim3 grid((n + kStencilThreads - 1) / kStencilThreads), block(kStencilThreads);
+  return with_bug<Bug::kNoLaunchWaits, Bug::kNoWaitBetween>(bug, [&](auto planted) {
+    constexpr Bug kFirst = planted.value == Bug::kNone ? Bug::kNone : Bug::kNoLaunchWait;
+    constexpr Bug kSecond = planted.value == Bug::kNoLaunchWaits ? Bug::kNoLaunchWait : Bug::kNone;
+    cudaError_t error = stencil(Bug::kNone, x, between, n, stream);
+    if (error == cudaSuccess) {
+      error = PK_LAUNCH_OVERLAPPED(stencil_kernel<kFirst>, grid, block, 0, stream, x, aside, n);
+    }
+    if (error != cudaSuccess) return error;
+    return PK_LAUNCH_OVERLAPPED(stencil_kernel<kSecond>, grid, block, 0, stream, between, y, n);
+  });
+}
+
 cudaError_t both_kinds_of_shared(size_t dynamic_bytes, const int* x, int* y, cudaStream_t stream) {
   return PK_LAUNCH(both_kinds_kernel, dim3(1), dim3(32), dynamic_bytes, stream, x, y);
 }

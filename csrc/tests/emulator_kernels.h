@@ -28,6 +28,8 @@ enum class Bug {
   kBlockRace,         // blocks count with a plain addition
   kMissingFence,      // a block's results are announced before they are visible
   kNoLaunchWait,      // an overlapped launch does not wait for the one before it
+  kNoLaunchWaits,     // neither do two in a row, and the second reads what was written before the first
+  kNoWaitBetween,     // only the first of the two does not, which may end before what it does not wait for
   // Of clusters, named barriers and registers
   kNoFirstClusterBarrier,  // another block's shared memory before it is known to have begun
   kNoClusterBarrier,       // between a block's writes and another one's reads
@@ -96,6 +98,9 @@ cudaError_t ordered_sum(Bug bug, const float* x, float* parts, int* tickets, flo
 
 // y = stencil(stencil(x)) by two launches, the second overlapped with the first.
 cudaError_t stencil_twice(Bug bug, const int* x, int* between, int* y, int n, cudaStream_t stream);
+
+// The same, with a third launch between the two, which leaves stencil(x) in `aside` and is overlapped as well.
+cudaError_t stencil_past_another(Bug bug, const int* x, int* between, int* aside, int* y, int n, cudaStream_t stream);
 
 // y[i] = x[31 - i] + 2 x[i], 32 of them, by way of 1 KiB of static and some dynamic shared memory.
 constexpr size_t kStaticBytes = 1024;

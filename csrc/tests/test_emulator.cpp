@@ -55,6 +55,13 @@ bool stencil_twice_is_right(Bug bug) {
          y == stencil_of(stencil_of(x));
 }
 
+bool stencil_past_another_is_right(Bug bug) {
+  const std::vector<int> x = integers(150);
+  std::vector<int> between(x.size()), aside(x.size()), y(x.size());
+  return stencil_past_another(bug, x.data(), between.data(), aside.data(), y.data(), 150, nullptr) == cudaSuccess &&
+         aside == stencil_of(x) && y == stencil_of(stencil_of(x));
+}
+
 bool reverse_is_right(Bug bug) {
   const std::vector<int> x = integers(96);
   std::vector<int> y(x.size());
@@ -111,6 +118,10 @@ constexpr Planted kPlanted[] = {
     {"race between blocks", ordered_sum_is_right, Bug::kBlockRace, nullptr, nullptr, "emulator: race"},
     {"missing __threadfence", ordered_sum_is_right, Bug::kMissingFence, nullptr, nullptr, "emulator: race"},
     {"no wait for the launch before", stencil_twice_is_right, Bug::kNoLaunchWait, nullptr, nullptr, "emulator: race"},
+    {"no wait for the launch before that", stencil_past_another_is_right, Bug::kNoLaunchWaits, nullptr, nullptr,
+     "emulator: race"},
+    {"wait for a launch that did not wait", stencil_past_another_is_right, Bug::kNoWaitBetween, nullptr, nullptr,
+     "emulator: race"},
 };
 
 constexpr Right kRight[] = {{"gemm bf16", gemm_bf16_is_right},
@@ -119,7 +130,8 @@ constexpr Right kRight[] = {{"gemm bf16", gemm_bf16_is_right},
                             {"stencil", stencil_is_right},
                             {"reverse", reverse_is_right},
                             {"ordered sum", ordered_sum_is_right},
-                            {"overlapped launches", stencil_twice_is_right}};
+                            {"overlapped launches", stencil_twice_is_right},
+                            {"three overlapped launches", stencil_past_another_is_right}};
 
 // The runtime's own refusals come back as errors, as they do from CUDA.
 void impossible_launches_are_refused() {
