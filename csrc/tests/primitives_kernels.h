@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-namespace pk::test {
+#include "tests/primitives_values.h"
 
-enum class Type { kBFloat16, kFloat16 };
+namespace pk::test {
 
 // out[m][l] = register m of lane l after ldmatrix of `count` 8 x 8 matrices, `matrices` [count, 8, 8].
 cudaError_t load_matrices(int count, bool transposed, const uint16_t* matrices, uint32_t* out);

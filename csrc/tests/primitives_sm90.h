@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-namespace pk::test {
+#include "tests/primitives_values.h"
 
-enum class Type { kBFloat16, kFloat16 };
+namespace pk::test {
 
 // One cluster of `blocks` blocks, 64 threads each. x [blocks, 64]: of every thread, out [blocks, 64] =
 // sum over r of (r + 1) x[r, its number], read from the other blocks, + 100 times x of the block before, which that

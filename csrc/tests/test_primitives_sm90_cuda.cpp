@@ -21,17 +21,6 @@ void expect(bool condition, const char* what, int detail = 0) {
   printf("FAILED %s: %s %d\n", kWhere, what, detail);
 }
 
-int whole(int i) {
-  return (i * 7919 + i / 7) % 7 - 3;
-}
-
-// -3 ... 3 as bits of the type.
-uint16_t bits(Type type, int value) {
-  constexpr uint16_t kBFloat16[] = {0, 0x3F80, 0x4000, 0x4040}, kFloat16[] = {0, 0x3C00, 0x4000, 0x4200};
-  const uint16_t magnitude = (type == Type::kBFloat16 ? kBFloat16 : kFloat16)[value < 0 ? -value : value];
-  return static_cast<uint16_t>(value < 0 ? magnitude | 0x8000 : magnitude);
-}
-
 void blocks_of_a_cluster_exchange() {
   for (const int blocks : {1, 2, 4, 8}) {
     Array<int> x(blocks * 64), out(blocks * 64);
